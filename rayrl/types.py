@@ -1,0 +1,177 @@
+"""What travels between the parts: frozen dataclasses of numpy arrays.
+
+Axes: P prompts (images) of a step, G completions of a prompt, T completion tokens, S prompt
+tokens, K reward terms.  Every invariant is checked on construction, and a violation names the
+item, what it had and what was wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prompt:
+    """One image with its instruction and its reference captions.
+
+    ``image`` is the encoded file (JPEG, PNG, ...), once per image and never pixels, so that a
+    prompt weighs kilobytes wherever it travels.
+    """
+
+    prompt_id: str
+    image: bytes
+    text: str
+    references: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.references:
+            raise ValueError(f"prompt {self.prompt_id}: no reference caption, want at least one")
+        if not self.image:
+            raise ValueError(f"prompt {self.prompt_id}: empty image")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Completion:
+    """One sampled caption: token ids [T] (the EOS included when it was sampled), the log-prob of
+    each under the engine that sampled it [T] (nats, at the sampling temperature), the text."""
+
+    token_ids: IntArray
+    logprobs: FloatArray
+    text: str
+    finish_reason: str
+    weight_version: int
+
+    def __post_init__(self) -> None:
+        if self.token_ids.ndim != 1 or len(self.token_ids) < 1:
+            raise ValueError(
+                f"completion {self.text!r}: token_ids of shape {self.token_ids.shape}, "
+                "want [T] with T >= 1"
+            )
+        if self.logprobs.shape != self.token_ids.shape:
+            raise ValueError(
+                f"completion {self.text!r}: {self.logprobs.shape} log-probs for "
+                f"{len(self.token_ids)} tokens"
+            )
+        if not np.isfinite(self.logprobs).all():
+            bad = int(np.flatnonzero(~np.isfinite(self.logprobs))[0])
+            raise ValueError(
+                f"completion {self.text!r}: log-prob {self.logprobs[bad]} at token {bad}, "
+                "want a finite one"
+            )
+        if self.finish_reason not in ("stop", "length"):
+            raise ValueError(
+                f"completion {self.text!r}: finish_reason {self.finish_reason!r}, "
+                "want 'stop' or 'length'"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RolloutGroup:
+    """A prompt and its G completions; ``prompt_token_ids`` [S] is expanded, as the engine used it
+    (one id per image token), and is what the learner must use.  ``greedy`` is the arg-max caption
+    where the objective asks for one (SCST), else None."""
+
+    prompt: Prompt
+    prompt_token_ids: IntArray
+    completions: tuple[Completion, ...]
+    group_size: int
+    greedy: Completion | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.completions) != self.group_size:
+            raise ValueError(
+                f"prompt {self.prompt.prompt_id}: {len(self.completions)} completions, "
+                f"want {self.group_size}; a group is whole or it is dropped"
+            )
+
+    @property
+    def captions(self) -> list[str]:
+        return [completion.text for completion in self.completions]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScoredGroup:
+    """A group with its reward terms (each [G]) and their weighted sum ``rewards`` [G].
+
+    ``greedy_reward`` is the reward of ``group.greedy`` where there is one, else None."""
+
+    group: RolloutGroup
+    terms: Mapping[str, FloatArray]
+    rewards: FloatArray
+    greedy_reward: float | None = None
+
+    def __post_init__(self) -> None:
+        who, size = self.group.prompt.prompt_id, self.group.group_size
+        for name, values in {**self.terms, "reward": self.rewards}.items():
+            if values.shape != (size,):
+                raise ValueError(f"prompt {who}: {name} of shape {values.shape}, want ({size},)")
+            if not np.isfinite(values).all():
+                raise ValueError(f"prompt {who}: {name} {values.tolist()}, want finite values")
+        if self.greedy_reward is not None and not np.isfinite(self.greedy_reward):
+            raise ValueError(f"prompt {who}: greedy reward {self.greedy_reward}, want a finite one")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainBatch:
+    """What the learner trains on: P images with G completions each.
+
+    ``mask`` [P,G,T] is True on sampled tokens; it comes from lengths, never from pad ids, and the
+    EOS counts once.  ``prompt_token_ids`` and ``images`` hold one entry per image.
+    ``terms`` maps a reward term to [P,G]; ``greedy_rewards`` is [P] or None.
+    """
+
+    prompt_ids: tuple[str, ...]
+    images: tuple[bytes, ...]
+    prompt_token_ids: tuple[IntArray, ...]
+    token_ids: IntArray
+    mask: BoolArray
+    rollout_logprobs: FloatArray
+    rewards: FloatArray
+    weight_versions: IntArray
+    terms: Mapping[str, FloatArray] = field(default_factory=dict)
+    greedy_rewards: FloatArray | None = None
+
+    def __post_init__(self) -> None:
+        p, g, t = self.token_ids.shape
+        for name, want in (
+            ("mask", (p, g, t)),
+            ("rollout_logprobs", (p, g, t)),
+            ("rewards", (p, g)),
+            ("weight_versions", (p, g)),
+        ):
+            got = getattr(self, name).shape
+            if got != want:
+                raise ValueError(f"batch: {name} of shape {got}, want {want}")
+        for name in ("prompt_ids", "images", "prompt_token_ids"):
+            if len(getattr(self, name)) != p:
+                raise ValueError(f"batch: {len(getattr(self, name))} {name}, want {p}")
+        lengths = self.mask.sum(-1)
+        if (lengths < 1).any():
+            which = self.prompt_ids[int(np.argwhere(lengths < 1)[0][0])]
+            raise ValueError(f"batch: prompt {which} has a completion without tokens")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        p, g, t = self.token_ids.shape
+        return p, g, t
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.mask.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepReport:
+    """What a learner step says of itself; ``weight_version`` grows by exactly one a step."""
+
+    step: int
+    weight_version: int
+    metrics: Mapping[str, float]
