@@ -1,0 +1,174 @@
+"""Document frequencies: in how many images' references each n-gram occurs (CIDEr's idf)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from rayrl.rewards.ngrams import (
+    ORDER,
+    WORD_BITS,
+    Caption,
+    Int64,
+    encode,
+    first_children,
+    levels,
+    split,
+)
+
+EOS = "<eos>"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentFrequency:
+    """Frozen document frequencies over ``num_documents`` images.
+
+    ``vocabulary`` is the sorted words, UTF-8, joined by newlines (uint8); ``keys`` [M] is the trie
+    of ``rayrl.rewards.ngrams`` with one root, so word i of the vocabulary is node i + 1;
+    ``counts`` [M] says in how many documents the n-gram of a node occurs.  ``eos`` says whether
+    every caption ended with the word ``<eos>``; ``source`` says what the documents were.
+
+    All is plain numpy arrays: Ray shares them between the processes of a node without a copy.
+    """
+
+    vocabulary: npt.NDArray[np.uint8]
+    keys: Int64
+    counts: npt.NDArray[np.int32]
+    num_documents: int
+    eos: bool = False
+    source: str = "references"
+
+    def __post_init__(self) -> None:
+        if self.num_documents < 2:
+            raise ValueError(
+                f"document frequencies over {self.num_documents} image(s), want at least 2: with one "
+                "image every idf is log(1) = 0, hence every score; take them from the training set"
+            )
+        largest = int(self.counts.max(initial=0))
+        if largest > self.num_documents:
+            raise ValueError(
+                f"an n-gram occurs in {largest} documents of {self.num_documents}: the counts "
+                "and the number of documents do not belong together"
+            )
+
+    @classmethod
+    def from_references(
+        cls,
+        references: Iterable[Sequence[Caption]],
+        *,
+        eos: bool = False,
+        source: str = "references",
+    ) -> DocumentFrequency:
+        """Count over each image's reference captions, tokenized (words joined by spaces, or lists
+        of words).  With ``eos`` every caption ends with the extra word ``<eos>``."""
+        documents = [[split(caption) for caption in captions] for captions in references]
+        captions = [caption for document in documents for caption in document]
+        words = sorted(
+            {word for caption in captions for word in caption} | ({EOS} if eos else set())
+        )
+        ids = {word: i for i, word in enumerate(words, 1)}
+        suffix = [EOS] if eos else []
+        tokens = encode(([*caption, *suffix] for caption in captions), ids)
+        document_of = np.repeat(np.arange(len(documents)), [len(d) for d in documents])[
+            tokens.captions
+        ]
+        keys, counts = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
+        base = np.int64(0)
+        for level in levels(tokens, np.zeros(len(captions), dtype=np.int64)):
+            keys.append(level.keys + (base << WORD_BITS))
+            base = np.int64(sum(map(len, keys[:-1])))
+            pairs = np.unique(level.nodes * len(documents) + document_of[level.positions])
+            counts.append(np.bincount(pairs // max(1, len(documents)), minlength=len(level.keys)))
+        return cls(
+            vocabulary=np.frombuffer("\n".join(words).encode(), dtype=np.uint8),
+            keys=np.concatenate(keys),
+            counts=np.concatenate(counts).astype(np.int32),
+            num_documents=len(documents),
+            eos=eos,
+            source=source,
+        )
+
+    @cached_property
+    def words(self) -> list[str]:
+        """The vocabulary, sorted."""
+        text = self.vocabulary.tobytes().decode()
+        return text.split("\n") if text else []
+
+    @cached_property
+    def word_ids(self) -> dict[str, int]:
+        """Word to id, from 1."""
+        return {word: i for i, word in enumerate(self.words, 1)}
+
+    @cached_property
+    def first_child(self) -> npt.NDArray[np.int32]:
+        """Where each node's children begin, [M + 1]."""
+        return first_children(self.keys)
+
+    @cached_property
+    def idf_of_count(self) -> npt.NDArray[np.float64]:
+        """idf = log(N) - log(max(1, count)) by count, [largest count + 1]."""
+        counts = np.arange(int(self.counts.max(initial=0)) + 1, dtype=np.float64)
+        return np.log(float(self.num_documents)) - np.log(np.maximum(1.0, counts))
+
+    def idf(self, nodes: Int64) -> npt.NDArray[np.float64]:
+        """idf of nodes [Q]; -1 is an n-gram that no document holds, whose idf is log(N)."""
+        return self.idf_of_count[np.where(nodes >= 0, self.counts[nodes], 0)]
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Sixteen hexadecimal digits that identify the content, whatever the file."""
+        digest = hashlib.sha256(f"{_FORMAT} {self.num_documents} {self.eos}".encode())
+        for array in (self.vocabulary, self.keys, self.counts):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields alone: what is derived is cheap to derive again and heavy to send."""
+        return {name: self.__dict__[name] for name in self.__dataclass_fields__}
+
+    def save(self, path: str | Path) -> None:
+        """Write one npz file (arrays, and a json header with the content hash)."""
+        header = {
+            "format": _FORMAT,
+            "num_documents": self.num_documents,
+            "eos": self.eos,
+            "source": self.source,
+            "order": ORDER,
+            "content_hash": self.content_hash,
+        }
+        with open(path, "wb") as file:
+            np.savez_compressed(
+                file,
+                header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
+                vocabulary=self.vocabulary,
+                keys=self.keys,
+                counts=self.counts,
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> DocumentFrequency:
+        """Read what ``save`` wrote; ValueError where the content does not match its hash."""
+        with np.load(path, allow_pickle=False) as file:
+            header: Mapping[str, object] = json.loads(file["header"].tobytes())
+            loaded = cls(
+                vocabulary=file["vocabulary"],
+                keys=file["keys"],
+                counts=file["counts"],
+                num_documents=int(str(header["num_documents"])),
+                eos=bool(header["eos"]),
+                source=str(header["source"]),
+            )
+        if loaded.content_hash != header["content_hash"]:
+            raise ValueError(
+                f"{path}: content hash {loaded.content_hash}, the header says "
+                f"{header['content_hash']}; the file is damaged, build it again"
+            )
+        return loaded
