@@ -1,0 +1,161 @@
+"""What differs between families of vision-language models, as a table.
+
+All of them embed the prompt's token ids, put image features in the place of image placeholders,
+and run a decoder.  A family says which inputs its vision tower takes, how positions count, and
+whether the prompt attends in both directions; the rest is the same code for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = Mapping[str, Any]
+
+
+def running_positions(model: Any, inputs: Inputs) -> Tensor:
+    """[P, S]: real tokens counted from 0, whichever side is padded."""
+    return (inputs["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
+
+
+def one_based_positions(model: Any, inputs: Inputs) -> Tensor:
+    """[P, S]: real tokens counted from 1."""
+    return running_positions(model, inputs) + 1
+
+
+def grid_positions(model: Any, inputs: Inputs) -> Tensor:
+    """[3, P, S]: time, height and width of every token (multi-axis rotary positions,
+    arXiv 2409.12191), as the model itself computes them."""
+    if inputs.get("mm_token_type_ids") is None:
+        raise ValueError(
+            f"{type(model).__name__}: prompt_inputs lack mm_token_type_ids, "
+            f"got {sorted(inputs)}; positions cannot be computed without them"
+        )
+    positions, _ = model.model.get_rope_index(
+        inputs["input_ids"],
+        mm_token_type_ids=inputs["mm_token_type_ids"],
+        image_grid_thw=inputs["image_grid_thw"],
+        attention_mask=inputs["attention_mask"],
+    )
+    return positions
+
+
+def _model_decoder(model: Any) -> Any:
+    return getattr(model.model, "text_model", None) or model.model.language_model
+
+
+def _language_model_decoder(model: Any) -> Any:
+    return model.language_model.model
+
+
+def _repeat_images(inputs: Inputs, names: Sequence[str], times: int) -> dict[str, Tensor]:
+    """Every image's rows ``times`` times, image by image."""
+    return {
+        name: inputs[name].repeat_interleave(times, 0)
+        for name in names
+        if inputs.get(name) is not None
+    }
+
+
+def _repeat_patches(inputs: Inputs, names: Sequence[str], times: int) -> dict[str, Tensor]:
+    """As ``_repeat_images`` where pixel_values [sum of patches, .] concatenates the images."""
+    grid = inputs["image_grid_thw"]
+    patches = inputs["pixel_values"].split(grid.prod(-1).tolist())
+    repeated = [part for image in patches for part in [image] * times]
+    return {
+        "pixel_values": torch.cat(repeated),
+        "image_grid_thw": grid.repeat_interleave(times, 0),
+    }
+
+
+def _no_softcap(model: Any) -> float | None:
+    return None
+
+
+def _language_model_softcap(model: Any) -> float | None:
+    return getattr(model.config.text_config, "final_logit_softcapping", None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One row of the table.
+
+    image_inputs: the inputs of ``get_image_features`` that a processor produces
+    decoder: the decoder stack (embeddings in, hidden states out)
+    positions: the prompt's positions [P, S] or [3, P, S]
+    token_types: the input that is 0 on tokens that attend in both directions, if any
+    deepstack: image features also enter the first decoder layers (arXiv 2406.04334)
+    softcap: the cap on logits, where the model applies one
+    repeat_images: the image inputs for G copies of each prompt
+    """
+
+    image_inputs: tuple[str, ...] = ("pixel_values",)
+    decoder: Callable[[Any], Any] = _model_decoder
+    positions: Callable[[Any, Inputs], Tensor] = running_positions
+    token_types: str | None = None
+    deepstack: bool = False
+    softcap: Callable[[Any], float | None] = _no_softcap
+    repeat_images: Callable[[Inputs, Sequence[str], int], dict[str, Tensor]] = _repeat_images
+
+
+_IDEFICS3 = Family(image_inputs=("pixel_values", "pixel_attention_mask"))
+_QWEN = Family(
+    image_inputs=("pixel_values", "image_grid_thw"),
+    positions=grid_positions,
+    repeat_images=_repeat_patches,
+)
+
+FAMILIES: dict[str, Family] = {
+    "idefics3": _IDEFICS3,
+    "smolvlm": _IDEFICS3,
+    "llava": Family(image_inputs=("pixel_values", "image_sizes")),
+    "paligemma": Family(positions=one_based_positions, token_types="token_type_ids"),
+    "blip-2": Family(decoder=_language_model_decoder, softcap=_language_model_softcap),
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": replace(_QWEN, deepstack=True),
+}
+
+
+def bare_model(model: Any) -> Any:
+    """The model inside an adapter wrapper (PEFT), which runs the same modules."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def refusal(model: Any) -> str | None:
+    """Why the prefix of ``model`` (bare) cannot be shared, or None when it can."""
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        return f"model type {kind!r} is not one of {', '.join(FAMILIES)}"
+    text = model.config.get_text_config()
+    if text.is_encoder_decoder:
+        return f"its text part {text.model_type!r} is an encoder-decoder"
+    if text._attn_implementation not in ("sdpa", "eager"):
+        return (
+            f"attention {text._attn_implementation!r} takes no tree mask; "
+            "load the model with attn_implementation='sdpa'"
+        )
+    strange = set(getattr(text, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if strange:
+        return f"its text part has layers of type {', '.join(sorted(strange))}"
+    if type(model.get_output_embeddings()) is not torch.nn.Linear:
+        return f"its output head is a {type(model.get_output_embeddings()).__name__}"
+    return None
+
+
+def encode_images(model: Any, inputs: Inputs) -> list[Tensor]:
+    """Features of every image, in order: [1, n, D], or [1 + K, n, D] when the features of K vision
+    layers enter the decoder as well (deepstack)."""
+    family = FAMILIES[model.config.model_type]
+    given = {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
+    if "pixel_values" not in given:
+        raise ValueError(f"{type(model).__name__}: prompt_inputs lack pixel_values")
+    output = model.get_image_features(**given, return_dict=True)
+    layers = [output.pooler_output, *(output.deepstack_features if family.deepstack else ())]
+    return [torch.stack(image) for image in zip(*layers, strict=True)]

@@ -1,0 +1,201 @@
+"""Log-probs of a group's completions, the prompt and its image computed once.
+
+A prompt is 20 to 1,000 image tokens and a caption 10 to 20, yet the usual way runs G full copies
+of both.  Here each prompt and its G completions are one row, laid out as a tree (``tree.py``) in
+which a token attends to its own ancestors only, so that one forward pass over P rows gives the
+same log-probs and, gradients flowing through the shared keys and values, the same gradients.
+``naive_logprobs`` is the usual way, and the oracle.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayrl.learner.chunked import CHUNK_BYTES, Sampling, token_logprobs
+from rayrl.learner.families import (
+    FAMILIES,
+    Family,
+    Inputs,
+    bare_model,
+    encode_images,
+    refusal,
+)
+from rayrl.learner.naive import (
+    LogprobOutput,
+    check,
+    naive_logprobs,
+    naive_outputs,
+)
+from rayrl.learner.tree import GroupTree, build_tree
+
+__all__ = [
+    "LogprobOutput",
+    "naive_logprobs",
+    "naive_outputs",
+    "prefix_shared_logprobs",
+    "prefix_shared_outputs",
+]
+
+
+def prefix_shared_logprobs(
+    model: Any,
+    prompt_inputs: Inputs,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    temperature: float = 1.0,
+    banned_ids: Sequence[int] = (),
+) -> Tensor:
+    """Log-probs [P, G, T] of P groups of completions, each image and prompt computed once.
+
+    prompt_inputs: the processor's output for P prompts: input_ids [P, S] with one placeholder id
+        per image feature, attention_mask [P, S] (padded on either side), pixel_values, ...
+    completion_ids: [P, G, T]; completion_mask: [P, G, T], True on the sampled tokens, which come
+        first in each completion
+    temperature, banned_ids: as the tokens were sampled: logits are divided by the temperature and
+        those of banned ids are -inf
+
+    A model that cannot share the prefix is computed by ``naive_logprobs``, with a warning.
+
+    Raises ValueError where the inputs do not fit together, naming the prompt row.
+    """
+    return prefix_shared_outputs(
+        model, prompt_inputs, completion_ids, completion_mask, temperature, banned_ids
+    ).logprobs
+
+
+def prefix_shared_outputs(
+    model: Any,
+    prompt_inputs: Inputs,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    temperature: float = 1.0,
+    banned_ids: Sequence[int] = (),
+    *,
+    with_entropy: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> LogprobOutput:
+    """``prefix_shared_logprobs`` with the entropy; ``chunk_bytes`` bounds the logits in memory."""
+    bare = bare_model(model)
+    ids, mask = check(bare, prompt_inputs, completion_ids, completion_mask, temperature, banned_ids)
+    reason = refusal(bare)
+    if reason is not None:
+        _warn_once(type(bare).__name__, reason, ids.shape[1])
+        return naive_outputs(
+            model,
+            prompt_inputs,
+            completion_ids,
+            completion_mask,
+            temperature,
+            banned_ids,
+            with_entropy=with_entropy,
+        )
+    device = prompt_inputs["input_ids"].device
+    tree = build_tree(prompt_inputs["attention_mask"].cpu().bool(), ids, mask).to(device)
+    ids = ids.to(device)
+    hidden = _decode(bare, prompt_inputs, ids, tree)
+    picked, entropy = token_logprobs(
+        hidden.flatten(0, 1)[tree.rows],
+        bare.get_output_embeddings(),
+        tree.row,
+        ids.flatten()[tree.sampled],
+        Sampling(
+            temperature=temperature,
+            banned=tuple(banned_ids),
+            softcap=FAMILIES[bare.config.model_type].softcap(bare),
+        ),
+        with_entropy=with_entropy,
+        chunk_bytes=chunk_bytes,
+    )
+    zeros = torch.zeros(ids.numel(), device=device)
+    logprobs = zeros.index_put((tree.sampled,), picked).view(ids.shape)
+    if entropy is not None:
+        entropy = zeros.index_put((tree.sampled,), entropy[tree.row]).view(ids.shape)
+    return LogprobOutput(logprobs, entropy)
+
+
+def _decode(model: Any, inputs: Inputs, ids: Tensor, tree: GroupTree) -> Tensor:
+    """Hidden states [P, L, D] of the packed rows."""
+    family = FAMILIES[model.config.model_type]
+    decoder = family.decoder(model)
+    images = encode_images(model, inputs)
+    placeholder = _placeholders(inputs["input_ids"], model.config.image_token_id, images)
+    packed = torch.cat([inputs["input_ids"], ids.flatten(1)], dim=1).gather(1, tree.source)
+    at_image = tree.real & (tree.source < placeholder.shape[1])
+    at_image &= packed == model.config.image_token_id
+    embeds = model.get_input_embeddings()(packed.masked_fill(~tree.real | at_image, 0))
+    features = torch.cat(images, dim=1).to(embeds.dtype)
+    embeds = embeds.masked_scatter(at_image[..., None], features[0])
+    deepstack = {}
+    if family.deepstack:
+        deepstack = {"visual_pos_masks": at_image, "deepstack_visual_embeds": list(features[1:])}
+    output = decoder(
+        inputs_embeds=embeds,
+        attention_mask=_additive(_visible(family, inputs, tree), embeds),
+        position_ids=_positions(family.positions(model, inputs), inputs["attention_mask"], tree),
+        use_cache=False,
+        **deepstack,
+    )
+    return output.last_hidden_state
+
+
+def _positions(prompt: Tensor, prompt_mask: Tensor, tree: GroupTree) -> Tensor:
+    """[P, L] or [3, P, L]: the prompt's own positions, then counting on from the largest."""
+    following = prompt.masked_fill(prompt_mask == 0, -1).amax(-1, keepdim=True) + 1
+    column = tree.source.clamp(max=prompt.shape[-1] - 1)
+    in_trunk = tree.rank < tree.trunk[:, None]
+    own = prompt.gather(-1, column.expand(*prompt.shape[:-1], -1))
+    return torch.where(in_trunk, own, following + tree.rank - tree.trunk[:, None])
+
+
+def _visible(family: Family, inputs: Inputs, tree: GroupTree) -> Tensor:
+    """[P, L, L]: who attends to whom, both ways within the prompt where the family does so."""
+    types = inputs.get(family.token_types) if family.token_types else None
+    if types is None:
+        return tree.visible
+    column = tree.source.clamp(max=types.shape[1] - 1)
+    both_ways = tree.real & (tree.source < types.shape[1]) & (types.gather(1, column) == 0)
+    return tree.visible | (both_ways[:, :, None] & both_ways[:, None])
+
+
+def _additive(visible: Tensor, embeds: Tensor) -> Tensor:
+    """[P, 1, L, L]: 0 where visible, else the lowest number; made once for all layers."""
+    kind = embeds.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeds.dtype
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def _placeholders(input_ids: Tensor, image_id: int, images: Sequence[Tensor]) -> Tensor:
+    """[P, S] bool: where image features go, each prompt's images having one for every place."""
+    places = input_ids == image_id
+    sizes = [image.shape[1] for image in images]
+    for p, wanted in enumerate(places.sum(1).tolist()):
+        taken = 0
+        while taken < wanted and sizes:
+            taken += sizes.pop(0)
+        if taken != wanted:
+            raise ValueError(
+                f"prompt row {p}: {wanted} image placeholder ids (id {image_id}) "
+                f"for {taken} image features"
+            )
+    if sizes:
+        raise ValueError(
+            f"prompt row {len(places) - 1}: {sum(sizes)} image features are left over "
+            "after the last placeholder id"
+        )
+    return places
+
+
+@functools.cache
+def _warn_once(name: str, reason: str, copies: int) -> None:
+    warnings.warn(
+        f"{name} cannot share the prefix: {reason}. Its log-probs are computed with {copies} full "
+        f"copies of every image and prompt, up to {copies} times the work and memory.",
+        stacklevel=3,
+    )
