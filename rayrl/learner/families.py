@@ -131,8 +131,6 @@ def refusal(model: Any) -> str | None:
     if kind not in FAMILIES:
         return f"model type {kind!r} is not one of {', '.join(FAMILIES)}"
     text = model.config.get_text_config()
-    if text.is_encoder_decoder:
-        return f"its text part {text.model_type!r} is an encoder-decoder"
     if text._attn_implementation not in ("sdpa", "eager"):
         return (
             f"attention {text._attn_implementation!r} takes no tree mask; "

@@ -136,7 +136,7 @@ def _decode(model: Any, inputs: Inputs, ids: Tensor, tree: GroupTree) -> Tensor:
         deepstack = {"visual_pos_masks": at_image, "deepstack_visual_embeds": list(features[1:])}
     output = decoder(
         inputs_embeds=embeds,
-        attention_mask=_additive(_visible(family, inputs, tree), embeds),
+        attention_mask=_masks(model, inputs, tree, embeds),
         position_ids=_positions(family.positions(model, inputs), inputs["attention_mask"], tree),
         use_cache=False,
         **deepstack,
@@ -153,22 +153,36 @@ def _positions(prompt: Tensor, prompt_mask: Tensor, tree: GroupTree) -> Tensor:
     return torch.where(in_trunk, own, following + tree.rank - tree.trunk[:, None])
 
 
-def _visible(family: Family, inputs: Inputs, tree: GroupTree) -> Tensor:
-    """[P, L, L]: who attends to whom, both ways within the prompt where the family does so."""
+def _masks(model: Any, inputs: Inputs, tree: GroupTree, embeds: Tensor) -> Any:
+    """Attention masks [P, 1, L, L], 0 where visible and else the lowest number, made once for all
+    layers; one for each type of layer where some attend within a sliding window only."""
+    both_ways = _both_ways(FAMILIES[model.config.model_type], inputs, tree)
+
+    def additive(visible: Tensor) -> Tensor:
+        kind = embeds.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeds.dtype
+        hidden = ~visible if both_ways is None else ~(visible | both_ways)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
+
+    text = model.config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    if window is None or tree.visible.shape[-1] <= window:
+        return additive(tree.visible)
+    near = tree.visible & (tree.rank[:, :, None] - tree.rank[:, None] < window)
+    if getattr(text, "layer_types", None) is None:
+        return additive(near)
+    return {"full_attention": additive(tree.visible), "sliding_attention": additive(near)}
+
+
+def _both_ways(family: Family, inputs: Inputs, tree: GroupTree) -> Tensor | None:
+    """[P, L, L]: pairs of prompt tokens that see each other, in families that have them."""
     types = inputs.get(family.token_types) if family.token_types else None
     if types is None:
-        return tree.visible
+        return None
     column = tree.source.clamp(max=types.shape[1] - 1)
-    both_ways = tree.real & (tree.source < types.shape[1]) & (types.gather(1, column) == 0)
-    return tree.visible | (both_ways[:, :, None] & both_ways[:, None])
-
-
-def _additive(visible: Tensor, embeds: Tensor) -> Tensor:
-    """[P, 1, L, L]: 0 where visible, else the lowest number; made once for all layers."""
-    kind = embeds.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeds.dtype
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+    member = tree.real & (tree.source < types.shape[1]) & (types.gather(1, column) == 0)
+    return member[:, :, None] & member[:, None]
 
 
 def _placeholders(input_ids: Tensor, image_id: int, images: Sequence[Tensor]) -> Tensor:

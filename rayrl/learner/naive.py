@@ -112,6 +112,12 @@ def check(
     vocabulary = len(model.get_output_embeddings().weight)
     if outside := [i for i in banned_ids if not 0 <= i < vocabulary]:
         raise ValueError(f"banned ids {outside} are outside the vocabulary of {vocabulary}")
+    text = model.config.get_text_config()
+    if text.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__}: its text part {text.model_type!r} is an encoder-decoder, "
+            "want a decoder-only one"
+        )
     ids, mask = ids.cpu().long(), mask.cpu().bool()
     if ids.ndim != 3 or mask.shape != ids.shape:
         raise ValueError(
