@@ -75,11 +75,14 @@ def make_prompts(lengths=(9, 9, 9), side="left"):
 
 
 def make_completions():
-    """Unequal lengths (one token to all T); in each group two begin alike and two are equal."""
+    """Unequal lengths (one token to all T); in each group two are equal and two begin alike, in the
+    last group two differ in their first token alone."""
     torch.manual_seed(2)
     ids = torch.randint(4, VOCABULARY, (P, G, T))
     ids[:, 1, :3] = ids[:, 0, :3]
     ids[:, 3] = ids[:, 2]
+    ids[2, 1] = ids[2, 0]
+    ids[2, 1, 0] = 9 if ids[2, 0, 0] != 9 else 10
     lengths = torch.tensor([[6, 5, 3, 3], [1, 6, 2, 6], [4, 4, 6, 6]])
     return ids, torch.arange(T) < lengths[..., None]
 
@@ -230,8 +233,8 @@ def test_image_and_prompt_run_once(model):
     ids, mask = make_completions()
     prefix_shared_logprobs(model, make_prompts(), ids, mask)
     # 9 prompt tokens, then what a group's completions do not share, without each one's last token:
-    # row 0 has 5 + 1 + 2 + 0, row 1 0 + 5 + 0 + 5 and row 2 3 + 0 + 5 + 0.
-    assert seen == [3, (3, 9 + 10, 64)]
+    # row 0 has 5 + 1 + 2 + 0, row 1 0 + 5 + 0 + 5 and row 2 3 + 3 + 5 + 0.
+    assert seen == [3, (3, 9 + 11, 64)]
 
 
 @pytest.mark.parametrize("path", PATHS)
