@@ -124,7 +124,8 @@ class TrainBatch:
     """What the learner trains on: P images with G completions each.
 
     ``mask`` [P,G,T] is True on sampled tokens; it comes from lengths, never from pad ids, and the
-    EOS counts once.  ``prompt_token_ids`` and ``images`` hold one entry per image.
+    EOS counts once.  ``truncated`` [P,G] marks captions that ran into the length limit.
+    ``prompt_token_ids`` and ``images`` hold one entry per image.
     ``terms`` maps a reward term to [P,G]; ``greedy_rewards`` is [P] or None.
     """
 
@@ -136,6 +137,7 @@ class TrainBatch:
     rollout_logprobs: FloatArray
     rewards: FloatArray
     weight_versions: IntArray
+    truncated: BoolArray
     terms: Mapping[str, FloatArray] = field(default_factory=dict)
     greedy_rewards: FloatArray | None = None
 
@@ -146,6 +148,7 @@ class TrainBatch:
             ("rollout_logprobs", (p, g, t)),
             ("rewards", (p, g)),
             ("weight_versions", (p, g)),
+            ("truncated", (p, g)),
         ):
             got = getattr(self, name).shape
             if got != want:
@@ -170,8 +173,10 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepReport:
-    """What a learner step says of itself; ``weight_version`` grows by exactly one a step."""
+    """What a learner step says of itself; ``weight_version`` grows by exactly one a step.
+    ``advantages`` [P,G] are those that it trained with (means over tokens where they vary)."""
 
     step: int
     weight_version: int
     metrics: Mapping[str, float]
+    advantages: FloatArray

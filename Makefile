@@ -1,0 +1,44 @@
+# `make run` and `make test` set themselves up; nothing is installed outside .venv.
+PYTHON ?= python3.11
+PY := .venv/bin/python
+ARGS ?=
+OS := $(shell uname -s)
+
+# Linux gets the pinned list with vLLM for CPU; elsewhere the engine is transformers (`hf`).
+ifeq ($(OS),Linux)
+REQUIREMENTS := requirements/cpu.txt
+else
+REQUIREMENTS := requirements/macos.txt
+endif
+
+.PHONY: setup run test unit lint format types doctor clean
+
+setup: .venv/ready
+
+.venv/ready: $(REQUIREMENTS) requirements/dev.txt pyproject.toml scripts/setup.sh
+	sh scripts/setup.sh $(PYTHON) $(REQUIREMENTS)
+	touch $@
+
+run: setup
+	$(PY) jobs/grpo_coco.py $(ARGS)
+
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+unit: setup
+	$(PY) -m pytest tests/unit $(ARGS)
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+doctor: setup
+	$(PY) -m rayrl.doctor
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

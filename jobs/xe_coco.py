@@ -1,0 +1,16 @@
+"""Stage 1: train a captioner with cross-entropy on its reference captions (Ray Train).
+
+    python jobs/xe_coco.py --config jobs/coco.yaml --xe.steps 2000
+    ray job submit --working-dir . -- python jobs/xe_coco.py
+"""
+
+import sys
+from pathlib import Path
+
+# A job's working directory is not on the path, and rayrl need not be installed on a cluster.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rayrl.xe import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Joining a Ray cluster, or starting a local one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import ray
+
+
+def connect(num_cpus: float) -> bool:
+    """Connect this driver to Ray; returns whether a local Ray was started.
+
+    Inside a Ray job (or wherever RAY_ADDRESS is set) the driver joins that cluster.  Elsewhere it
+    starts a Ray of its own, and never joins one that somebody else left on this machine.
+    ``num_cpus`` is what the actors will ask for together: a local Ray offers at least that, for
+    its workers take turns on a small machine, where a cluster would have to grow.
+    """
+    if ray.is_initialized():
+        return False
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+        return False
+    package_root = str(Path(__file__).resolve().parents[2])
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, -(-int(num_cpus * 100) // 100)),
+        include_dashboard=False,
+        configure_logging=True,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+        # Workers import rayrl also where it is run from a clone without being installed.
+        runtime_env={"env_vars": {"PYTHONPATH": package_root}},
+    )
+    return True

@@ -1,0 +1,261 @@
+"""The workers of a run: rollout and reward actors that are replaced when they die.
+
+The driver submits every batch and every weight version itself, and Ray runs one caller's calls on
+an actor in the order of submission, so which version samples which batch is exact by construction.
+A replaced worker pulls the version that its lost batch was to be sampled with, samples the very
+same groups again (seeds belong to prompts), and then catches up.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from rayrl.actors.reward import RewardActor
+from rayrl.actors.rollout import RolloutActor
+from rayrl.config import Config
+from rayrl.engine.base import Sampling, request_seed
+from rayrl.rewards.cider import DocumentFrequency
+from rayrl.rewards.score import Dropped
+from rayrl.types import Completion, Prompt, ScoredGroup
+from rayrl.weights import ModelFiles
+
+log = logging.getLogger(__name__)
+
+_LOST = (RayActorError, GetTimeoutError)
+
+
+@dataclass
+class _Share:
+    """One worker's part of a batch."""
+
+    worker: int
+    prompts: list[Prompt]
+    seeds: list[int]
+    actor: Any = None
+    rollout: Any = None
+    scored: Any = None
+
+
+class _Load(NamedTuple):
+    """A version on its way to a worker; void once that worker was replaced."""
+
+    worker: int
+    actor: Any
+    version: int
+    ref: Any
+
+
+@dataclass
+class Pending:
+    """A batch on its way: sampled with ``version``, then scored."""
+
+    step: int
+    version: int
+    shares: list[_Share] = field(default_factory=list)
+
+
+class Fleet:
+    """Rollout and reward workers and the weight versions they pull.
+
+    ``files`` are the model's files.  The restart budget is the run's: past it, the first cause is
+    raised.
+    """
+
+    def __init__(
+        self, config: Config, files: ModelFiles, df: DocumentFrequency, *, greedy_baseline: bool
+    ) -> None:
+        self._config = config
+        self._files = ray.put(files)
+        self._df = ray.put(df)
+        self._sampling = Sampling(
+            group_size=config.train.group_size,
+            temperature=config.sampling.temperature,
+            max_tokens=config.sampling.max_tokens,
+            greedy_baseline=greedy_baseline,
+        )
+        self._rollout = [self._start_rollout() for _ in range(config.rollout.num_workers)]
+        self._reward = [self._start_reward() for _ in range(config.train.reward_workers)]
+        self._frozen: Any = None
+        self._versions: dict[int, Any] = {}
+        self._loads: list[_Load] = []
+        self._first_cause: Exception | None = None
+        self.restarts = 0
+
+    def publish(self, version: int, trained: Any, *, frozen: Any = None) -> None:
+        """Have every rollout worker pull a version before its next batch.
+
+        ``trained`` is a reference to the parameters that train, ``frozen`` to all parameters,
+        given with the first version.  As many versions are kept as batches in flight may need.
+        """
+        if frozen is not None:
+            self._frozen = frozen
+            self._versions.clear()
+        self._versions[version] = trained
+        for old in sorted(self._versions)[: -self._config.train.max_staleness - 2]:
+            del self._versions[old]
+        changed = self._config.model.trainable
+        for i, worker in enumerate(self._rollout):
+            refs = (self._frozen, trained) if frozen is not None else (trained,)
+            self._loads.append(_Load(i, worker, version, worker.load.remote(changed, *refs)))
+
+    def confirm(self, version: int) -> None:
+        """Wait until every worker has pulled ``version`` and those before it; a worker that does
+        not answer is replaced."""
+        due = [load for load in self._loads if load.version <= version]
+        self._loads = [load for load in self._loads if load.version > version]
+        for load in due:
+            if load.actor is not self._rollout[load.worker]:
+                continue
+            try:
+                held = ray.get(load.ref, timeout=self._config.rollout.timeout_s)
+            except _LOST as error:
+                self._replace_rollout(load.worker, error)
+                self._load(load.worker, max(self._versions))
+                continue
+            if held != load.version:
+                raise RuntimeError(
+                    f"rollout worker {load.worker} holds version {held}, want {load.version}"
+                )
+
+    def submit(self, step: int, version: int, prompts: Sequence[Prompt]) -> Pending:
+        """Send a step's prompts to be sampled with ``version`` and scored; does not wait."""
+        pending = Pending(step=step, version=version)
+        for i, part in enumerate(_split(list(prompts), len(self._rollout))):
+            if part:
+                seeds = [request_seed(self._config.seed, step, p.prompt_id) for p in part]
+                share = _Share(worker=i, prompts=part, seeds=seeds)
+                self._send(share, pending)
+                pending.shares.append(share)
+        return pending
+
+    def wait_rollouts(self, pending: Pending) -> None:
+        """Wait until every group of a batch is sampled, without fetching it: groups go from
+        worker to worker.  A worker that takes too long is replaced."""
+        for share in pending.shares:
+            limit = self._config.rollout.timeout_s
+            while not ray.wait([share.rollout], timeout=limit, fetch_local=False)[0]:
+                self._sample_again(share, pending, TimeoutError(f"no answer within {limit} s"))
+        self.confirm(pending.version)
+
+    def collect(self, pending: Pending) -> list[ScoredGroup | Dropped]:
+        """The batch's results in prompt order, scored or dropped with a reason.  Lost groups are
+        sampled or scored again."""
+        results: list[ScoredGroup | Dropped] = []
+        for share in pending.shares:
+            while True:
+                try:
+                    results += ray.get(share.scored, timeout=self._config.train.reward_timeout_s)
+                    break
+                except _LOST as error:
+                    self._recover(share, pending, error)
+        return results
+
+    def _recover(self, share: _Share, pending: Pending, error: Exception) -> None:
+        """Redo what was lost of a share: its groups, or only their scores."""
+        try:
+            ray.get(share.rollout, timeout=self._config.rollout.timeout_s)
+        except _LOST as lost:
+            self._sample_again(share, pending, lost)
+        else:
+            self._replace_reward(pending.step, share, error)
+
+    def greedy(self, prompts: Sequence[Prompt], version: int) -> list[Completion]:
+        """The arg-max captions of held-out prompts, in order."""
+        parts = _split(list(prompts), len(self._rollout))
+        tokens = self._config.sampling.max_tokens
+        refs = [
+            worker.greedy.remote(part, tokens, version)
+            for worker, part in zip(self._rollout, parts, strict=True)
+        ]
+        captions: list[Completion] = []
+        for i, part in enumerate(parts):
+            while True:
+                try:
+                    captions += ray.get(refs[i], timeout=self._config.rollout.timeout_s)
+                    break
+                except _LOST as error:
+                    self._replace_rollout(i, error)
+                    self._load(i, version)
+                    refs[i] = self._rollout[i].greedy.remote(part, tokens, version)
+        return captions
+
+    def shutdown(self) -> None:
+        """End every worker."""
+        for worker in [*self._rollout, *self._reward]:
+            ray.kill(worker)
+
+    def _send(self, share: _Share, pending: Pending) -> None:
+        share.actor = self._rollout[share.worker]
+        share.rollout = share.actor.generate.remote(
+            share.prompts, self._sampling, share.seeds, pending.version
+        )
+        reward = self._reward[(pending.step + share.worker) % len(self._reward)]
+        share.scored = reward.score.remote(share.rollout)
+
+    def _sample_again(self, share: _Share, pending: Pending, cause: Exception) -> None:
+        """Sample a lost share with its own version; the worker then returns to the newest."""
+        if share.actor is self._rollout[share.worker]:
+            self._replace_rollout(share.worker, cause)
+        self._load(share.worker, pending.version)
+        self._send(share, pending)
+        self._load(share.worker, max(self._versions))
+
+    def _load(self, i: int, version: int) -> None:
+        actor = self._rollout[i]
+        ref = actor.load.remote(self._config.model.trainable, self._frozen, self._versions[version])
+        self._loads.append(_Load(i, actor, version, ref))
+
+    def _start_rollout(self) -> Any:
+        rollout = self._config.rollout
+        threads = str(max(1, int(rollout.cpus)))
+        return RolloutActor.options(  # type: ignore[attr-defined]
+            num_cpus=rollout.cpus,
+            num_gpus=rollout.gpus,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+        ).remote(
+            self._files,
+            self._config.engine,
+            self._config.train.group_size,
+            self._config.model.trust_remote_code,
+        )
+
+    def _start_reward(self) -> Any:
+        return RewardActor.options(  # type: ignore[attr-defined]
+            num_cpus=self._config.train.reward_cpus
+        ).remote(self._config.reward, self._df)
+
+    def _replace_rollout(self, i: int, cause: Exception) -> None:
+        """A new worker, without weights yet, in place of a lost one."""
+        self._count_restart(f"rollout worker {i}", cause)
+        ray.kill(self._rollout[i])
+        self._rollout[i] = self._start_rollout()
+
+    def _replace_reward(self, step: int, share: _Share, cause: Exception) -> None:
+        index = (step + share.worker) % len(self._reward)
+        self._count_restart(f"reward worker {index}", cause)
+        ray.kill(self._reward[index])
+        self._reward[index] = self._start_reward()
+        share.scored = self._reward[index].score.remote(share.rollout)
+
+    def _count_restart(self, who: str, cause: Exception) -> None:
+        self._first_cause = self._first_cause or cause
+        self.restarts += 1
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        log.warning("%s was lost and is replaced: %s", who, reason)
+        if self.restarts > self._config.rollout.max_restarts:
+            raise RuntimeError(
+                f"{self.restarts} workers were lost, rollout.max_restarts allows "
+                f"{self._config.rollout.max_restarts}; the first cause follows"
+            ) from self._first_cause
+
+
+def _split(items: list[Prompt], parts: int) -> list[list[Prompt]]:
+    """Contiguous parts of nearly equal size, so that concatenating them restores the order."""
+    bounds = [len(items) * i // parts for i in range(parts + 1)]
+    return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]

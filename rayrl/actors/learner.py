@@ -1,0 +1,52 @@
+"""The learner actor: the update behind Ray."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from rayrl.batch import make_batch
+from rayrl.checkpoint import Checkpoint
+from rayrl.config import Config
+from rayrl.learner.learner import Learner
+from rayrl.objectives import build
+from rayrl.types import ScoredGroup, StepReport
+from rayrl.weights import ModelFiles, Weights, write_model_files
+
+
+@ray.remote
+class LearnerActor:
+    """Trains the policy.  ``files`` are those of the stage-1 model, the run's reference."""
+
+    def __init__(self, config: Config, files: ModelFiles) -> None:
+        with tempfile.TemporaryDirectory(prefix="rayrl-learner-") as folder:
+            self._learner = Learner(
+                write_model_files(files, Path(folder), with_weights=True),
+                model=config.model,
+                config=config.learner,
+                objective=build(config.objective),
+                temperature=config.sampling.temperature,
+                instruction=config.data.instruction,
+                total_steps=config.train.steps,
+                seed=config.seed,
+            )
+
+    def num_parameters(self) -> int:
+        return self._learner.num_parameters
+
+    def update(self, groups: Sequence[ScoredGroup]) -> StepReport:
+        """One step on whole groups."""
+        return self._learner.update(make_batch(groups))
+
+    def weights(self, *, trained_only: bool) -> Weights:
+        return self._learner.weights(trained_only=trained_only)
+
+    def checkpoint(self) -> Checkpoint:
+        return self._learner.checkpoint()
+
+    def restore(self, checkpoint: Checkpoint) -> int:
+        """Continue from a checkpoint; returns its step."""
+        return self._learner.restore(checkpoint)

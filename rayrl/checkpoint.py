@@ -1,0 +1,122 @@
+"""Checkpoints: a model folder that ``from_pretrained`` loads, plus what a resumed run needs.
+
+    checkpoints/step_40/   config.json, model.safetensors, tokenizer …   the captioner
+                           trainer.safetensors, trainer.json             optimizer, positions
+    checkpoints/latest     a link to the newest whole one
+
+A checkpoint is written beside its place and renamed into it, so a crash or a full disk leaves the
+previous one whole.  No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from rayrl.weights import ModelFiles, read_model_files
+
+_TENSORS, _META = "trainer.safetensors", "trainer.json"
+_STEP_FOLDER = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A run after ``step`` steps: the model's files, the trainer's arrays (optimizer moments, …)
+    and ``meta`` (JSON: weight version, fingerprints, the objective's state, …)."""
+
+    step: int
+    model_files: ModelFiles
+    arrays: Mapping[str, np.ndarray]
+    meta: Mapping[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write ``folder/step_N``, point ``folder/latest`` at it, and remove all but the ``keep``
+    newest.  On OSError (a full disk) nothing half-written stays and ``latest`` is untouched."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"step_{checkpoint.step}"
+    partial = folder / f".step_{checkpoint.step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        for name, content in checkpoint.model_files.items():
+            _write(partial / name, content.tobytes())
+        _write(partial / _TENSORS, save(dict(checkpoint.arrays)))
+        meta = {"step": checkpoint.step, **checkpoint.meta}
+        _write(partial / _META, json.dumps(meta, indent=1).encode())
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    link = folder / ".latest.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(place.name)
+    os.replace(link, folder / "latest")
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(folder / f"step_{old}", ignore_errors=True)
+    return place
+
+
+def _write(file: Path, content: bytes) -> None:
+    with file.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def list_checkpoints(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in ``folder``, in ascending order."""
+    if not folder.is_dir():
+        return []
+    found = (_STEP_FOLDER.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read ``step_N`` or ``latest``.
+
+    Raises FileNotFoundError when there is none, ValueError when it is not a checkpoint."""
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no checkpoint to resume from")
+    meta_file, tensors = folder / _META, folder / _TENSORS
+    for file in (meta_file, tensors):
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder}: no {file.name}, so it is not a run's checkpoint")
+    try:
+        meta = json.loads(meta_file.read_text())
+        arrays = load_file(tensors)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{folder}: damaged checkpoint: {error}") from None
+    files = {k: v for k, v in read_model_files(folder).items() if k not in (_META, _TENSORS)}
+    return Checkpoint(step=int(meta["step"]), model_files=files, arrays=arrays, meta=meta)
+
+
+def split_state(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """An objective's state (a flat mapping) as arrays and JSON values."""
+    arrays, values = {}, {}
+    for name, value in state.items():
+        if isinstance(value, np.ndarray):
+            arrays[f"objective/{name}"] = value
+        elif hasattr(value, "numpy"):
+            arrays[f"objective/{name}"] = value.detach().cpu().numpy()
+        else:
+            values[name] = value
+    return arrays, values
+
+
+def join_state(values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Inverse of :func:`split_state`; tensors come back as arrays."""
+    prefix = "objective/"
+    mine = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    return {**values, **mine}

@@ -1,0 +1,202 @@
+"""From YAML and the command line to a :class:`Config`: `--config FILE --learner.lr 1e-5 …`.
+
+Later sources win: defaults, then the file, then the overrides.  An unknown key, in the file or on
+the command line, is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+from rayrl.config import Config
+
+
+class Invocation(NamedTuple):
+    """What a job was asked to do."""
+
+    config: Config
+    dry_run: bool
+    resume: bool
+
+
+class UsageError(ValueError):
+    """The command line or the file asks for something that does not exist or cannot be."""
+
+
+def parse(argv: Sequence[str], *, program: str, description: str) -> Invocation:
+    """Read a job's command line; prints help or an error and exits where one is due."""
+    try:
+        return _parse(list(argv), program, description)
+    except UsageError as error:
+        _fail(program, str(error))
+
+
+def load(file: Path | None, overrides: Sequence[str] = (), *, program: str = "rayrl") -> Config:
+    """A configuration from a YAML file (or the defaults) and dotted overrides.
+
+    Raises UsageError, whose text is one line a problem.
+    """
+    values = _read_yaml(file) if file else {}
+    _check_keys(values, str(file))
+    _check_flags(overrides)
+    values = _merged(values, _overrides(overrides, program, ""))
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in e['loc']) or 'config'}: {_message(e)}"
+            for e in error.errors()
+        ]
+        raise UsageError("\n".join(lines)) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, the way `--config` reads it."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def describe(config: Config) -> str:
+    """The resolved sizes in words, for `--dry-run`."""
+    train, learner = config.train, config.learner
+    images, captions = train.images_per_step, config.captions_per_step
+    per_update = images // learner.minibatches
+    micro = -(-per_update // learner.micro_batch_images)
+    updates = learner.inner_epochs * learner.minibatches
+    ahead = train.max_staleness
+    lines = [
+        f"a step: {images} images x {train.group_size} captions = {captions} captions "
+        f"of up to {config.sampling.max_tokens} tokens",
+        f"the update: {updates} optimizer step{'s' * (updates > 1)} a step, each of {per_update} "
+        f"images in {micro} micro-batch{'es' * (micro > 1)}",
+        f"the run: {train.steps} steps = {train.steps * captions} captions, "
+        + (
+            "sampled with the newest weights" if not ahead else f"sampled up to {ahead} steps ahead"
+        ),
+        f"workers: {config.rollout.num_workers} rollout, {train.reward_workers} reward, 1 learner",
+        f"stage 1: {config.xe.steps} cross-entropy steps of {config.xe.images_per_step} images x "
+        f"{config.xe.captions_per_image} captions",
+        f"objective: {config.objective.preset}; data: {config.data.source}; "
+        f"model: {config.model.path}; run folder: {config.run_folder}",
+    ]
+    return "\n".join(lines)
+
+
+def _parse(argv: list[str], program: str, description: str) -> Invocation:
+    parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--resume", action="store_true")
+    known, rest = parser.parse_known_args(argv)
+    if "--help" in rest or "-h" in rest:
+        _overrides(["--help"], program, description)
+    return Invocation(load(known.config, rest, program=program), known.dry_run, known.resume)
+
+
+def _overrides(flags: Sequence[str], program: str, description: str) -> dict[str, Any]:
+    """Dotted flags as a nested dictionary, parsed and typed by pydantic-settings."""
+    epilog = (
+        "  --config FILE  read this YAML first    --dry-run  print the resolved sizes and stop    "
+        "--resume  continue from the run folder's latest checkpoint"
+    )
+
+    class Flags(BaseSettings, Config):
+        model_config = SettingsConfigDict(
+            cli_prog_name=program, nested_model_default_partial_update=True
+        )
+
+    Flags.__doc__ = f"{description}\n\n{epilog}"
+    source = CliSettingsSource[Any](
+        Flags, cli_parse_args=list(flags), cli_hide_none_type=True, cli_avoid_json=True
+    )
+    return dict(source())
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UsageError(f"--config {file}: no such file")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{file}: want a mapping of sections, got {type(values).__name__}")
+    return values
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the tree, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _free_form(key: str) -> bool:
+    """Whether ``key`` lies inside a mapping whose keys are the user's own (reward terms …)."""
+    model: Any = Config
+    for part in key.split("."):
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return True
+        if part not in model.model_fields:
+            return False
+        model = model.model_fields[part].annotation
+    return False
+
+
+def _check_keys(values: dict[str, Any], where: str, prefix: str = "") -> None:
+    keys = set(known_keys())
+    for name, value in values.items():
+        dotted = f"{prefix}{name}"
+        if dotted not in keys and not _free_form(dotted):
+            raise UsageError(f"{where}: unknown key {dotted!r}{_nearest(dotted, keys)}")
+        if isinstance(value, dict):
+            _check_keys(value, where, f"{dotted}.")
+
+
+def _check_flags(flags: Sequence[str]) -> None:
+    keys = set(known_keys())
+    for flag in flags:
+        if not flag.startswith("--"):
+            continue
+        dotted = flag[2:].partition("=")[0]
+        if dotted not in keys and not _free_form(dotted):
+            raise UsageError(f"unknown option --{dotted}{_nearest(dotted, keys)}")
+
+
+def _nearest(key: str, keys: set[str]) -> str:
+    """The nearest known key: whole, else by its last part alone (`--lr` for `--learner.lr`)."""
+    near = difflib.get_close_matches(key, sorted(keys), n=1, cutoff=0.75)
+    last = key.rpartition(".")[2]
+    near = near or [k for k in sorted(keys) if k.rpartition(".")[2] == last][:1]
+    near = near or difflib.get_close_matches(key, sorted(keys), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+def _message(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = error.get("input")
+    shown = "" if isinstance(given, dict | BaseModel) else f" (got {given!r})"
+    return message + shown
+
+
+def _fail(program: str, text: str) -> NoReturn:
+    for line in text.splitlines():
+        print(f"{program}: {line}", file=sys.stderr)
+    raise SystemExit(2)

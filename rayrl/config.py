@@ -1,0 +1,258 @@
+"""The configuration tree: one frozen section a part, no unknown keys, defaults for a laptop.
+
+The defaults are a complete run: the tiny captioner on generated pictures, two cores, no GPU.
+:mod:`rayrl.cli` reads it from YAML and dotted command-line overrides.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from rayrl.data.config import DataConfig
+from rayrl.objectives.config import ObjectiveConfig
+from rayrl.rewards.config import RewardConfig
+from rayrl.section import Section
+
+Part = Literal["vision", "connector", "language"]
+Backend = Literal["auto", "vllm", "hf"]
+
+
+class TinyConfig(Section):
+    """Sizes of the tiny captioner, an Idefics3 built here; head sizes of 32 suit vLLM on CPU."""
+
+    image_size: int = 64
+    """Pixels a side; pictures are resized to this square."""
+    patch_size: int = 8
+    """Pixels a side of a vision patch."""
+    pixel_shuffle: int = 2
+    """Patches a side that are folded into one image token."""
+    vision_width: int = 96
+    """Hidden size of the vision tower."""
+    vision_layers: int = 3
+    """Layers of the vision tower."""
+    text_width: int = 128
+    """Hidden size of the language model."""
+    text_layers: int = 4
+    """Layers of the language model."""
+    vocab_size: int = Field(default=1024, ge=300)
+    """Size of the BPE vocabulary; never more than the captions support."""
+    max_positions: int = 256
+    """Longest sequence, image tokens included."""
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> TinyConfig:
+        grid = self.image_size // self.patch_size
+        if self.image_size % self.patch_size or grid % self.pixel_shuffle:
+            raise ValueError(
+                f"image_size {self.image_size}: {self.patch_size}-pixel patches folded "
+                f"{self.pixel_shuffle} by {self.pixel_shuffle} do not tile it"
+            )
+        for name in ("vision_width", "text_width"):
+            if getattr(self, name) % 32:
+                raise ValueError(f"{name} {getattr(self, name)}: want a multiple of 32 (head size)")
+        return self
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.image_size // self.patch_size // self.pixel_shuffle) ** 2
+
+
+class ModelConfig(Section):
+    """Which captioner is trained."""
+
+    path: str = "tiny"
+    """`tiny` (built from `tiny`), a local folder, or a hub name; all load with from_pretrained."""
+    tiny: TinyConfig = TinyConfig()
+    """Sizes of the tiny captioner."""
+    trainable: tuple[Part, ...] = ("vision", "connector", "language")
+    """Parts that train; a frozen vision tower keeps its cached image features valid."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights in the learner."""
+    trust_remote_code: bool = False
+    """Run code that a model folder brings along.  Only for folders you trust."""
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> ModelConfig:
+        if not self.trainable:
+            raise ValueError("trainable is empty: name at least one of vision, connector, language")
+        return self
+
+
+class EngineConfig(Section):
+    """How captions are sampled."""
+
+    backend: Backend = "auto"
+    """`vllm`, `hf` (transformers, for machines without vLLM), or `auto`: vLLM if importable."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights in the engine."""
+    kv_cache_mb: PositiveInt = 128
+    """Memory of one engine's key-value cache, in MiB; never guessed from the machine."""
+    max_model_len: PositiveInt = 128
+    """Longest sequence, image tokens and caption together."""
+    max_concurrency: PositiveInt = 256
+    """Captions that one engine decodes at once."""
+    enforce_eager: bool = True
+    """Skip graph capture and compilation: starts sooner, decodes large models slower."""
+
+
+class SamplingConfig(Section):
+    """How training captions are drawn; top-k and top-p do not exist here on purpose."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits, in the engine and in the learner alike."""
+    max_tokens: PositiveInt = 24
+    """Longest caption in tokens, the end token included."""
+
+
+class XeConfig(Section):
+    """Stage 1: cross-entropy on the reference captions (skipped when `steps` is 0)."""
+
+    steps: NonNegativeInt = 500
+    """Optimizer steps."""
+    images_per_step: PositiveInt = 32
+    """Images of a step, over all workers; each brings `captions_per_image` captions."""
+    captions_per_image: PositiveInt = 5
+    """References of an image that a step trains on."""
+    lr: PositiveFloat = 2e-3
+    """Peak learning rate; 10 % linear warm-up, then cosine to a tenth."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """AdamW weight decay."""
+    grad_clip: PositiveFloat = 1.0
+    """Largest gradient norm."""
+    snapshot_every: PositiveInt = 100
+    """Steps between weight snapshots, from which the cross-entropy line of the report is drawn."""
+    num_workers: PositiveInt = 1
+    """Data-parallel Ray Train workers."""
+    control: bool = True
+    """After the run, train on with cross-entropy for as long as the objective trained, so that
+    the report shows what more of stage 1 would have given."""
+
+
+class RolloutConfig(Section):
+    """The rollout workers."""
+
+    num_workers: PositiveInt = 1
+    """Engines, one an actor."""
+    cpus: PositiveFloat = 2.0
+    """CPUs of a worker, and its threads."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of a worker."""
+    timeout_s: PositiveFloat = 600.0
+    """A worker that has not answered for this long counts as dead."""
+    max_restarts: NonNegativeInt = 3
+    """Workers that may be replaced in a run before it fails with the first cause."""
+
+
+class LearnerConfig(Section):
+    """The update."""
+
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW weight decay."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW moment decays."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up, to 0 at the last step."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    grad_clip: PositiveFloat = 1.0
+    """Largest gradient norm."""
+    inner_epochs: PositiveInt = 1
+    """Passes over the captions of a step."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps a pass; the images of a step are shuffled into this many parts."""
+    micro_batch_images: PositiveInt = 32
+    """Images whose groups go through the model at once; changes memory, not results."""
+    prefix_shared: bool = True
+    """Run image and prompt once a group; off is the naive way, for comparison."""
+    cpus: PositiveFloat = 2.0
+    """CPUs of the learner, and its threads."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of the learner."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: PositiveInt = 150
+    """Steps of the objective; every step is one weight version."""
+    images_per_step: PositiveInt = 32
+    """Images of a step."""
+    group_size: PositiveInt = 8
+    """Captions sampled for an image."""
+    max_staleness: NonNegativeInt = 0
+    """0: sample with the newest weights; s: sampling runs s steps ahead of the learner."""
+    eval_every: PositiveInt = 25
+    """Steps between held-out evaluations (greedy captions, CIDEr-D)."""
+    eval_images: PositiveInt = 200
+    """Held-out images of an evaluation."""
+    checkpoint_every: PositiveInt = 50
+    """Steps between checkpoints; the last step is always one."""
+    keep_checkpoints: PositiveInt = 2
+    """Checkpoints that stay on disk."""
+    samples_every: PositiveInt = 10
+    """Steps between logged groups."""
+    reward_workers: PositiveInt = 1
+    """Reward actors."""
+    reward_cpus: PositiveFloat = 0.25
+    """CPUs of a reward actor."""
+    reward_timeout_s: PositiveFloat = 120.0
+    """Longest wait for a batch of rewards."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+
+
+class Config(Section):
+    """Everything a run depends on; saved resolved in the run folder."""
+
+    run_folder: str = "runs/grpo_coco"
+    """Where metrics, samples, checkpoints and the report go."""
+    seed: NonNegativeInt = 0
+    """Seed of everything that is random."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    xe: XeConfig = XeConfig()
+    engine: EngineConfig = EngineConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    learner: LearnerConfig = LearnerConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Config:
+        images = self.train.images_per_step
+        if images % self.learner.minibatches:
+            raise ValueError(
+                f"train.images_per_step {images} does not divide into "
+                f"learner.minibatches {self.learner.minibatches}"
+            )
+        if self.xe.images_per_step % self.xe.num_workers:
+            raise ValueError(
+                f"xe.images_per_step {self.xe.images_per_step} does not divide into "
+                f"xe.num_workers {self.xe.num_workers}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _caption_fits(self) -> Config:
+        if self.model.path != "tiny":
+            return self
+        image = self.model.tiny.image_tokens
+        want = image + self.sampling.max_tokens
+        have = min(self.engine.max_model_len, self.model.tiny.max_positions)
+        if want >= have:
+            raise ValueError(
+                f"{image} image tokens and captions of {self.sampling.max_tokens} tokens leave no "
+                f"room for the instruction within {have} positions "
+                "(engine.max_model_len, model.tiny.max_positions)"
+            )
+        return self
+
+    @property
+    def captions_per_step(self) -> int:
+        return self.train.images_per_step * self.train.group_size

@@ -1,0 +1,87 @@
+"""What every rollout engine offers: tokens in, tokens and their log-probs out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rayrl.config import EngineConfig, Part
+from rayrl.types import Completion, Prompt, RolloutGroup
+from rayrl.weights import Weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the captions of a group are drawn: ``group_size`` samples at ``temperature`` from the
+    full vocabulary (no top-k or top-p, which the learner's softmax could not follow), up to
+    ``max_tokens``; ``greedy_baseline`` adds the arg-max caption (SCST)."""
+
+    group_size: int
+    temperature: float
+    max_tokens: int
+    greedy_baseline: bool = False
+
+
+class RolloutEngine(Protocol):
+    """An engine holds one version of the weights and samples from it."""
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the loaded weights; -1 before the first load."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[RolloutGroup]:
+        """One group a prompt.  Equal seeds and weights give equal groups, whatever else is in the
+        batch."""
+
+    def greedy(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
+        """The arg-max caption of each prompt."""
+
+    def load_weights(self, weights: Weights, *, changed: Sequence[Part]) -> None:
+        """Apply a version and drop every cache that it made stale.  ``changed`` names the parts
+        whose values may differ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSetup:
+    """All an engine needs to start: a folder with configuration and tokenizer (weights are pulled
+    later), its settings, and whether the folder's own code may run."""
+
+    folder: Path
+    config: EngineConfig
+    group_size: int
+    trust_remote_code: bool = False
+
+
+def request_seed(run_seed: int, step: int, prompt_id: str) -> int:
+    """The seed of one group, so that a group sampled again is the same group.
+
+    A multiple of 1024, because sample i of a group uses seed + i and groups must not overlap.
+    """
+    digest = hashlib.blake2b(f"{run_seed}|{step}|{prompt_id}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big") % 2**42 * 1024
+
+
+def make_engine(setup: EngineSetup) -> RolloutEngine:
+    """The engine that the configuration asks for."""
+    backend = setup.config.backend
+    if backend == "auto":
+        backend = "vllm" if vllm_importable() else "hf"
+    if backend == "vllm":
+        from rayrl.engine.vllm import VllmEngine
+
+        return VllmEngine(setup)
+    from rayrl.engine.hf import HfEngine
+
+    return HfEngine(setup)
+
+
+def vllm_importable() -> bool:
+    """Whether a vLLM is installed (it is not imported, which would take seconds)."""
+    import importlib.util
+
+    return importlib.util.find_spec("vllm") is not None

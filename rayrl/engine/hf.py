@@ -1,0 +1,189 @@
+"""The transformers engine: slower than vLLM, runs wherever torch runs, and is its oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayrl.config import Part
+from rayrl.engine.base import EngineSetup, Sampling
+from rayrl.types import Completion, Prompt, RolloutGroup
+from rayrl.vlm import banned_ids, eos_ids, load_processor, prompt_inputs
+from rayrl.weights import Weights, load_into
+
+
+class HfEngine:
+    """Samples with ``generate``.  Starts with random weights at version -1 and refuses to sample
+    until a version was loaded."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+
+        trust = setup.trust_remote_code
+        config = AutoConfig.from_pretrained(setup.folder, trust_remote_code=trust)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = AutoModelForImageTextToText.from_config(
+            config, dtype=getattr(torch, setup.config.dtype), trust_remote_code=trust
+        )
+        self._model.to(self._device).eval()
+        if (setup.folder / "generation_config.json").is_file():
+            self._model.generation_config = GenerationConfig.from_pretrained(setup.folder)
+        self._processor = load_processor(setup.folder, trust_remote_code=trust)
+        self._eos = eos_ids(self._model, self._processor)
+        self._banned = banned_ids(config, self._processor)
+        self._rows = max(1, setup.config.max_concurrency)
+        self._version = -1
+
+    @property
+    def weight_version(self) -> int:
+        return self._version
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[RolloutGroup]:
+        groups = []
+        size = max(1, self._rows // sampling.group_size)
+        for start in range(0, len(prompts), size):
+            part, part_seeds = prompts[start : start + size], seeds[start : start + size]
+            drawn = self._sample(part, sampling, part_seeds)
+            greedy: list[Completion | None] = [None] * len(part)
+            if sampling.greedy_baseline:
+                greedy = list(self.greedy(part, sampling.max_tokens))
+            for i, (prompt, ids) in enumerate(zip(part, drawn.prompt_ids, strict=True)):
+                rows = range(i * sampling.group_size, (i + 1) * sampling.group_size)
+                groups.append(
+                    RolloutGroup(
+                        prompt=prompt,
+                        prompt_token_ids=ids,
+                        completions=tuple(drawn.completions[row] for row in rows),
+                        group_size=sampling.group_size,
+                        greedy=greedy[i],
+                    )
+                )
+        return groups
+
+    def greedy(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
+        sampling = Sampling(group_size=1, temperature=1.0, max_tokens=max_tokens)
+        completions = []
+        for start in range(0, len(prompts), self._rows):
+            part = prompts[start : start + self._rows]
+            completions += self._sample(part, sampling, None).completions
+        return completions
+
+    def load_weights(self, weights: Weights, *, changed: Sequence[Part]) -> None:
+        weights.verify()
+        self._version = -1
+        load_into(self._model, weights)
+        self._version = weights.version
+
+    def _sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int] | None
+    ) -> _Drawn:
+        if self._version < 0:
+            raise RuntimeError("the engine holds no weights yet: load a version before sampling")
+        from transformers import LogitsProcessorList
+
+        inputs = prompt_inputs(
+            self._processor, [p.image for p in prompts], [p.text for p in prompts]
+        ).to(self._device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
+        chooser = _Chooser(
+            banned=self._banned,
+            temperature=sampling.temperature,
+            generators=None
+            if seeds is None
+            else [
+                torch.Generator().manual_seed(seed + i)
+                for seed in seeds
+                for i in range(sampling.group_size)
+            ],
+        )
+        with torch.inference_mode():
+            sequences = self._model.generate(
+                **inputs,
+                # The chooser leaves one finite score a row, so that sampling is its choice.
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=sampling.group_size,
+                max_new_tokens=sampling.max_tokens,
+                eos_token_id=list(self._eos),
+                pad_token_id=self._eos[0],
+                logits_processor=LogitsProcessorList([chooser]),
+            )
+        width = inputs["input_ids"].shape[1]
+        new_ids = sequences[:, width:].cpu().numpy().astype(np.int32)
+        logprobs = torch.stack(chooser.logprobs, dim=1).numpy()
+        completions = [
+            self._completion(ids, row) for ids, row in zip(new_ids, logprobs, strict=True)
+        ]
+        mask = inputs["attention_mask"].bool().cpu()
+        ids = inputs["input_ids"].cpu()
+        prompt_ids = [
+            row[keep].numpy().astype(np.int32) for row, keep in zip(ids, mask, strict=True)
+        ]
+        return _Drawn(prompt_ids, completions)
+
+    def _completion(self, ids: np.ndarray, logprobs: np.ndarray) -> Completion:
+        ends = np.flatnonzero(np.isin(ids, self._eos))
+        length = int(ends[0]) + 1 if len(ends) else len(ids)
+        text = self._processor.tokenizer.decode(ids[:length].tolist(), skip_special_tokens=True)
+        return Completion(
+            token_ids=ids[:length],
+            logprobs=logprobs[:length],
+            text=text.strip(),
+            finish_reason="stop" if len(ends) else "length",
+            weight_version=self._version,
+        )
+
+
+class _Drawn:
+    """Prompt ids without padding and the completions, prompt by prompt."""
+
+    def __init__(self, prompt_ids: list[np.ndarray], completions: list[Completion]) -> None:
+        self.prompt_ids = prompt_ids
+        self.completions = completions
+
+
+class _Chooser:
+    """A logits processor that draws each row's token from that row's own generator (or takes the
+    arg-max), records its log-prob, and leaves only that token finite.
+
+    ``generate`` itself draws all rows from one stream, which would make a group depend on what
+    else is in the batch.  Drawing is Gumbel-max on temperature-scaled log-probs.
+    """
+
+    def __init__(
+        self,
+        *,
+        banned: Sequence[int],
+        temperature: float,
+        generators: list[torch.Generator] | None,
+    ) -> None:
+        self._banned = list(banned)
+        self._temperature = temperature
+        self._generators = generators
+        self.logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = scores.float() / self._temperature
+        logits[:, self._banned] = -torch.inf
+        logprobs = logits.log_softmax(-1)
+        chosen = self._choose(logprobs)
+        self.logprobs.append(logprobs.gather(1, chosen[:, None])[:, 0].cpu())
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+    def _choose(self, logprobs: torch.Tensor) -> torch.Tensor:
+        if self._generators is None:
+            return logprobs.argmax(-1)
+        uniform: list[Any] = [
+            torch.rand(logprobs.shape[1], generator=generator, dtype=torch.float64)
+            for generator in self._generators
+        ]
+        noise = -torch.log(-torch.log(torch.stack(uniform).clamp(1e-300, 1 - 1e-16)))
+        return (logprobs.double().cpu() + noise).argmax(-1).to(logprobs.device)

@@ -1,0 +1,250 @@
+"""The vLLM engine: one in-process ``LLM``, tensor parallelism 1, weights pulled by version."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rayrl.config import Part
+from rayrl.engine.base import EngineSetup, Sampling
+from rayrl.types import Completion, Prompt, RolloutGroup
+from rayrl.vlm import banned_ids, decode_image, load_processor, prompt_text
+from rayrl.weights import Weights
+
+# Read by vLLM when it is imported, so they are set before.
+_ENVIRONMENT = {
+    # One process: an engine lives and dies with its actor, and loads in a fraction of the time.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Several engines share a host; vLLM would bind all of them to the same cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # The weight transfer is our own, so nothing is looked up on a network.
+    "HF_HUB_OFFLINE": "1",
+}
+_TRANSFER_BACKEND = "rayrl"
+# The learner masks banned tokens outright; after softmax a bias of -100 is the same to 1e-40.
+_BAN_BIAS = -100.0
+
+
+class VllmEngine:
+    """Samples groups with vLLM.  Starts with random weights at version -1 and refuses to sample
+    until a version was loaded."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        llm_class, self._sampling_params = _import_vllm()
+        from transformers import AutoConfig
+        from vllm.config import WeightTransferConfig
+
+        config = setup.config
+        self._version = -1
+        self._processor = load_processor(setup.folder, trust_remote_code=setup.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(
+            setup.folder, trust_remote_code=setup.trust_remote_code
+        )
+        self._bias = dict.fromkeys(banned_ids(model_config, self._processor), _BAN_BIAS)
+        self._llm = llm_class(
+            model=str(setup.folder),
+            load_format="dummy",
+            dtype=config.dtype,
+            trust_remote_code=setup.trust_remote_code,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_concurrency,
+            max_num_batched_tokens=max(2048, config.max_model_len),
+            kv_cache_memory_bytes=config.kv_cache_mb * 2**20,
+            enforce_eager=config.enforce_eager,
+            logprobs_mode="processed_logprobs",
+            limit_mm_per_prompt={"image": 1},
+            mm_processor_cache_gb=0.25,
+            weight_transfer_config=WeightTransferConfig(backend=_TRANSFER_BACKEND),
+            disable_log_stats=True,
+            **_platform_arguments(),
+        )
+        _silence_thread_warnings()
+        self._prompt_ids: dict[str, list[int]] = {}
+
+    @property
+    def weight_version(self) -> int:
+        return self._version
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[RolloutGroup]:
+        self._check_loaded()
+        parameters = [
+            self._sampling_params(
+                n=sampling.group_size,
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_tokens,
+                seed=seed,
+                logprobs=0,
+                logit_bias=self._bias,
+            )
+            for _, seed in zip(prompts, seeds, strict=True)
+        ]
+        outputs = self._llm.generate(self._inputs(prompts), parameters, use_tqdm=False)
+        greedy: list[Completion | None] = [None] * len(prompts)
+        if sampling.greedy_baseline:
+            greedy = list(self.greedy(prompts, sampling.max_tokens))
+        return [
+            RolloutGroup(
+                prompt=prompt,
+                prompt_token_ids=np.asarray(output.prompt_token_ids, np.int32),
+                completions=tuple(self._completion(one) for one in output.outputs),
+                group_size=sampling.group_size,
+                greedy=baseline,
+            )
+            for prompt, output, baseline in zip(prompts, outputs, greedy, strict=True)
+        ]
+
+    def greedy(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
+        self._check_loaded()
+        parameters = self._sampling_params(
+            temperature=0.0, max_tokens=max_tokens, logprobs=0, logit_bias=self._bias
+        )
+        outputs = self._llm.generate(self._inputs(prompts), parameters, use_tqdm=False)
+        return [self._completion(output.outputs[0]) for output in outputs]
+
+    def load_weights(self, weights: Weights, *, changed: Sequence[Part]) -> None:
+        weights.verify()
+        # A failed update leaves the model unusable, so the version goes first and returns last.
+        self._version = -1
+        self._llm.start_weight_update()
+        self._llm.update_weights({"update_info": {"weights": weights}})
+        self._llm.finish_weight_update(str(weights.version))
+        self._drop_stale_caches(changed)
+        self._version = weights.version
+
+    def _drop_stale_caches(self, changed: Sequence[Part]) -> None:
+        """Key-values are stale after any update; image embeddings only when what makes them
+        moved.  vLLM keys both by the image, not by the weights, and keeps serving old ones."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+        if {"vision", "connector"} & set(changed):
+            self._llm.reset_mm_cache()
+            self._llm.llm_engine.reset_encoder_cache()
+
+    def _check_loaded(self) -> None:
+        if self._version < 0:
+            raise RuntimeError("the engine holds no weights yet: load a version before sampling")
+
+    def _inputs(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt_token_ids": self._unexpanded(prompt.text),
+                "multi_modal_data": {"image": decode_image(prompt.image)},
+            }
+            for prompt in prompts
+        ]
+
+    def _unexpanded(self, instruction: str) -> list[int]:
+        """Prompt ids with one placeholder for the image: vLLM expands it, and would expand
+        expanded ones again."""
+        if instruction not in self._prompt_ids:
+            text = prompt_text(self._processor, instruction)
+            self._prompt_ids[instruction] = self._processor.tokenizer(
+                text, add_special_tokens=False
+            )["input_ids"]
+        return self._prompt_ids[instruction]
+
+    def _completion(self, output: Any) -> Completion:
+        ids = list(output.token_ids)
+        # By token id, not by position: the dictionary may hold more than the sampled token.
+        logprobs = [step[i].logprob for i, step in zip(ids, output.logprobs, strict=True)]
+        return Completion(
+            token_ids=np.asarray(ids, np.int32),
+            logprobs=np.asarray(logprobs, np.float32),
+            text=output.text.strip(),
+            finish_reason=output.finish_reason,
+            weight_version=self._version,
+        )
+
+
+def _platform_arguments() -> dict[str, Any]:
+    import torch
+
+    if torch.cuda.is_available():
+        return {}
+    # Smaller blocks let short prompts share their key-values; 32 is the smallest on CPU.
+    return {"block_size": 32}
+
+
+def _silence_thread_warnings() -> None:
+    """On CPU vLLM replaces torch.set_num_threads by a stub that logs a warning at every step, and
+    warns of every layer that a partial update leaves alone."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads = lambda num_threads: None  # type: ignore[assignment]
+    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+
+
+def _import_vllm() -> tuple[Any, Any]:
+    """Import vLLM with the environment that an in-process engine needs; register the transfer."""
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import torch
+
+    if not torch.cuda.is_available():
+        # Otherwise the first request with log-probs compiles one helper for many seconds.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    from vllm import LLM, SamplingParams
+
+    _register_transfer()
+    return LLM, SamplingParams
+
+
+def _register_transfer() -> None:
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
+
+    if _TRANSFER_BACKEND in WeightTransferEngineFactory._registry:
+        return
+
+    @dataclass
+    class Init(WeightTransferInitInfo):
+        """Nothing to agree on: the weights come as an argument."""
+
+    @dataclass
+    class Update(WeightTransferUpdateInfo):
+        """One whole version."""
+
+        weights: Weights
+
+    class HostTransfer(WeightTransferEngine[Init, Update]):
+        """Loads checkpoint-format tensors that are already in this process's memory, through
+        vLLM's own reload lifecycle (kernels on CPU pack their weights, so copying into parameters
+        would be wrong)."""
+
+        init_info_cls = Init
+        update_info_cls = Update
+
+        def init_transfer_engine(self, init_info: Init) -> None:
+            pass
+
+        def start_weight_update(self) -> None:
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: Update) -> None:
+            self.model.load_weights(update_info.weights.tensors())  # type: ignore[operator]
+
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+
+        def shutdown(self) -> None:
+            pass
+
+    WeightTransferEngineFactory.register_engine(_TRANSFER_BACKEND, HostTransfer)

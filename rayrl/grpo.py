@@ -1,0 +1,324 @@
+"""The main job: sample groups, score them, update, hand the weights back.
+
+Run by ``jobs/grpo_coco.py``.  :func:`train` is the loop; what surrounds it prepares the stage-1
+model, starts the workers, evaluates on held-out images and writes the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rayrl import cli
+from rayrl.actors.cluster import connect
+from rayrl.actors.fleet import Fleet, Pending
+from rayrl.actors.learner import LearnerActor
+from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from rayrl.config import Config
+from rayrl.data import Dataset, load_split
+from rayrl.data.order import prompt_indices
+from rayrl.heldout import Heldout
+from rayrl.interrupt import StopRequest
+from rayrl.metrics import Phases, RunLog, write_summary
+from rayrl.objectives import build
+from rayrl.report import write_report
+from rayrl.rewards.score import Dropped, reward_document_frequency
+from rayrl.rollout_metrics import group_metrics, sample_records, summarize
+from rayrl.types import Prompt, ScoredGroup, StepReport
+from rayrl.vlm import load_captioner
+from rayrl.weights import pack, read_model_files
+from rayrl.xe import Snapshot, run_stage1, train_xe
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The parts of a run: workers, data, logs.  The driver owns it and is the only writer of the
+    run folder."""
+
+    config: Config
+    folder: Path
+    train_data: Dataset
+    heldout: Heldout
+    fleet: Fleet
+    learner: Any
+    log: RunLog
+    phases: Phases = field(default_factory=Phases)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def prompts(self, step: int) -> list[Prompt]:
+        """The prompts of a step: a function of (seed, step), so that a resumed run continues."""
+        size = self.config.train.images_per_step
+        order = prompt_indices(step, size, len(self.train_data), self.config.seed)
+        return [self.train_data[index] for _, index in order]
+
+
+def train(run: Run, start: int) -> int:
+    """The loop, from step ``start``; returns the step that it ended after.
+
+    Batch k is sampled with version max(0, k - max_staleness): exactly so, because everything is
+    submitted from here and workers keep the order.
+    """
+    steps, ahead = run.config.train.steps, run.config.train.max_staleness
+    pending: list[Pending] = []
+    version, submitted = start, start
+    while version < steps and not run.stop.requested:
+        while submitted < min(steps, version + ahead + 1):
+            pending.append(run.fleet.submit(submitted, version, run.prompts(submitted)))
+            submitted += 1
+        started = time.perf_counter()
+        batch = pending.pop(0)
+        with run.phases("rollout"):
+            run.fleet.wait_rollouts(batch)
+        with run.phases("reward"):
+            groups, dropped = _partition(run.fleet.collect(batch))
+        with run.phases("learner"):
+            report = ray.get(run.learner.update.remote(groups))
+        version = report.weight_version
+        with run.phases("sync"):
+            run.fleet.publish(version, run.learner.weights.remote(trained_only=True))
+            if ahead == 0:
+                run.fleet.confirm(version)
+        metrics = {**report.metrics, **group_metrics(groups, version - 1)}
+        metrics["groups/dropped"] = float(len(dropped))
+        metrics["captions_per_second"] = run.config.captions_per_step / (
+            time.perf_counter() - started
+        )
+        _after_step(run, report, metrics, groups)
+    return version
+
+
+def _partition(
+    results: Sequence[ScoredGroup | Dropped],
+) -> tuple[list[ScoredGroup], list[Dropped]]:
+    """Whole groups and dropped ones; a step without any whole group is an error."""
+    groups = [result for result in results if isinstance(result, ScoredGroup)]
+    dropped = [result for result in results if isinstance(result, Dropped)]
+    if not groups:
+        first = dropped[0]
+        raise RuntimeError(
+            f"all {len(dropped)} groups of the step were dropped; "
+            f"the first, {first.prompt_id}: {first.reason}"
+        )
+    return groups, dropped
+
+
+def _after_step(
+    run: Run, report: StepReport, metrics: dict[str, float], groups: Sequence[ScoredGroup]
+) -> None:
+    """Evaluate, log and save when they are due."""
+    train, version = run.config.train, report.weight_version
+    last = version == train.steps or run.stop.requested
+    if version % train.eval_every == 0 or last:
+        metrics["eval/cider_d"] = evaluate(run, version)
+    metrics.update(run.phases.take())
+    if version % train.samples_every == 0 or version == 1:
+        run.log.samples(sample_records(groups, report.advantages, version))
+    run.log.step(version, metrics)
+    if version % train.checkpoint_every == 0 or last:
+        save(run)
+
+
+def evaluate(run: Run, version: int) -> float:
+    """Held-out CIDEr-D (x100) of greedy captions at a version that the workers hold."""
+    with run.phases("eval"):
+        captions = [c.text for c in run.fleet.greedy(run.heldout.prompts, version)]
+        return run.heldout.record(version, captions)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint; a full disk costs this one, not the run."""
+    checkpoint: Checkpoint = ray.get(run.learner.checkpoint.remote())
+    meta = {**checkpoint.meta, "data": run.train_data.fingerprint(), "seed": run.config.seed}
+    whole = Checkpoint(
+        step=checkpoint.step,
+        model_files=checkpoint.model_files,
+        arrays=checkpoint.arrays,
+        meta=meta,
+    )
+    try:
+        save_checkpoint(run.folder / "checkpoints", whole, keep=run.config.train.keep_checkpoints)
+    except OSError as error:
+        run.log.message(f"checkpoint of step {checkpoint.step} failed: {error}; going on")
+
+
+def restore(run: Run) -> int:
+    """Put the learner where the latest checkpoint was; returns its step."""
+    checkpoint = load_checkpoint(run.folder / "checkpoints" / "latest")
+    found, here = checkpoint.meta.get("data"), run.train_data.fingerprint()
+    if found != here:
+        raise ValueError(
+            f"the training data changed since step {checkpoint.step} (fingerprint {found}, now "
+            f"{here}): resume with the same data or start a new run folder"
+        )
+    return int(ray.get(run.learner.restore.remote(checkpoint)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`jobs/grpo_coco.py`."""
+    invocation = cli.parse(
+        sys.argv[1:] if argv is None else argv,
+        program="grpo_coco.py",
+        description="Fine-tune a vision-language model to caption images with GRPO, or any other "
+        "objective, on CIDEr-D.",
+    )
+    if invocation.dry_run:
+        print(cli.describe(invocation.config))
+        return
+    try:
+        finished = run_job(invocation.config, resume=invocation.resume)
+    except (OSError, ValueError, RuntimeError) as error:
+        # The last line of a failed job's log is what people see first.
+        raise SystemExit(f"grpo_coco.py: failed: {error}") from error
+    if not finished:
+        raise SystemExit(130)
+
+
+def run_job(config: Config, *, resume: bool) -> bool:
+    """From data to report; returns whether all steps were done (a stop between steps is not)."""
+    folder = Path(config.run_folder)
+    train_data, val_data = load_split(config.data, "train"), load_split(config.data, "val")
+    _prepare_folder(folder, config, resume=resume)
+    count = min(len(val_data), config.train.eval_images)
+    heldout = Heldout([val_data[i] for i in range(count)], folder)
+    local = connect(_cpus(config))
+    try:
+        snapshots = run_stage1(config, folder)
+        run = _start(config, folder, train_data, heldout, snapshots[-1], resume=resume)
+        try:
+            with run.stop.listening(run.log.message):
+                return _train_and_report(run, snapshots, resume=resume)
+        finally:
+            run.fleet.shutdown()
+            ray.kill(run.learner)
+            run.log.close()
+    finally:
+        if local:
+            ray.shutdown()
+
+
+def _cpus(config: Config) -> float:
+    """CPUs of all actors together, and two for Ray Data while stage 1 trains."""
+    train, rollout = config.train, config.rollout
+    workers = rollout.num_workers * rollout.cpus + train.reward_workers * train.reward_cpus
+    return max(workers + config.learner.cpus, config.xe.num_workers * config.learner.cpus + 2)
+
+
+def _prepare_folder(folder: Path, config: Config, *, resume: bool) -> None:
+    """Refuse to mix runs in one folder; save the resolved configuration."""
+    done = list_checkpoints(folder / "checkpoints")
+    if resume and not done:
+        raise FileNotFoundError(f"--resume: no checkpoint in {folder / 'checkpoints'}")
+    if done and not resume:
+        raise ValueError(
+            f"{folder} holds a run of {done[-1]} steps: continue it with --resume, or choose "
+            "another --run_folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(cli.dump(config), encoding="utf-8")
+
+
+def _start(
+    config: Config,
+    folder: Path,
+    train_data: Dataset,
+    heldout: Heldout,
+    stage1: Snapshot,
+    *,
+    resume: bool,
+) -> Run:
+    """Start the workers and the learner from the stage-1 model."""
+    files = read_model_files(stage1.folder)
+    threads = str(max(1, int(config.learner.cpus)))
+    learner = LearnerActor.options(  # type: ignore[attr-defined]
+        num_cpus=config.learner.cpus,
+        num_gpus=config.learner.gpus,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+    ).remote(config, files)
+    needs = build(config.objective).needs
+    df = reward_document_frequency(train_data.references(), config.reward)
+    last = list_checkpoints(folder / "checkpoints")[-1] if resume else None
+    return Run(
+        config=config,
+        folder=folder,
+        train_data=train_data,
+        heldout=heldout,
+        fleet=Fleet(config, files, df, greedy_baseline="greedy_rewards" in needs),
+        learner=learner,
+        log=RunLog(
+            folder,
+            total_steps=config.train.steps,
+            tensorboard=config.train.tensorboard,
+            resume_from=last,
+        ),
+    )
+
+
+def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) -> bool:
+    """Score stage 1, train, score a control that got more of stage 1, and write it all up."""
+    if resume:
+        start = restore(run)
+    else:
+        start = 0
+        _score_snapshots(run, snapshots, run.folder / "xe" / "metrics.jsonl")
+    weights = run.learner.weights.remote
+    run.fleet.publish(start, weights(trained_only=True), frozen=weights(trained_only=False))
+    run.fleet.confirm(start)
+    score = evaluate(run, start)
+    if not resume:
+        run.log.step(0, {"eval/cider_d": score})
+    run.phases.take()
+    end = train(run, start)
+    finished = end == run.config.train.steps
+    history = run.log.history()
+    summary = summarize(run.config, history)
+    write_summary(run.folder, summary)
+    if finished and run.config.xe.control and run.config.xe.steps:
+        seconds = sum(summary["seconds_by_phase"].values()) - summary["seconds_by_phase"]["eval"]
+        summary["cider_d_xe_control"] = _control(run, snapshots[-1], seconds)
+        write_summary(run.folder, summary)
+    run.log.message(f"report: {write_report(run.folder)}")
+    return finished
+
+
+def _score_snapshots(run: Run, snapshots: Sequence[Snapshot], file: Path) -> list[float]:
+    """Held-out CIDEr-D of cross-entropy models, one line each: a curve against training time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scores = []
+    with file.open("w", encoding="utf-8") as out:
+        for i, snapshot in enumerate(snapshots):
+            captioner = load_captioner(
+                snapshot.folder,
+                dtype=run.config.model.dtype,
+                trust_remote_code=run.config.model.trust_remote_code,
+            )
+            weights = ray.put(pack(captioner.model, version=i))
+            run.fleet.publish(i, weights, frozen=weights)
+            run.fleet.confirm(i)
+            captions = [c.text for c in run.fleet.greedy(run.heldout.prompts, i)]
+            scores.append(run.heldout.score(captions)[0])
+            row = {"step": snapshot.steps, "seconds": snapshot.seconds}
+            out.write(json.dumps({**row, "eval/cider_d": scores[-1]}) + "\n")
+            run.log.message(
+                f"cross-entropy, step {snapshot.steps}: held-out CIDEr-D {scores[-1]:.1f}"
+            )
+    return scores
+
+
+def _control(run: Run, stage1: Snapshot, seconds: float) -> float:
+    """What cross-entropy would have given in the time that the objective trained."""
+    run.log.message(f"control: cross-entropy for {seconds:.0f} s more")
+    ray.kill(run.learner)
+    out = run.folder / "control"
+    snapshots = train_xe(run.config, stage1.folder, out, name="xe", seconds=seconds)
+    start = replace(stage1, steps=0, seconds=0.0)
+    return _score_snapshots(run, [start, *snapshots], run.folder / "xe_baseline.jsonl")[-1]

@@ -1,0 +1,34 @@
+"""Stopping between steps: the first Ctrl-C asks, the second insists."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """Set by the first SIGINT or SIGTERM (`ray job stop` sends the latter), so that the loop ends
+    after the step in progress with a whole checkpoint; the second raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Handle the signals inside the block; ``say`` tells the person what will happen."""
+
+        def handle(_number: int, _frame: FrameType | None) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+            say("stopping after this step; once more to stop at once")
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, handle) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -1,0 +1,69 @@
+"""The processor's output, once per image and run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+
+from rayrl.vlm import prompt_inputs
+
+
+class InputCache:
+    """Processed prompts, least recently used out first, bounded in bytes.
+
+    Decoding and normalizing a picture costs more than a small captioner's update on it.
+    """
+
+    def __init__(self, processor: Any, *, max_bytes: int = 512 * 2**20) -> None:
+        self._processor = processor
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._entries: OrderedDict[bytes, dict[str, torch.Tensor]] = OrderedDict()
+
+    def batch(self, images: Sequence[bytes], instruction: str) -> BatchFeature:
+        """Inputs of P prompts: input_ids and attention_mask [P, S] padded on the left, the rest
+        one after the other along the first axis."""
+        entries = [self._entry(image, instruction) for image in images]
+        shapes = {tuple((k, v.shape[1:]) for k, v in e.items() if k not in _TEXT) for e in entries}
+        if len(shapes) > 1:
+            # Pictures of different sizes: only the processor knows how its family pads them.
+            return prompt_inputs(self._processor, images, [instruction] * len(images))
+        return _collate(entries, int(self._processor.tokenizer.pad_token_id))
+
+    def _entry(self, image: bytes, instruction: str) -> dict[str, torch.Tensor]:
+        key = hashlib.blake2b(image, key=instruction.encode()[:64], digest_size=16).digest()
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = dict(prompt_inputs(self._processor, [image], [instruction]))
+            self._entries[key] = entry
+            self._bytes += _num_bytes(entry)
+            while self._bytes > self._max_bytes and len(self._entries) > 1:
+                self._bytes -= _num_bytes(self._entries.popitem(last=False)[1])
+        self._entries.move_to_end(key)
+        return entry
+
+
+_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+def _num_bytes(entry: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in entry.values())
+
+
+def _collate(entries: Sequence[dict[str, torch.Tensor]], pad_id: int) -> BatchFeature:
+    width = max(entry["input_ids"].shape[1] for entry in entries)
+    data = {}
+    for name in entries[0]:
+        rows = [entry[name] for entry in entries]
+        if name in _TEXT:
+            fill = pad_id if name == "input_ids" else 0
+            rows = [
+                torch.nn.functional.pad(row, (width - row.shape[1], 0), value=fill) for row in rows
+            ]
+        data[name] = torch.cat(rows)
+    return BatchFeature(data)

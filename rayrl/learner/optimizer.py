@@ -1,0 +1,86 @@
+"""AdamW over named parameters, its schedule, and its state as plain arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from rayrl.config import LearnerConfig
+
+
+def make_optimizer(
+    named: Mapping[str, torch.nn.Parameter], config: LearnerConfig
+) -> torch.optim.AdamW:
+    """AdamW; weight decay spares vectors (norms, biases), as is usual for transformers."""
+    matrices = [p for p in named.values() if p.ndim >= 2]
+    vectors = [p for p in named.values() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas
+    )
+
+
+def learning_rate(step: int, total: int, config: LearnerConfig) -> float:
+    """The rate of ``step`` (from 0) of ``total``: linear warm-up, then the schedule to 0."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    course = {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+    }
+    return config.lr * course[config.schedule]
+
+
+def optimizer_arrays(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]
+) -> dict[str, np.ndarray]:
+    """The state of every parameter as ``optimizer/<name>/<field>`` arrays."""
+    arrays = {}
+    for name, parameter in named.items():
+        for field, value in optimizer.state.get(parameter, {}).items():
+            tensor = torch.as_tensor(value).detach().cpu()
+            arrays[f"optimizer/{name}/{field}"] = np.array(tensor.float().numpy())
+    return arrays
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, torch.nn.Parameter],
+    arrays: Mapping[str, np.ndarray],
+) -> None:
+    """Inverse of :func:`optimizer_arrays`.
+
+    Raises ValueError naming the first parameter that the arrays do not fit."""
+    stored = {key.split("/")[1] for key in arrays if key.startswith("optimizer/")}
+    if stored and stored != set(named):
+        odd = sorted(stored ^ set(named))[0]
+        raise ValueError(
+            f"checkpoint of another model: parameter {odd} is "
+            + ("not in this model" if odd in stored else "not in the checkpoint")
+        )
+    for name, parameter in named.items():
+        state = {}
+        for field in ("step", "exp_avg", "exp_avg_sq"):
+            array = arrays.get(f"optimizer/{name}/{field}")
+            if array is None:
+                continue
+            tensor = torch.from_numpy(np.array(array))
+            if field == "step":
+                state[field] = tensor.reshape(())
+            elif tensor.shape == parameter.shape:
+                state[field] = tensor.to(parameter)
+            else:
+                raise ValueError(
+                    f"checkpoint of another model: {name} of shape {tuple(tensor.shape)}, "
+                    f"want {tuple(parameter.shape)}"
+                )
+        if state:
+            optimizer.state[parameter] = state

@@ -1,0 +1,130 @@
+"""Cross-entropy on reference captions (stage 1), with the prompt shared by an image's captions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayrl.config import ModelConfig, XeConfig
+from rayrl.learner.inputs import InputCache
+from rayrl.learner.logprobs import prefix_shared_logprobs
+from rayrl.vlm import caption_token_ids, choose_trainable, load_captioner
+
+_WARMUP, _FLOOR = 0.1, 0.1
+
+
+def xe_learning_rate(progress: float, peak: float) -> float:
+    """The rate at ``progress`` in [0, 1]: linear warm-up over a tenth, cosine to a tenth."""
+    if progress < _WARMUP:
+        return peak * max(progress, 0.01) / _WARMUP
+    done = (min(progress, 1.0) - _WARMUP) / (1.0 - _WARMUP)
+    return peak * (_FLOOR + (1.0 - _FLOOR) * 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def choose_captions(captions: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+    """``count`` of an image's references, each as often as the others, give or take one."""
+    rounds = -(-count // len(captions))
+    order = [int(i) for _ in range(rounds) for i in rng.permutation(len(captions))]
+    return [captions[i] for i in order[:count]]
+
+
+class XeTrainer:
+    """Trains a captioner on its references; one instance a Ray Train worker."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        model: ModelConfig,
+        config: XeConfig,
+        instruction: str,
+        max_tokens: int,
+        seed: int,
+        world_size: int = 1,
+    ) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.captioner = load_captioner(
+            folder,
+            dtype=model.dtype,
+            device=device,
+            trust_remote_code=model.trust_remote_code,
+        )
+        self._config = config
+        self._instruction = instruction
+        self._max_tokens = max_tokens
+        self._world_size = world_size
+        self._rng = np.random.default_rng((seed, 2))
+        self._cache = InputCache(self.captioner.processor)
+        names = choose_trainable(self.captioner.model, model.trainable)
+        parameters = dict(self.captioner.model.named_parameters())
+        self._parameters = [parameters[name] for name in names]
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=config.lr, weight_decay=config.weight_decay
+        )
+
+    def step(
+        self, images: Sequence[bytes], references: Sequence[Sequence[str]], progress: float
+    ) -> dict[str, float]:
+        """One optimizer step on P images with ``captions_per_image`` of their references each;
+        the loss is the mean over caption tokens, of all workers together."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = xe_learning_rate(progress, self._config.lr)
+        ids, mask = self._targets(references)
+        inputs = self._cache.batch(images, self._instruction).to(ids.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.captioner.model.dtype)
+        logprobs = prefix_shared_logprobs(
+            self.captioner.model, inputs, ids, mask, banned_ids=self.captioner.banned_ids
+        )
+        self._optimizer.zero_grad(set_to_none=True)
+        tokens = self._sum_over_workers(mask.sum().float())
+        loss = -logprobs.sum() / tokens
+        loss.backward()
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                self._sum_over_workers(parameter.grad)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self._parameters, self._config.grad_clip, error_if_nonfinite=True
+        )
+        self._optimizer.step()
+        total = self._sum_over_workers(loss.detach().clone())
+        return {"loss": float(total), "grad_norm": float(norm), "tokens": float(tokens)}
+
+    def save(self, folder: Path) -> None:
+        """Write a model folder that ``from_pretrained`` loads."""
+        self.captioner.model.save_pretrained(folder)
+        self.captioner.processor.save_pretrained(folder)
+
+    def _targets(self, references: Sequence[Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask [P, G, T] of the chosen captions, the end token included.
+
+        Captions longer than ``max_tokens`` lose their tail, end token and all: a truncated
+        sentence must not teach the model to stop there."""
+        count = self._config.captions_per_image
+        rows = [
+            [
+                caption_token_ids(self.captioner.processor, caption, self.captioner.eos_ids[0])
+                for caption in choose_captions(captions, count, self._rng)
+            ]
+            for captions in references
+        ]
+        rows = [[ids[: self._max_tokens] for ids in row] for row in rows]
+        length = max(len(ids) for row in rows for ids in row)
+        ids = torch.zeros(len(rows), count, length, dtype=torch.long)
+        mask = torch.zeros(len(rows), count, length, dtype=torch.bool)
+        for p, row in enumerate(rows):
+            for g, tokens in enumerate(row):
+                ids[p, g, : len(tokens)] = torch.tensor(tokens)
+                mask[p, g, : len(tokens)] = True
+        device = self.captioner.model.device
+        return ids.to(device), mask.to(device)
+
+    def _sum_over_workers(self, tensor: Any) -> Any:
+        if self._world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor

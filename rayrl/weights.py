@@ -1,0 +1,146 @@
+"""Weights on the wire: numpy arrays with names, shapes, a version and a checksum.
+
+The learner packs its parameters once a step; an engine pulls them by version, checks them against
+the manifest and only then applies them.  bfloat16 travels as uint16, since numpy has no such type.
+Small files of a model (configuration, tokenizer) travel the same way, so that a worker on a fresh
+node needs nothing on its disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# Elements hashed of each tensor: strided, so that a change of any layer shows at a bounded cost.
+_SAMPLED_ELEMENTS = 4096
+
+ModelFiles = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Weights:
+    """Parameters of one version.  ``arrays`` maps a checkpoint name to its values; ``bfloat16``
+    names those that are bf16 bits in uint16.  ``tied`` maps a second name of a shared parameter
+    to the one that carries its values: engines may hold such a matrix twice.  ``checksum`` covers
+    names, shapes, types and a strided sample of the values."""
+
+    version: int
+    arrays: Mapping[str, np.ndarray]
+    bfloat16: frozenset[str]
+    tied: Mapping[str, str]
+    checksum: str
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def verify(self) -> None:
+        """Raise ValueError when the values are not those that were packed."""
+        got = checksum(self.arrays)
+        if got != self.checksum:
+            raise ValueError(
+                f"weights of version {self.version}: checksum {got}, want {self.checksum}; "
+                "they were damaged on the way"
+            )
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) pairs, second names included, that share memory with the arrays: read
+        them, never write."""
+        sources = {**{name: name for name in self.arrays}, **self.tied}
+        for name, source in sources.items():
+            array = self.arrays[source]
+            with warnings.catch_warnings():
+                # Arrays in Ray's shared memory are read-only, which torch cannot express.
+                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+                tensor = torch.from_numpy(array)
+            yield name, tensor.view(torch.bfloat16) if source in self.bfloat16 else tensor
+
+
+def pack(model: torch.nn.Module, version: int, names: Collection[str] | None = None) -> Weights:
+    """Copy a model's parameters (or those in ``names``) to host memory as one version.
+
+    Raises ValueError naming the first parameter that is not finite: a broken policy must not
+    reach the engines.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    halves, tied = set(), {}
+    first_name: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        source = first_name.setdefault(id(parameter), name)
+        if names is not None and source not in names:
+            continue
+        if source != name:
+            tied[name] = source
+            continue
+        tensor = parameter.detach().cpu().contiguous()
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"weights of version {version}: {name} is not finite")
+        if tensor.dtype == torch.bfloat16:
+            halves.add(name)
+            tensor = tensor.view(torch.uint16)
+        # A copy, for on CPU numpy() would alias memory that the next step changes.
+        arrays[name] = np.array(tensor.numpy())
+    return Weights(
+        version=version,
+        arrays=arrays,
+        bfloat16=frozenset(halves),
+        tied=tied,
+        checksum=checksum(arrays),
+    )
+
+
+def checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """Hex digest over names, shapes, types and a strided sample of every array."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name}|{array.shape}|{array.dtype}|".encode())
+        flat = array.reshape(-1)
+        digest.update(flat[:: max(1, flat.size // _SAMPLED_ELEMENTS)].tobytes())
+    return digest.hexdigest()
+
+
+def load_into(model: torch.nn.Module, weights: Weights) -> None:
+    """Copy ``weights`` into the model's parameters of the same names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, tensor in weights.tensors():
+            if name not in parameters:
+                raise ValueError(f"weights of version {weights.version}: no parameter {name!r}")
+            target = parameters[name]
+            if target.shape != tensor.shape:
+                raise ValueError(
+                    f"weights of version {weights.version}: {name} of shape "
+                    f"{tuple(tensor.shape)}, want {tuple(target.shape)}"
+                )
+            target.copy_(tensor)
+
+
+def read_model_files(folder: str | Path) -> dict[str, np.ndarray]:
+    """All files of a model folder (not of its sub-folders) as byte arrays."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json, so this is not a model folder")
+    return {
+        file.name: np.fromfile(file, dtype=np.uint8)
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+    }
+
+
+def write_model_files(files: ModelFiles, folder: Path, *, with_weights: bool) -> Path:
+    """Write files of :func:`read_model_files` into ``folder``; without weights, what an engine
+    needs that will pull them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if Path(name).name != name:
+            raise ValueError(f"model file {name!r}: want a bare file name")
+        if with_weights or not name.endswith((".safetensors", ".safetensors.index.json")):
+            content.tofile(folder / name)
+    return folder

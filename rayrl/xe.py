@@ -1,0 +1,231 @@
+"""Stage 1: cross-entropy with Ray Train and Ray Data.
+
+Ray Data reads, decodes and orders the images while the workers train.  Every few steps a snapshot
+of the model is kept, so that the held-out line of stage 1 can be drawn afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from rayrl import cli
+from rayrl.actors.cluster import connect
+from rayrl.config import Config
+from rayrl.data import load_split
+from rayrl.data.order import prompt_indices
+from rayrl.vlm import build_tiny_captioner
+from rayrl.weights import ModelFiles, read_model_files, write_model_files
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A model folder after ``seconds`` of training and ``steps`` steps."""
+
+    steps: int
+    seconds: float
+    folder: Path
+
+
+def start_folder(config: Config, folder: Path, captions: Sequence[str]) -> Path:
+    """The model that stage 1 starts from: the tiny captioner, built here, or a folder or hub
+    name that was given."""
+    if config.model.path == "tiny":
+        return build_tiny_captioner(
+            config.model.tiny, captions, config.data.instruction, folder, seed=config.seed
+        )
+    path = Path(config.model.path)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(config.model.path))
+
+
+def train_xe(
+    config: Config, start: Path, out: Path, *, name: str, seconds: float | None = None
+) -> list[Snapshot]:
+    """Train with cross-entropy from ``start`` and keep snapshots under ``out/name``.
+
+    Runs ``config.xe.steps`` steps, or for ``seconds`` of training when given.  Returns the
+    snapshots, the finished model last.
+    """
+    place = out / name
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    files = ray.put(read_model_files(start))
+    # A run that is bounded by time needs enough data, not an exact amount.
+    steps = config.xe.steps if seconds is None else max(config.xe.steps, int(seconds * 50))
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"config": config, "files": [files], "seconds": seconds, "steps": steps},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.xe.num_workers,
+            use_gpu=config.learner.gpus > 0,
+            resources_per_worker={"CPU": config.learner.cpus},
+        ),
+        datasets={"train": _dataset(config, steps)},
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(out.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=1),
+        ),
+    )
+    result = trainer.fit()
+    if result.error:
+        raise RuntimeError(f"stage 1 failed: {result.error}") from result.error
+    snapshots = []
+    for checkpoint, metrics in result.best_checkpoints:
+        folder = place / f"snapshot_{metrics['steps']}"
+        with checkpoint.as_directory() as source:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+        snapshots.append(
+            Snapshot(steps=metrics["steps"], seconds=metrics["seconds"], folder=folder)
+        )
+    return sorted(snapshots, key=lambda snapshot: snapshot.steps)
+
+
+def _dataset(config: Config, steps: int) -> ray.data.Dataset:
+    """The images and references of all steps, in the order of (seed, epoch, index)."""
+    size = config.xe.images_per_step
+    count = len(load_split(config.data, "train"))
+    indices = [
+        index
+        for step in range(steps)
+        for _, index in prompt_indices(step, size, count, config.seed)
+    ]
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray.data.from_numpy(np.asarray(indices)).map_batches(
+        _Rows, fn_constructor_args=(config,), batch_size=size * 4, num_cpus=0.5, concurrency=1
+    )
+
+
+class _Rows:
+    """Looks up prompts by index; one reader an actor."""
+
+    def __init__(self, config: Config) -> None:
+        self._prompts = load_split(config.data, "train")
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        prompts = [self._prompts[int(index)] for index in batch["data"]]
+        return {
+            "image": [prompt.image for prompt in prompts],
+            "captions": [list(prompt.references) for prompt in prompts],
+        }
+
+
+def _train_worker(setup: dict[str, Any]) -> None:
+    from rayrl.learner.xe import XeTrainer
+
+    config: Config = setup["config"]
+    files: ModelFiles = ray.get(setup["files"][0])
+    context = ray.train.get_context()
+    world, rank = context.get_world_size(), context.get_world_rank()
+    with tempfile.TemporaryDirectory(prefix="rayrl-xe-") as folder:
+        trainer = XeTrainer(
+            write_model_files(files, Path(folder), with_weights=True),
+            model=config.model,
+            config=config.xe,
+            instruction=config.data.instruction,
+            max_tokens=config.sampling.max_tokens,
+            seed=config.seed * 1000 + rank,
+            world_size=world,
+        )
+    limit, total = setup["seconds"], setup["steps"]
+    size = config.xe.images_per_step // world
+    elapsed, done, loss = 0.0, 0, float("nan")
+    batches = ray.train.get_dataset_shard("train").iter_batches(
+        batch_size=size, prefetch_batches=2, batch_format="numpy"
+    )
+    started = time.perf_counter()
+    for done, batch in enumerate(batches, start=1):
+        progress = elapsed / limit if limit else (done - 1) / total
+        captions = [list(row) for row in batch["captions"]]
+        loss = trainer.step(list(batch["image"]), captions, progress)["loss"]
+        elapsed += time.perf_counter() - started
+        last = done == total or (limit is not None and elapsed >= limit)
+        if last or done % config.xe.snapshot_every == 0:
+            _report(trainer, done, elapsed, loss, rank)
+        started = time.perf_counter()
+        if last:
+            return
+
+
+def _report(trainer: Any, steps: int, seconds: float, loss: float, rank: int) -> None:
+    metrics = {"steps": steps, "seconds": seconds, "loss": loss}
+    if rank != 0:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.save(Path(folder))
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`jobs/xe_coco.py`: train stage 1 alone and leave the model in RUN_FOLDER/stage1/final."""
+    invocation = cli.parse(
+        sys.argv[1:] if argv is None else argv,
+        program="xe_coco.py",
+        description="Stage 1: cross-entropy on reference captions, with Ray Train.",
+    )
+    config = invocation.config
+    if invocation.dry_run:
+        print(cli.describe(config))
+        return
+    connect(config.learner.cpus * config.xe.num_workers + 2)
+    final = run_stage1(config, Path(config.run_folder))[-1]
+    print(f"{final.steps} steps in {final.seconds:.0f} s; model: {final.folder}")
+
+
+def run_stage1(config: Config, run_folder: Path) -> list[Snapshot]:
+    """Build or find the starting model, train it, and return the snapshots, the last one under
+    ``stage1/final``.  A finished stage 1 of the same settings is used again."""
+    folder = run_folder / "stage1"
+    final, receipt = folder / "final", folder / "stage1.json"
+    settings = json.loads(
+        config.model_dump_json(include={"seed", "data", "model", "xe", "sampling"})
+    )
+    if receipt.is_file():
+        found = json.loads(receipt.read_text())
+        if found["settings"] == settings and final.is_dir():
+            return [
+                Snapshot(steps=s["steps"], seconds=s["seconds"], folder=folder / s["folder"])
+                for s in found["snapshots"]
+            ]
+    captions = [text for texts in load_split(config.data, "train").references() for text in texts]
+    start = start_folder(config, folder / "start", captions)
+    snapshots = [Snapshot(steps=0, seconds=0.0, folder=start)]
+    if config.xe.steps:
+        snapshots += train_xe(config, start, folder, name="xe")
+    shutil.rmtree(final, ignore_errors=True)
+    shutil.copytree(snapshots[-1].folder, final)
+    last = snapshots[-1]
+    snapshots[-1] = Snapshot(steps=last.steps, seconds=last.seconds, folder=final)
+    record = [
+        {"steps": s.steps, "seconds": s.seconds, "folder": _relative(s.folder, folder)}
+        for s in snapshots
+    ]
+    receipt.write_text(json.dumps({"settings": settings, "snapshots": record}, indent=1))
+    return snapshots
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path.resolve())
+
+
+if __name__ == "__main__":
+    main()

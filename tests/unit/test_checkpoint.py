@@ -1,0 +1,90 @@
+"""A checkpoint is whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayrl import checkpoint as module
+from rayrl.checkpoint import (
+    Checkpoint,
+    join_state,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    split_state,
+)
+
+
+def make(step):
+    return Checkpoint(
+        step=step,
+        model_files={"config.json": np.frombuffer(b"{}", np.uint8)},
+        arrays={"optimizer/w/exp_avg": np.full((2, 3), step, np.float32)},
+        meta={"weight_version": step, "objective_state": {"beta": 0.5}},
+    )
+
+
+def test_what_is_saved_is_loaded_and_latest_follows(tmp_path):
+    for step in (10, 20):
+        save_checkpoint(tmp_path, make(step), keep=3)
+    loaded = load_checkpoint(tmp_path / "latest")
+    assert loaded.step == 20 and loaded.meta["weight_version"] == 20
+    assert loaded.arrays["optimizer/w/exp_avg"].tolist() == [[20] * 3] * 2
+    assert bytes(loaded.model_files["config.json"]) == b"{}"
+    assert set(loaded.model_files) == {"config.json"}
+    assert load_checkpoint(tmp_path / "step_10").step == 10
+
+
+def test_only_the_newest_are_kept_in_numeric_order(tmp_path):
+    for step in (8, 9, 10, 11):
+        save_checkpoint(tmp_path, make(step), keep=2)
+    assert list_checkpoints(tmp_path) == [10, 11]
+
+
+@pytest.mark.parametrize("files_before_full", [0, 1, 2])
+def test_a_full_disk_leaves_the_previous_one_whole_and_nothing_half_written(
+    tmp_path, monkeypatch, files_before_full
+):
+    save_checkpoint(tmp_path, make(1), keep=2)
+    written = 0
+    real = module._write
+
+    def full(file: Path, content: bytes) -> None:
+        nonlocal written
+        if written == files_before_full:
+            file.write_bytes(content[:1])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written += 1
+        real(file, content)
+
+    monkeypatch.setattr(module, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, make(2), keep=2)
+    assert load_checkpoint(tmp_path / "latest").step == 1
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["latest", "step_1"]
+
+
+def test_a_missing_or_damaged_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+        load_checkpoint(tmp_path / "latest")
+    place = save_checkpoint(tmp_path, make(1), keep=1)
+    (place / "trainer.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="step_1: damaged checkpoint"):
+        load_checkpoint(place)
+    (place / "trainer.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no trainer\.safetensors"):
+        load_checkpoint(place)
+
+
+def test_an_objective_state_survives_as_arrays_and_json(tmp_path):
+    state = {"beta": 0.5, "seen": [1, 2], "history": np.array([1.5, 2.5])}
+    arrays, values = split_state(state)
+    assert json.loads(json.dumps(values)) == {"beta": 0.5, "seen": [1, 2]}
+    back = join_state(values, {**arrays, "optimizer/w/step": np.zeros(())})
+    assert back["history"].tolist() == [1.5, 2.5] and back["beta"] == 0.5
+    assert set(back) == set(state)
