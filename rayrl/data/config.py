@@ -1,0 +1,66 @@
+"""Where prompts come from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rayrl.section import Section
+
+Source = Literal["scenes", "parquet", "coco", "karpathy"]
+Split = Literal["train", "val", "test"]
+
+
+class ScenesConfig(Section):
+    """Sizes of the generated data set."""
+
+    num_train: int = Field(default=3000, ge=1)
+    """Training pictures."""
+    num_val: int = Field(default=240, ge=1)
+    """Held-out pictures, each with a combination of objects that training never shows."""
+    num_test: int = Field(default=240, ge=1)
+    """Further held-out pictures, their combinations disjoint from training and validation."""
+    seed: int = Field(default=0, ge=0)
+    """Pictures and captions are a function of this seed."""
+
+
+class DataConfig(Section):
+    """Images with their reference captions.
+
+    `{split}` in `path` and `images` stands for train, val or test, as in
+    `path: flickr8k/{split}.parquet`, or `path: captions_{split}2014.json` with
+    `images: coco/{split}2014`.
+    """
+
+    source: Source = "scenes"
+    """`scenes` (generated), `parquet` (shards), `coco` (captions json and an image folder) or
+    `karpathy` (dataset_*.json and an image folder)."""
+    path: str = ""
+    """The Parquet file or folder of shards, or the annotation file; not used by `scenes`."""
+    images: str = ""
+    """The image folder of `coco` and `karpathy`."""
+    instruction: str = Field(default="Describe the image.", min_length=1)
+    """What the model is asked for, with every image."""
+    image_size: int = Field(default=64, ge=16, le=4096)
+    """Pixels a side of the square that scenes are drawn in and that the images of a folder are
+    resized to; shards hold the size they were prepared with."""
+    max_train: int = Field(default=0, ge=0)
+    """Use this many of the first training images; 0 for all."""
+    max_val: int = Field(default=0, ge=0)
+    """Use this many of the first validation (or test) images; 0 for all."""
+    max_image_bytes: int = Field(default=32 * 1024**2, ge=1)
+    """A larger image file is rejected unread."""
+    max_image_pixels: int = Field(default=64_000_000, ge=1)
+    """An image of more pixels is rejected before it is decoded."""
+    scenes: ScenesConfig = ScenesConfig()
+    """The generated data set."""
+
+    @model_validator(mode="after")
+    def _source_has_its_paths(self) -> DataConfig:
+        if self.source != "scenes" and not self.path:
+            what = "the shards" if self.source == "parquet" else "the annotation file"
+            raise ValueError(f"source {self.source} needs path: {what}")
+        if self.source in ("coco", "karpathy") and not self.images:
+            raise ValueError(f"source {self.source} needs images: the folder of the image files")
+        return self

@@ -1,0 +1,29 @@
+"""From the configuration to a data set."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+from rayrl.data.config import DataConfig, Source, Split
+from rayrl.data.dataset import Dataset
+from rayrl.data.scenes import load_scenes
+
+logger = logging.getLogger(__name__)
+
+LOADERS: Mapping[Source, Callable[[DataConfig, Split], Dataset]] = {
+    "scenes": load_scenes,
+}
+
+
+def load_split(config: DataConfig, split: Split) -> Dataset:
+    """The prompts of one split.
+
+    Raises FileNotFoundError or ValueError, in one line that names the file, where there is nothing
+    to learn from; a single bad image or caption is skipped and counted in ``Dataset.rejected``.
+    """
+    dataset = LOADERS[config.source](config, split)
+    if dataset.rejected:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dataset.rejected.items())
+        logger.warning("data, %s: %d images kept; skipped: %s", split, len(dataset), reasons)
+    return dataset
