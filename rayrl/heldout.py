@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from rayrl.rewards.score import caption_cider_d
+from rayrl.rewards import ptb
+from rayrl.rewards.cider import CiderD, DocumentFrequency
 from rayrl.types import Prompt
 
 _THUMBNAIL = 160
@@ -28,13 +29,15 @@ class Heldout:
                 f"{len(prompts)} held-out image(s): CIDEr-D over fewer than 2 is 0 by definition"
             )
         self.prompts = list(prompts)
-        self._references = [list(prompt.references) for prompt in prompts]
+        references = [list(prompt.references) for prompt in prompts]
+        self._references = [[ptb.tokenize(text) for text in texts] for texts in references]
+        self._cider = CiderD(DocumentFrequency.from_references(references))
         self._file = folder / "eval_captions.json"
         self._before: list[tuple[str, float]] = []
 
     def score(self, captions: Sequence[str]) -> tuple[float, list[float]]:
         """Corpus score and each caption's, x100."""
-        each = caption_cider_d(captions, self._references) * 100.0
+        each = self._cider.score([ptb.tokenize(c) for c in captions], self._references) * 100.0
         return float(each.mean()), each.tolist()
 
     def record(self, version: int, captions: Sequence[str]) -> float:

@@ -111,7 +111,7 @@ def _components(
             first_pair[owner[which]] + index.posting_reference[postings],
             np.minimum(weight[which], ref_weight) * ref_weight,
             minlength=len(caption_of_pair),
-        )
+        ).astype(np.float64)  # bincount of nothing counts in integers, whatever the weights
         scale = norms[caption_of_pair] * index.norms[reference_of_pair, k]
         dots = np.divide(dots, scale, out=dots, where=scale != 0) * penalty
         scores[:, k] = np.bincount(caption_of_pair, dots, minlength=num)

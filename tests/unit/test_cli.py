@@ -1,0 +1,131 @@
+"""From YAML and flags to a configuration, and the one line that every mistake gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from rayrl import cli
+from rayrl.config import Config
+
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
+
+
+def write(tmp_path, text):
+    file = tmp_path / "job.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = write(tmp_path, "seed: 5\nlearner: {lr: 0.1, inner_epochs: 2}\n")
+    config = cli.load(file, ["--learner.lr", "1e-5", "--train.steps=7"])
+    assert (config.seed, config.learner.lr, config.learner.inner_epochs) == (5, 1e-5, 2)
+    assert config.train.steps == 7
+    assert config.train.group_size == Config().train.group_size
+
+
+def test_lists_nested_sections_and_booleans_are_read_from_flags():
+    flags = ["--model.trainable", '["language"]', "--data.scenes.num_train", "50"]
+    config = cli.load(None, [*flags, "--xe.control", "false"])
+    assert config.model.trainable == ("language",)
+    assert config.data.scenes.num_train == 50
+    assert config.xe.control is False
+
+
+def test_the_resolved_file_reads_back_as_the_same_configuration(tmp_path):
+    config = cli.load(None, ["--learner.lr", "3e-5", "--seed", "9"])
+    assert cli.load(write(tmp_path, cli.dump(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learner.lrr", "1"], "unknown option --learner.lrr; did you mean 'learner.lr'?"),
+        (["--lr", "1"], "did you mean 'learner.lr'?"),
+        (["--train.step", "1"], "did you mean 'train.steps'?"),
+        (["--train.steps", "many"], "train.steps: .*(got 'many')"),
+        (["--train.steps", "0"], "train.steps: .*greater than 0"),
+        (["--train.images_per_step", "33", "--learner.minibatches", "2"], "33 does not divide"),
+        (["--xe.images_per_step", "5", "--xe.num_workers", "2"], "5 does not divide"),
+        (["--model.trainable", "[]"], "name at least one of vision, connector, language"),
+        (["--model.tiny.text_width", "100"], "text_width 100: want a multiple of 32"),
+        (["--model.tiny.patch_size", "7"], "do not tile it"),
+        (["--engine.max_model_len", "32"], "leave no room for the instruction within 32"),
+    ],
+)
+def test_a_wrong_flag_is_one_clear_line(flags, message):
+    with pytest.raises(cli.UsageError) as raised:
+        cli.load(None, flags)
+    text = str(raised.value)
+    assert all(part in text for part in message.split(".*"))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learner: {lrr: 1}", "unknown key 'learner.lrr'; did you mean 'learner.lr'"),
+        ("lerner: {lr: 1}", "unknown key 'lerner'; did you mean 'learner'"),
+        ("- a\n- b", "want a mapping of sections, got list"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(tmp_path, text, message):
+    with pytest.raises(cli.UsageError, match=message):
+        cli.load(write(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(cli.UsageError, match=r"nothing\.yaml: no such file"):
+        cli.load(tmp_path / "nothing.yaml")
+
+
+def test_an_error_on_the_command_line_exits_with_2_and_says_it_once(capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.parse(["--lr", "1"], program="grpo_coco.py", description="d")
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == (
+        "grpo_coco.py: unknown option --lr; did you mean 'learner.lr'?\n"
+    )
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.parse(["--help"], program="grpo_coco.py", description="d")
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    leaves = [key for key in cli.known_keys() if f"--{key} " not in text]
+    sections = {key for key in leaves if any(k.startswith(f"{key}.") for k in cli.known_keys())}
+    assert set(leaves) == sections
+    assert "--dry-run" in text and "--resume" in text and "--config" in text
+
+
+def test_a_dry_run_says_the_sizes_in_words():
+    config = cli.load(
+        None,
+        ["--train.images_per_step", "64", "--train.group_size", "8"]
+        + ["--learner.minibatches", "2", "--learner.micro_batch_images", "16"],
+    )
+    text = cli.describe(config)
+    assert "64 images x 8 captions = 512 captions" in text
+    assert "2 optimizer steps a step, each of 32 images in 2 micro-batches" in text
+
+
+def test_a_configuration_cannot_be_changed_afterwards():
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().seed = 1
+
+
+@pytest.mark.parametrize("file", sorted(JOBS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_job_file_loads(file):
+    assert isinstance(cli.load(file), Config)
+
+
+def test_the_laptop_job_is_the_embedded_default():
+    assert cli.load(JOBS / "laptop.yaml") == Config()
+    # And it says so itself, rather than being empty.
+    assert len(yaml.safe_load((JOBS / "laptop.yaml").read_text())) >= 4

@@ -1,0 +1,50 @@
+"""Held-out scores: pycocoevalcap's convention, before and after side by side."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rayrl.heldout import Heldout
+from rayrl.types import Prompt
+from tests.conftest import encoded_picture
+
+
+def prompt(name, *references):
+    image = encoded_picture((9, 9, 9))
+    return Prompt(prompt_id=name, image=image, text="t", references=references)
+
+
+@pytest.fixture
+def two():
+    return [
+        prompt("a", "a man is speaking", "a man talks on a stage"),
+        prompt("b", "rain falls", "the rain falls on a roof"),
+    ]
+
+
+def test_a_copy_of_a_single_reference_scores_1000(tmp_path):
+    prompts = [prompt("a", "a man is speaking loudly"), prompt("b", "the rain falls down")]
+    corpus, each = Heldout(prompts, tmp_path).score(["a man is speaking loudly", "a dog"])
+    assert each == pytest.approx([1000.0, 0.0]) and corpus == pytest.approx(500.0)
+
+
+def test_the_first_captions_stay_beside_the_newest_also_after_a_resume(tmp_path, two):
+    heldout = Heldout(two, tmp_path)
+    first = heldout.record(0, ["a man", "rain"])
+    heldout.record(5, ["a man is speaking", "rain falls"])
+    again = Heldout(two, tmp_path)
+    last = again.record(9, ["a man talks", "rain falls"])
+    written = json.loads((tmp_path / "eval_captions.json").read_text())
+    assert written["version"] == 9
+    before = [image["before"] for image in written["images"]]
+    assert [b["caption"] for b in before] == ["a man", "rain"]
+    assert sum(b["cider_d"] for b in before) / 2 == pytest.approx(first)
+    after = [image["after"]["cider_d"] for image in written["images"]]
+    assert sum(after) / 2 == pytest.approx(last)
+
+
+def test_a_single_image_is_refused_with_the_reason(tmp_path, two):
+    with pytest.raises(ValueError, match="1 held-out image.*0 by definition"):
+        Heldout(two[:1], tmp_path)

@@ -1,0 +1,105 @@
+"""The tiny captioner, its prompt, its parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rayrl.config import TinyConfig
+from rayrl.learner.inputs import InputCache
+from rayrl.vlm import (
+    build_tiny_captioner,
+    caption_token_ids,
+    choose_trainable,
+    load_captioner,
+    model_name,
+    part_of,
+    prompt_inputs,
+)
+from tests.conftest import INSTRUCTION, encoded_picture
+
+
+@pytest.fixture(scope="module")
+def captioner(tiny_folder):
+    return load_captioner(tiny_folder)
+
+
+def test_equal_arguments_build_equal_files(tmp_path):
+    config = TinyConfig(vision_width=32, vision_layers=1, text_width=32, text_layers=1)
+    for name in "ab":
+        build_tiny_captioner(config, ["a cat"] * 9, INSTRUCTION, tmp_path / name, seed=3)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_a_prompt_has_one_placeholder_an_image_feature(captioner, prompts):
+    inputs = prompt_inputs(captioner.processor, [prompts[0].image], [INSTRUCTION])
+    ids = inputs["input_ids"][0].tolist()
+    image_token = captioner.model.config.image_token_id
+    assert ids.count(image_token) == TinyConfig().image_tokens == 16
+    assert image_token in captioner.banned_ids
+    assert captioner.pad_id in captioner.banned_ids
+    assert not set(captioner.eos_ids) & set(captioner.banned_ids)
+
+
+def test_a_caption_decodes_to_itself_and_ends_with_the_end_token(captioner):
+    ids = caption_token_ids(captioner.processor, "a red picture", captioner.eos_ids[0])
+    assert ids[-1] in captioner.eos_ids
+    text = captioner.processor.tokenizer.decode(ids, skip_special_tokens=True)
+    assert text.strip() == "a red picture"
+
+
+def test_only_the_chosen_parts_train(tiny_folder):
+    model = load_captioner(tiny_folder).model
+    names = choose_trainable(model, ["connector"])
+    assert names == ["model.connector.modality_projection.proj.weight"]
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == names
+    everything = choose_trainable(model, ["vision", "connector", "language"])
+    assert len(everything) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("model.vision_model.encoder.layers.0.mlp.fc1.weight", "vision"),
+        ("model.vision_tower.vision_model.post_layernorm.bias", "vision"),
+        ("model.visual.blocks.3.attn.qkv.weight", "vision"),
+        ("model.visual.patch_embed.proj.weight", "vision"),
+        ("model.visual.merger.mlp.0.weight", "connector"),
+        ("model.visual.pos_embed.weight", "vision"),
+        ("model.multi_modal_projector.linear_1.weight", "connector"),
+        ("qformer.encoder.layer.0.attention.attention.query.weight", "connector"),
+        ("query_tokens", "connector"),
+        ("model.language_model.layers.0.mlp.up_proj.weight", "language"),
+        ("lm_head.weight", "language"),
+    ],
+)
+def test_parameters_belong_to_the_part_their_name_says(name, part):
+    assert part_of(name) == part
+
+
+def test_the_input_cache_gives_what_the_processor_gives(captioner, prompts):
+    images = [prompt.image for prompt in prompts[:3]]
+    cache = InputCache(captioner.processor)
+    for _ in range(2):
+        got = cache.batch(images, INSTRUCTION)
+        want = prompt_inputs(captioner.processor, images, [INSTRUCTION] * 3)
+        assert set(got) == set(want)
+        for name in want:
+            assert torch.equal(got[name], want[name]), name
+
+
+def test_the_input_cache_is_bounded_and_forgets_the_oldest(captioner):
+    pictures = [encoded_picture((200, 0, 0), seed=seed) for seed in range(5)]
+    probe = InputCache(captioner.processor)
+    probe.batch(pictures[:1], INSTRUCTION)
+    cache = InputCache(captioner.processor, max_bytes=2 * probe._bytes)
+    for picture in pictures:
+        cache.batch([picture], INSTRUCTION)
+    assert len(cache._entries) == 2 and cache._bytes == 2 * probe._bytes
+
+
+def test_a_folder_that_holds_no_model_is_named(tmp_path, tiny_folder):
+    assert model_name(tiny_folder) == "Idefics3ForConditionalGeneration"
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        model_name(tmp_path)
