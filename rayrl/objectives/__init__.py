@@ -1,0 +1,38 @@
+"""Every objective in slots; ``rayrl.objectives.preset(name)`` builds one.
+
+Importing this package needs no torch; building an objective does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rayrl.objectives.config import ObjectiveConfig
+
+if TYPE_CHECKING:
+    from rayrl.objectives.objective import Objective
+
+__all__ = ["ObjectiveConfig", "build", "preset", "presets"]
+
+
+def presets() -> list[str]:
+    """The names of all presets, those to start with first."""
+    from rayrl.objectives.presets import PRESETS
+
+    return sorted(PRESETS, key=lambda name: (not PRESETS[name].recommended, name))
+
+
+def preset(name: str, **overrides: Any) -> Objective:
+    """The objective of a preset: ``preset("grpo", kl_coef=0.0, advantage="leave_one_out")``.
+
+    Raises ValueError with near matches where a preset, a slot or a parameter does not exist.
+    """
+    from rayrl.objectives.config import plan_with
+    from rayrl.objectives.objective import Objective
+
+    return Objective(name, plan_with(name, overrides))
+
+
+def build(config: ObjectiveConfig) -> Objective:
+    """The objective that a configuration describes."""
+    return preset(config.preset, **config.set)

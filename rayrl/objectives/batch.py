@@ -1,0 +1,114 @@
+"""What an objective sees of a step: groups of captions, their log-probs and rewards, as tensors.
+
+Axes: P prompts (images), G captions of a prompt, T tokens, K reward terms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OPTIONAL_FIELDS = {
+    "ref_logprobs": "[P,G,T] log-probs under the frozen reference model",
+    "greedy_rewards": "[P] reward of the arg-max caption",
+    "reference_rewards": "[P,N] rewards of N captions of the stage-1 model or of the references",
+    "values": "[P,G,T] a critic's values before each token, at the start of the step",
+    "token_credit": "[P,G,T] a judge's or a model's credit for single tokens",
+    "guide_logprobs": "[P,G,T] log-probs under a preference-tuned copy of the model",
+    "forced": "[P,G,T] bool, tokens that were given as a hint and not sampled",
+    "judge_ok": "[P,G] bool, whether the caption satisfies all constraints",
+    "reward_versions": "[P,G] version of the reward model that scored the caption",
+    "similarity": "[P,G,G] CIDEr between the captions of a group, 0..1, ones on the diagonal",
+    "prefix_values": "[P,G,T+1] value of each prefix, from continuations or prefix scores",
+    "phrases": "[P,G,T] ids of the phrase that a token belongs to",
+    "collision": "[P,G,T] sum over the vocabulary of squared probabilities",
+    "auxiliary_logprobs": "[P,G,T,K] log-probs under one policy for each auxiliary reward",
+    "augmented_ref_logprobs": "[P,G,T] reference log-probs of the captions after a changed image",
+    "earlier": "[P,G] bool, captions that an earlier checkpoint sampled",
+}
+"""Fields of a batch that only some objectives need."""
+
+GRAPH_FIELDS = {
+    "entropy": "[P,G,T] entropy of the policy's next-token distribution",
+    "policy_values": "[P,G,T] the critic's values under the current weights",
+    "augmented_logprobs": "[P,G,T] policy log-probs of the captions after a changed image",
+    "head_logprobs": "[P,G,T,K] policy log-probs, one output head for each reward term",
+    "anchor_logprobs": "[P,R,L] policy log-probs of reference captions, 0 on padding",
+    "anchor_mask": "[P,R,L] bool, the tokens of the reference captions",
+}
+"""Tensors that come from the model's current weights, with gradient; arguments of the loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class GroupBatch:
+    """P groups of G captions.
+
+    ``rewards`` is the weighted sum of ``terms``, ``valid`` False where a group has fewer captions,
+    ``old_logprobs`` those of the policy at the start of the step.  The other fields are None
+    unless :attr:`Objective.needs` names them; ``OPTIONAL_FIELDS`` says what they hold.
+    """
+
+    image_ids: tuple[str, ...]
+    token_ids: Tensor
+    mask: Tensor
+    rollout_logprobs: Tensor
+    old_logprobs: Tensor
+    terms: Mapping[str, Tensor]
+    rewards: Tensor
+    valid: Tensor
+    truncated: Tensor
+    ref_logprobs: Tensor | None = None
+    greedy_rewards: Tensor | None = None
+    reference_rewards: Tensor | None = None
+    values: Tensor | None = None
+    token_credit: Tensor | None = None
+    guide_logprobs: Tensor | None = None
+    forced: Tensor | None = None
+    judge_ok: Tensor | None = None
+    reward_versions: Tensor | None = None
+    similarity: Tensor | None = None
+    prefix_values: Tensor | None = None
+    phrases: Tensor | None = None
+    collision: Tensor | None = None
+    auxiliary_logprobs: Tensor | None = None
+    augmented_ref_logprobs: Tensor | None = None
+    earlier: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        p, g, t = self.mask.shape
+        shapes = {
+            "token_ids": (p, g, t),
+            "rollout_logprobs": (p, g, t),
+            "old_logprobs": (p, g, t),
+            "rewards": (p, g),
+            "valid": (p, g),
+            "truncated": (p, g),
+        }
+        for name, want in shapes.items():
+            got = tuple(getattr(self, name).shape)
+            if got != want:
+                raise ValueError(f"group batch: {name} of shape {got}, want {want}")
+        for name in OPTIONAL_FIELDS:
+            value = getattr(self, name)
+            if value is not None and value.shape[0] != p:
+                raise ValueError(f"group batch: {name} of {value.shape[0]} prompts, want {p}")
+        if len(self.image_ids) != p:
+            raise ValueError(f"group batch: {len(self.image_ids)} image_ids, want {p}")
+
+    def select(self, prompt_indices: Sequence[int]) -> GroupBatch:
+        """The groups of these prompts, in this order."""
+        rows = list(prompt_indices)
+        changes: dict[str, Any] = {
+            "image_ids": tuple(self.image_ids[i] for i in rows),
+            "terms": {name: value[rows] for name, value in self.terms.items()},
+        }
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if spec.name not in changes and value is not None:
+                changes[spec.name] = value[rows]
+        return replace(self, **changes)

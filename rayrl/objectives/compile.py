@@ -1,0 +1,158 @@
+"""From a plan to parts that can be called: finds functions, checks that everything that is read
+is provided and everything that is provided is read, and collects what the trainer must bring."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from rayrl.objectives.batch import GRAPH_FIELDS, OPTIONAL_FIELDS
+from rayrl.objectives.inject import BoundPart
+from rayrl.objectives.parts import resolve
+from rayrl.objectives.plan import SLOTS, Plan, near
+
+ALWAYS = frozenset(
+    {
+        *("image_ids", "token_ids", "mask", "lengths", "valid", "truncated"),
+        *("rollout_logprobs", "old_logprobs", "policy_logprobs"),
+        *("rewards", "raw_rewards", "caption_weights", "token_weights"),
+        *("losses", "normalizer", "generator", "state", "step", "metrics", "parameters"),
+    }
+)
+"""Names that any part may read (where they exist: policy_logprobs only in the loss)."""
+
+DERIVED: Mapping[str, str] = {
+    "labels": "labels",
+    "segments": "segments",
+    "advantages": "advantage",
+    "caption_advantages": "advantage",
+    "pair_weights": "pairs",
+    "active": "pairs",
+    "log_ratio": "ratio",
+    "ratio": "ratio",
+    "low": "bounds",
+    "high": "bounds",
+    "scores": "score",
+    "margins": "margin",
+    "pair_losses": "link",
+}
+"""Names that a slot produces."""
+
+SERVICES: Mapping[str, str] = {
+    "terms": "several reward terms by name: configure at least two under reward.terms",
+    "total": "statistics of a whole minibatch: micro-batches must be as large as minibatches",
+    "old_logprobs": "the policy's log-probs before the first update of a step",
+}
+"""Needs that are no optional field of the batch."""
+
+_ROOTS = frozenset(
+    {
+        *("rollout", "select", "aggregate", "mask", "weights", "mismatch"),
+        *("surrogate", "regularizers", "reducer", "control"),
+    }
+)
+_BEFORE_LOSS = frozenset(
+    {"select", "labels", "segments", "aggregate", "advantage", "mask", "pairs"}
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The parts of every slot, and by need the parts that have it."""
+
+    slots: Mapping[str, tuple[BoundPart, ...]]
+    needs_of: Mapping[str, tuple[str, ...]]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(self.needs_of)
+
+    def one(self, slot: str) -> BoundPart | None:
+        """The only part of a slot that holds at most one."""
+        return self.slots[slot][0] if self.slots[slot] else None
+
+
+def compile_plan(name: str, plan: Plan) -> Compiled:
+    """Find and check all parts; ValueError, naming the objective, on what does not fit."""
+    slots: dict[str, tuple[BoundPart, ...]] = dict.fromkeys(SLOTS, ())
+    try:
+        for slot, item in plan.parts():
+            bound = resolve(slot, item)
+            if not _switched_off(bound):
+                slots[slot] += (bound,)
+        used = _reachable(slots)
+    except ValueError as error:
+        raise ValueError(f"objective {name}: {error}") from None
+    for slot, items in slots.items():
+        if items and slot not in used:
+            raise ValueError(
+                f"objective {name}: slot {slot} is filled with {items[0].name}, "
+                "but no other part reads what it produces"
+            )
+    needs_of: dict[str, tuple[str, ...]] = {}
+    for bound in (bound for items in slots.values() for bound in items):
+        for need in _needs(bound):
+            needs_of[need] = (*needs_of.get(need, ()), f"{bound.slot} {bound.name}")
+    return Compiled(slots, needs_of)
+
+
+def missing(name: str, compiled: Compiled, lacking: Collection[str]) -> str:
+    """In words: what is lacking and which part needs it."""
+    words = {**OPTIONAL_FIELDS, **GRAPH_FIELDS, **SERVICES}
+    lines = [
+        f"{need} ({words.get(need, 'a rollout planner')}), for {', '.join(compiled.needs_of[need])}"
+        for need in sorted(lacking)
+    ]
+    return f"objective {name} needs " + "; ".join(lines)
+
+
+def _switched_off(bound: BoundPart) -> bool:
+    """A part whose coefficient is 0 is left out, and with it what it needs."""
+    return any(key.endswith("_coef") and value == 0 for key, value in bound.params.items())
+
+
+def _reachable(slots: Mapping[str, tuple[BoundPart, ...]]) -> set[str]:
+    """Slots whose result is read, starting from those that make the loss."""
+    used = {slot for slot in _ROOTS if slots[slot]}
+    waiting = list(used)
+    while waiting:
+        for bound in slots[waiting.pop()]:
+            for source in _sources(bound):
+                if not slots[source] and source not in used:
+                    raise ValueError(
+                        f"{bound.slot} {bound.name} reads {_read(bound, source)}, "
+                        f"so the slot {source} must be filled"
+                    )
+                if source not in used:
+                    used.add(source)
+                    waiting.append(source)
+    return used
+
+
+def _sources(bound: BoundPart) -> Iterable[str]:
+    """The slots that produce what ``bound`` reads; ValueError on what nothing produces."""
+    known = {*ALWAYS, *DERIVED, *OPTIONAL_FIELDS, *GRAPH_FIELDS, *SERVICES}
+    for name in bound.inputs:
+        if name not in known:
+            raise ValueError(
+                f"{bound.slot} {bound.name} reads {name!r}, which nothing provides"
+                f"{near(name, known)}"
+            )
+        # An advantage part may change the advantages of the one before it.
+        if name in DERIVED and name not in bound.optional and DERIVED[name] != bound.slot:
+            yield DERIVED[name]
+
+
+def _read(bound: BoundPart, slot: str) -> str:
+    return ", ".join(name for name in bound.inputs if DERIVED.get(name) == slot)
+
+
+def _needs(bound: BoundPart) -> Iterable[str]:
+    for name in bound.inputs:
+        if name in bound.optional:
+            continue
+        early = name == "old_logprobs" and bound.slot in _BEFORE_LOSS
+        if name in OPTIONAL_FIELDS or name in GRAPH_FIELDS or name in ("terms", "total") or early:
+            yield name
+    if bound.slot == "rollout":
+        yield bound.name

@@ -1,0 +1,185 @@
+"""An objective: from scored groups to a loss and its gradient, and to decisions about the step.
+
+state, prepared = objective.prepare(state, batch)         once a step, over the whole batch
+minibatch = prepared.select(indices)
+normalizer = minibatch.normalizer()
+for rows in micro_batches:                                losses add up to the minibatch's
+    out = objective.loss(prepared.select(rows), policy_logprobs, normalizer)
+    out.loss.backward()
+state, decisions = objective.control(state, metrics)      after every optimizer step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayrl.objectives import diagnostics
+from rayrl.objectives.batch import GRAPH_FIELDS, GroupBatch
+from rayrl.objectives.compile import Compiled, compile_plan, missing
+from rayrl.objectives.inject import Values
+from rayrl.objectives.loss import LossTerms
+from rayrl.objectives.plan import Plan
+from rayrl.objectives.prepare import Preparation
+from rayrl.objectives.reduce import Normalizer
+
+State = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss, a scalar, and metrics as (sum, weight): add both up over micro-batches, then
+    divide."""
+
+    loss: Tensor
+    metrics: diagnostics.Metrics
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A batch with what the objective made of its rewards, one entry a prompt.
+
+    fields: advantages [P,N,G,T or 1], caption_weights [P,G], token_weights [P,G,T], active [P],
+        rewards and, where a part reads them, labels, segments, pair_weights
+    coefficients: parameters that controllers have changed
+    """
+
+    batch: GroupBatch
+    fields: Mapping[str, Tensor]
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+
+    def select(self, prompt_indices: Sequence[int]) -> Prepared:
+        """The groups of these prompts, for a minibatch or a micro-batch."""
+        rows = list(prompt_indices)
+        return replace(
+            self,
+            batch=self.batch.select(rows),
+            fields={name: value[rows] for name, value in self.fields.items()},
+        )
+
+    def normalizer(self) -> Normalizer:
+        """The denominators of this minibatch."""
+        keep = self.fields["caption_weights"]
+        tokens = (self.fields["token_weights"].sum(-1) * keep).sum()
+        return Normalizer(float(tokens), float(keep.sum()), float(self.fields["active"].sum()))
+
+    def with_old_logprobs(self, old_logprobs: Tensor) -> Prepared:
+        """The same with other log-probs [P,G,T] for the start of the step."""
+        return replace(self, batch=replace(self.batch, old_logprobs=old_logprobs.detach()))
+
+
+class Objective:
+    """A plan whose parts are found, checked and ready to be called.
+
+    Raises ValueError where a part or a parameter does not exist, a part reads what no slot
+    provides, or a slot is filled that nothing reads.
+    """
+
+    def __init__(self, name: str, plan: Plan) -> None:
+        self.name = name
+        self.plan = plan
+        self._compiled: Compiled = compile_plan(name, plan)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the trainer must provide beyond tokens, log-probs and rewards: names of
+        ``OPTIONAL_FIELDS`` and ``GRAPH_FIELDS``, and of ``SERVICES``."""
+        return self._compiled.needs
+
+    def check(self, provides: Collection[str]) -> None:
+        """Raise ValueError, in words, where ``provides`` lacks something that this needs."""
+        lacking = self.needs - set(provides)
+        if lacking:
+            raise ValueError(missing(self.name, self._compiled, lacking))
+
+    def initial_state(self) -> dict[str, Any]:
+        """What is carried from step to step: JSON values, to be checkpointed."""
+        return {"step": 0}
+
+    def prepare(self, state: State, batch: GroupBatch) -> tuple[dict[str, Any], Prepared]:
+        """Rewards, advantages and weights of a whole step [P,G,T]: called once, before the step
+        is cut into minibatches, so that statistics over the batch are exact."""
+        self._check_batch(batch)
+        run = Preparation(self._compiled, dict(state), batch)
+        with torch.no_grad():
+            fields = run.fields(self.plan.statistics_of)
+        run.state["step"] = int(state["step"]) + 1
+        return run.state, Prepared(batch, fields, dict(state.get("coefficients", {})))
+
+    def loss(
+        self,
+        prepared: Prepared,
+        policy_logprobs: Tensor,
+        normalizer: Normalizer,
+        *,
+        total: Callable[[Tensor], Tensor] | None = None,
+        **graph: Tensor | None,
+    ) -> LossOutput:
+        """The loss of a micro-batch, a share of the minibatch that ``normalizer`` describes.
+
+        policy_logprobs: [P,G,T], with gradient
+        total: sums a tensor over the ranks of the minibatch, for objectives that need
+            ``whole_minibatch``; the identity on one rank
+        graph: the tensors of ``GRAPH_FIELDS`` that the objective needs (others may be None)
+        """
+        absent = [n for n in sorted(self.needs & GRAPH_FIELDS.keys()) if graph.get(n) is None]
+        if absent:
+            raise ValueError(f"{self.name}: the loss needs {', '.join(absent)}")
+        given = {
+            **vars(prepared.batch),
+            **prepared.fields,
+            **{name: value for name, value in graph.items() if value is not None},
+            "raw_rewards": prepared.batch.rewards,
+            "policy_logprobs": policy_logprobs,
+            "normalizer": normalizer,
+            "total": total or (lambda x: x),
+        }
+        terms = LossTerms(self._compiled, given, prepared.coefficients)
+        parts = {"policy_loss": terms.policy(), **terms.regularizers()}
+        loss = torch.stack(list(parts.values())).sum()
+        metrics = diagnostics.of_loss(terms.values)
+        share = self._share(prepared, normalizer)
+        for name, value in parts.items():
+            metrics[f"objective/{name}"] = (value.detach(), share)
+        return LossOutput(loss, metrics)
+
+    @staticmethod
+    def _share(prepared: Prepared, normalizer: Normalizer) -> float:
+        """How much of the minibatch this is: the weight of terms that add up to the loss."""
+        mine = prepared.normalizer()
+        return mine.tokens / normalizer.tokens if normalizer.tokens else 0.0
+
+    def control(
+        self, state: State, metrics: Mapping[str, float]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Decisions after an optimizer step, from the step's metrics so far: ``stop_epoch``
+        (no further minibatch in this step), ``scale_lr``, ``extrapolate`` (weights)."""
+        new = dict(state)
+        decisions: dict[str, Any] = {}
+        current = {**self.plan.parameters(), **new.get("coefficients", {})}
+        for controller in self._compiled.slots["control"]:
+            values = Values({"metrics": metrics, "parameters": current, "step": new["step"]}, {})
+            decisions.update(controller(values))
+        if "coefficients" in decisions:
+            new["coefficients"] = {**new.get("coefficients", {}), **decisions.pop("coefficients")}
+        return new, decisions
+
+    def _check_batch(self, batch: GroupBatch) -> None:
+        for name in sorted(self.needs):
+            if name not in GRAPH_FIELDS and getattr(batch, name, ...) is None:
+                raise ValueError(missing(self.name, self._compiled, {name}))
+        empty = batch.valid & ~batch.mask.any(-1)
+        if bool(empty.any()):
+            which = batch.image_ids[int(empty.any(-1).nonzero()[0, 0])]
+            raise ValueError(f"image {which}: a valid caption without tokens")
+        if not bool(torch.isfinite(batch.rewards[batch.valid]).all()):
+            bad = ~torch.isfinite(batch.rewards) & batch.valid
+            row = int(bad.any(-1).nonzero()[0, 0])
+            raise ValueError(
+                f"image {batch.image_ids[row]}: rewards {batch.rewards[row].tolist()}, "
+                "want finite ones"
+            )

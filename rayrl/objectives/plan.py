@@ -1,0 +1,185 @@
+"""A plan: which part fills which slot of an objective.  Plain data, so that reading a
+configuration needs no torch; :mod:`rayrl.objectives.parts` finds the functions behind the names.
+
+The slots, in the order in which they work, and what each produces:
+
+    select        keep [P,G], weights of captions (0 drops); works on the raw rewards
+    labels        labels [P,G] in [0,1]: which captions count as good
+    segments      segments [P,G,T], ids of phrases
+    aggregate     rewards [P,G], [P,G,K] or [P,G,T]; each part maps the rewards so far
+    advantage     advantages [P,G], [P,G,T] or, for losses that are summed, [N,P,G,T]
+    mask          token weights [P,G,T] that also enter the denominator of a mean over tokens
+    pairs         pair_weights [P,G,G]: how much "i is better than j" counts
+    ratio, bounds log_ratio [P,G,T] of the policy to the old one; low and high bounds of the ratio
+    weights       factors [P,G,T] on the losses of tokens
+    mismatch      one such factor, for engine and learner disagreeing about a token's log-prob
+    score, margin, link    scores [P,G] of captions -> margins [P,G,G] -> losses [P,G,G] of pairs
+    surrogate     the policy's loss: [P,G,T], [P,G] or [P]
+    regularizers  more losses of these shapes, or scalars
+    reducer       from losses [P,G,T] of tokens to a scalar
+    control       decisions after every optimizer step
+    rollout       what the driver does before or during sampling
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """What fills a slot: a function, by its name or itself, and values for its parameters."""
+
+    function: str | Callable[..., Any]
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.function if isinstance(self.function, str) else self.function.__name__
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{key}={value}" for key, value in self.params.items())
+        return f"{self.name}({values})" if values else self.name
+
+
+def part(function: str | Callable[..., Any], **params: Any) -> Part:
+    """``part("group_normalize", eps=1e-5)``, or ``part(my_own_function, strength=2.0)``."""
+    return Part(function, params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The parts of an objective; a slot that nothing reads stays empty (None or ())."""
+
+    rollout: tuple[Part, ...] = ()
+    select: tuple[Part, ...] = ()
+    labels: Part | None = None
+    segments: Part | None = None
+    aggregate: tuple[Part, ...] = ()
+    advantage: tuple[Part, ...] = ()
+    mask: tuple[Part, ...] = ()
+    pairs: Part | None = None
+    ratio: Part | None = None
+    bounds: Part | None = None
+    weights: tuple[Part, ...] = ()
+    mismatch: Part | None = None
+    score: Part | None = None
+    margin: Part | None = None
+    link: Part | None = None
+    surrogate: Part
+    regularizers: tuple[Part, ...] = ()
+    reducer: Part = Part("token_mean")
+    control: tuple[Part, ...] = ()
+    statistics_of: str = "all"
+    """Whose rewards make a group's mean and spread: of `all` captions, or of those `kept`."""
+
+    def __post_init__(self) -> None:
+        if self.statistics_of not in ("all", "kept"):
+            raise ValueError(f"statistics_of {self.statistics_of!r}: want 'all' or 'kept'")
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """Every part with its slot."""
+        for slot in SLOTS:
+            value = getattr(self, slot)
+            for item in value if isinstance(value, tuple) else (value,):
+                if item is not None:
+                    yield slot, item
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters that the plan sets, by name; overrides may change these."""
+        return {key: value for _, item in self.parts() for key, value in item.params.items()}
+
+
+SLOTS = tuple(f.name for f in dataclasses.fields(Plan) if f.name != "statistics_of")
+_MANY = frozenset(f.name for f in dataclasses.fields(Plan) if str(f.type).startswith("tuple"))
+
+
+def override(
+    plan: Plan, values: Mapping[str, Any], known: Mapping[str, Mapping[str, Part]]
+) -> Plan:
+    """``plan`` with single slots or parameters replaced.
+
+    values: a slot's name to the name of a part (several for slots that hold several; "" empties
+        a slot), or a parameter's name to its value
+    known: by slot, the parts that have a name
+
+    Raises ValueError on a slot, part or parameter that does not exist, with near matches.
+    """
+    slots = {key: value for key, value in values.items() if key in SLOTS}
+    for slot, names in slots.items():
+        plan = dataclasses.replace(plan, **{slot: _named(slot, names, known[slot])})
+    for key, value in values.items():
+        if key == "statistics_of":
+            plan = dataclasses.replace(plan, statistics_of=value)
+        elif key not in slots:
+            plan = _with_parameter(plan, key, value)
+    return plan
+
+
+def near(given: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: what it may have meant."""
+    names = sorted(known)
+    close = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
+    close = close or [name for name in names if given and given.lower() in name][:3]
+    return f"; did you mean {', '.join(close)}?" if close else f"; known are {', '.join(names)}"
+
+
+def _named(slot: str, names: Any, known: Mapping[str, Part]) -> Any:
+    listed = names.split(",") if isinstance(names, str) else list(names)
+    listed = [name.strip() for name in listed if name.strip()]
+    for name in listed:
+        if name not in known:
+            raise ValueError(f"unknown part {name!r} for slot {slot}{near(name, known)}")
+    if slot in _MANY:
+        return tuple(known[name] for name in listed)
+    if len(listed) > 1:
+        raise ValueError(f"slot {slot} holds one part, got {len(listed)}: {', '.join(listed)}")
+    return known[listed[0]] if listed else None
+
+
+def _with_parameter(plan: Plan, name: str, value: Any) -> Plan:
+    current = plan.parameters()
+    if name not in current:
+        raise ValueError(
+            f"unknown slot or parameter {name!r}{near(name, [*current, *SLOTS, 'statistics_of'])}"
+        )
+    value = _typed(name, value, current[name])
+
+    def replaced(item: Part | None) -> Part | None:
+        if item is None or name not in item.params:
+            return item
+        return Part(item.function, {**item.params, name: value})
+
+    changes: dict[str, Any] = {}
+    for slot in SLOTS:
+        old = getattr(plan, slot)
+        changes[slot] = tuple(map(replaced, old)) if isinstance(old, tuple) else replaced(old)
+    return dataclasses.replace(plan, **changes)
+
+
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _typed(name: str, given: Any, current: Any) -> Any:
+    """``given`` as the type of the parameter's value; the command line brings text."""
+    kind = type(current)
+    try:
+        if kind is bool:
+            return given if isinstance(given, bool) else _BOOLS[str(given).lower()]
+        if kind is tuple:
+            items = given.split(",") if isinstance(given, str) else list(given)
+            each = type(current[0]) if current else str
+            return tuple(each(item) for item in items if item != "")
+        if kind is dict:
+            return {str(key): float(value) for key, value in dict(given).items()}
+        if kind in (int, float) and isinstance(given, bool):
+            raise TypeError
+        if kind is int and float(given) != int(float(given)):
+            raise ValueError
+        return int(float(given)) if kind is int else kind(given)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{name}: got {given!r}, want a {kind.__name__}") from None

@@ -1,0 +1,89 @@
+"""The part of an objective that needs no gradient: weights, rewards, advantages, pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayrl.objectives.batch import GroupBatch
+from rayrl.objectives.compile import Compiled
+from rayrl.objectives.inject import BoundPart
+
+
+class Preparation:
+    """One step's run through the slots select to pairs; ``state`` is the new state afterwards."""
+
+    def __init__(self, compiled: Compiled, state: dict[str, Any], batch: GroupBatch) -> None:
+        self.state = state
+        self._slots = compiled.slots
+        self._batch = batch
+        self._values: dict[str, Any] = {
+            **vars(batch),
+            "raw_rewards": batch.rewards,
+            "lengths": batch.mask.sum(-1),
+            "step": state["step"],
+            # A function of the step alone, so that a resumed run draws the same captions.
+            "generator": torch.Generator().manual_seed(1_000_003 * (int(state["step"]) + 1)),
+        }
+
+    def fields(self, statistics_of: str) -> dict[str, Tensor]:
+        """By name, tensors whose first axis is P; see :class:`Prepared`."""
+        keep = self._keep()
+        seen = {"all": self._batch.valid, "kept": keep > 0}[statistics_of]
+        self._values.update(valid=seen, caption_weights=keep)
+        fields = {"caption_weights": keep, "rewards": self._batch.rewards}
+        for slot, name in (
+            ("labels", "labels"),
+            ("segments", "segments"),
+            ("aggregate", "rewards"),
+        ):
+            for part in self._slots[slot]:
+                fields[name] = self._set(name, part)
+        if self._slots["advantage"]:
+            for part in self._slots["advantage"]:
+                self._set("advantages", part)
+            fields["advantages"] = self._laid_out(self._values["advantages"])
+        self._values["valid"] = keep > 0
+        fields["active"] = (keep > 0).any(1).to(keep.dtype)
+        for part in self._slots["pairs"]:
+            weights = self._set("pair_weights", part)
+            fields["pair_weights"] = weights
+            fields["active"] = (weights.flatten(1) != 0).any(1).to(keep.dtype)
+        fields["token_weights"] = self._token_weights()
+        return fields
+
+    def _keep(self) -> Tensor:
+        keep = self._batch.valid.to(self._batch.rewards.dtype)
+        for part in self._slots["select"]:
+            self._values["caption_weights"] = keep
+            keep = keep * self._call(part)
+        return keep
+
+    def _token_weights(self) -> Tensor:
+        weights = self._batch.mask.to(self._batch.rewards.dtype)
+        for part in self._slots["mask"]:
+            weights = weights * self._call(part)
+        return weights
+
+    def _set(self, name: str, part: BoundPart) -> Tensor:
+        self._values[name] = self._call(part)
+        return self._values[name]
+
+    def _call(self, part: BoundPart) -> Tensor:
+        if not part.stateful:
+            return part(self._values)
+        key = part.name
+        result, self.state[key] = part({**self._values, "state": self.state.get(key, {})})
+        return result
+
+    def _laid_out(self, advantages: Tensor) -> Tensor:
+        """[P,N,G,T or 1] from [P,G], [P,G,T] or [N,P,G,T or 1]; ValueError on a NaN."""
+        if not bool(torch.isfinite(advantages).all()):
+            raise ValueError(f"advantages of step {self.state['step']} are not finite")
+        if advantages.ndim == 2:
+            return advantages[:, None, :, None]
+        if advantages.ndim == 3:
+            return advantages[:, None]
+        return advantages.transpose(0, 1)
