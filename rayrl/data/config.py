@@ -37,7 +37,8 @@ class DataConfig(Section):
     """`scenes` (generated), `parquet` (shards), `coco` (captions json and an image folder) or
     `karpathy` (dataset_*.json and an image folder)."""
     path: str = ""
-    """The Parquet file or folder of shards, or the annotation file; not used by `scenes`."""
+    """The Parquet file or folder of shards (also `s3://…`, `gs://…`), or the annotation file; not
+    used by `scenes`."""
     images: str = ""
     """The image folder of `coco` and `karpathy`."""
     instruction: str = Field(default="Describe the image.", min_length=1)
@@ -64,3 +65,15 @@ class DataConfig(Section):
         if self.source in ("coco", "karpathy") and not self.images:
             raise ValueError(f"source {self.source} needs images: the folder of the image files")
         return self
+
+    def limit(self, split: Split) -> int:
+        """How many images of a split are used at most; 0 for all."""
+        return self.max_train if split == "train" else self.max_val
+
+    def path_of(self, split: Split) -> str:
+        """`path` for a split."""
+        return self.path.replace("{split}", split)
+
+    def images_of(self, split: Split) -> str:
+        """`images` for a split."""
+        return self.images.replace("{split}", split)

@@ -7,12 +7,17 @@ from collections.abc import Callable, Mapping
 
 from rayrl.data.config import DataConfig, Source, Split
 from rayrl.data.dataset import Dataset
+from rayrl.data.folder import load_coco, load_karpathy
+from rayrl.data.parquet import load_parquet
 from rayrl.data.scenes import load_scenes
 
 logger = logging.getLogger(__name__)
 
 LOADERS: Mapping[Source, Callable[[DataConfig, Split], Dataset]] = {
     "scenes": load_scenes,
+    "parquet": load_parquet,
+    "coco": load_coco,
+    "karpathy": load_karpathy,
 }
 
 

@@ -62,7 +62,7 @@ class Scene:
 
 def load_scenes(config: DataConfig, split: Split) -> Dataset:
     """The pictures of one split; each is drawn once, when it is first asked for."""
-    sizes, limit = config.scenes, config.max_train if split == "train" else config.max_val
+    sizes, limit = config.scenes, config.limit(split)
     count = {"train": sizes.num_train, "val": sizes.num_val, "test": sizes.num_test}[split]
     items = [make_scene(sizes.seed, split, i) for i in range(min(count, limit) if limit else count)]
     digest = hashlib.blake2b(repr(items).encode(), digest_size=16)
@@ -124,9 +124,10 @@ def pair_splits(seed: int) -> dict[frozenset[Thing], Split]:
     ]
     Random(f"{seed}/pairs").shuffle(pairs)
     held_out = round(HELD_OUT_SHARE * len(pairs))
-    splits: list[Split] = ["val"] * held_out + ["test"] * held_out
-    splits += ["train"] * (len(pairs) - len(splits))
-    return dict(zip(pairs, splits, strict=True))
+    splits: dict[frozenset[Thing], Split] = dict.fromkeys(pairs, "train")
+    splits |= dict.fromkeys(pairs[:held_out], "val")
+    splits |= dict.fromkeys(pairs[held_out : 2 * held_out], "test")
+    return splits
 
 
 def _things(rng: Random, split: Split, splits: dict[frozenset[Thing], Split]) -> tuple[Thing, ...]:

@@ -1,0 +1,91 @@
+"""Parquet shards with the columns image_id (text), image (bytes), captions (list of texts).
+
+Ids and captions are held; images are read by row group when they are asked for, so that a data
+set may be larger than memory.  A folder that :mod:`rayrl.prepare` wrote has a manifest, by which a
+missing or cut-off shard is noticed; images of other shards are decoded once at the start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import pyarrow.fs as pafs
+
+from rayrl.data.config import DataConfig, Split
+from rayrl.data.dataset import Dataset
+from rayrl.data.images import Bounds
+from rayrl.data.manifest import NAME, Manifest
+from rayrl.data.rejections import Rejections
+from rayrl.data.screening import screen
+from rayrl.data.shards import Row, Shards, filesystem
+
+
+def load_parquet(config: DataConfig, split: Split) -> Dataset:
+    """The rows of a Parquet file or of a folder of shards, in the order of the shards' names."""
+    location, limit = config.path_of(split), config.limit(split)
+    names, manifest = _find(location)
+    shards = Shards(location, names, Bounds(config.max_image_bytes, config.max_image_pixels))
+    rejections = Rejections()
+    if manifest:
+        manifest.check(location, shards.num_rows)
+        rows, digest = list(shards.rows(rejections, images=False)), manifest.image_digest
+        rows = rows[: limit or len(rows)]
+    elif shards.prepared and names != [filesystem(location)[1]]:
+        raise ValueError(f"{location}: prepared shards without their {NAME}; copied in part?")
+    else:
+        rows, digest = _checked(shards, rejections, limit)
+    if not rows:
+        raise rejections.nothing_left(location)
+    _check_unique(location, rows)
+    shards.places = [row.place for row in rows]
+    return Dataset(
+        ids=[row.image_id for row in rows],
+        captions=[row.captions for row in rows],
+        instruction=config.instruction,
+        read_image=shards,
+        image_digest=digest,
+        rejected=rejections.counts(),
+    )
+
+
+def _find(location: str) -> tuple[list[str], Manifest | None]:
+    """The shards of a file or folder, sorted by name, and the folder's manifest if it has one."""
+    files, path = filesystem(location)
+    kind = files.get_file_info(path).type
+    if kind == pafs.FileType.File:
+        return [path], None
+    if kind != pafs.FileType.Directory:
+        raise FileNotFoundError(f"{location}: no such Parquet file or folder of shards")
+    infos = {info.base_name: info.path for info in files.get_file_info(pafs.FileSelector(path))}
+    shards = [name for name in sorted(infos) if name.endswith(".parquet") and name[0] not in "._"]
+    if not shards:
+        raise FileNotFoundError(f"{location}: no *.parquet file in this folder")
+    manifest = None
+    if NAME in infos:
+        content = files.open_input_stream(infos[NAME]).readall()
+        manifest = Manifest.parse(content, infos[NAME])
+    return [infos[name] for name in shards], manifest
+
+
+def _checked(shards: Shards, rejections: Rejections, limit: int) -> tuple[list[Row], str]:
+    """The rows whose images decode, and a digest of those images."""
+    digest = hashlib.blake2b(digest_size=16)
+    rows = []
+    found = shards.rows(rejections, images=True)
+    for row, image_digest in screen(found, shards.check, _name, rejections, limit):
+        digest.update(image_digest)
+        rows.append(row._replace(image=b""))
+    return rows, digest.hexdigest()
+
+
+def _name(row: Row) -> str:
+    return row.image_id
+
+
+def _check_unique(location: str, rows: Sequence[Row]) -> None:
+    seen: set[str] = set()
+    for row in rows:
+        if row.image_id in seen:
+            raise ValueError(f"{location}: duplicate image_id {row.image_id!r}")
+        seen.add(row.image_id)

@@ -1,0 +1,62 @@
+"""What a source holds and a data set cannot use: counted by reason, never silently dropped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Rejection(NamedTuple):
+    """An image, or one caption of it, that was left out."""
+
+    item: str
+    reason: str
+    detail: str
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; ``reason`` is one of a few, for counting."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
+        return BadImage, (self.reason, self.detail)
+
+
+class Rejections:
+    """The rejections of one split, in the order in which they were found."""
+
+    def __init__(self) -> None:
+        self._found: list[Rejection] = []
+
+    def __iter__(self) -> Iterator[Rejection]:
+        return iter(self._found)
+
+    def add(self, item: str, reason: str, detail: str = "") -> None:
+        self._found.append(Rejection(item, reason, detail))
+
+    def counts(self) -> dict[str, int]:
+        """How many, by reason."""
+        return dict(Counter(rejection.reason for rejection in self._found))
+
+    def nothing_left(self, source: str) -> ValueError:
+        """The error for a source of which nothing could be used; it names the first rejection."""
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.counts().items())
+        first = self._found[0] if self._found else None
+        detail = f" ({first.detail})" if first and first.detail else ""
+        why = f": {counts}; first {first.item}{detail}" if first else ""
+        return ValueError(f"{source}: no usable image{why}")
+
+
+def clean_captions(item: str, captions: list[str], rejections: Rejections) -> tuple[str, ...]:
+    """Captions on one line each; empty ones are rejected, and an image that has none left too."""
+    cleaned = tuple(" ".join(caption.split()) for caption in captions)
+    kept = tuple(caption for caption in cleaned if caption)
+    for _ in range(len(cleaned) - len(kept)):
+        rejections.add(item, "empty caption")
+    if not kept:
+        rejections.add(item, "image without captions")
+    return kept
