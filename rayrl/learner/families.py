@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayrl.learner.attention import NAME as TREE_ATTENTION
+
 Inputs = Mapping[str, Any]
 
 
@@ -131,9 +133,10 @@ def refusal(model: Any) -> str | None:
     if kind not in FAMILIES:
         return f"model type {kind!r} is not one of {', '.join(FAMILIES)}"
     text = model.config.get_text_config()
-    if text._attn_implementation not in ("sdpa", "eager"):
+    attention = FAMILIES[kind].decoder(model).config._attn_implementation
+    if attention not in ("sdpa", "eager", TREE_ATTENTION):
         return (
-            f"attention {text._attn_implementation!r} takes no tree mask; "
+            f"attention {attention!r} takes no tree mask; "
             "load the model with attn_implementation='sdpa'"
         )
     strange = set(getattr(text, "layer_types", None) or ()) - {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayrl.learner.attention import use_tree_attention
 from rayrl.learner.chunked import CHUNK_BYTES, Sampling, token_logprobs
 from rayrl.learner.families import (
     FAMILIES,
@@ -96,7 +97,9 @@ def prefix_shared_outputs(
             with_entropy=with_entropy,
         )
     device = prompt_inputs["input_ids"].device
-    tree = build_tree(prompt_inputs["attention_mask"].cpu().bool(), ids, mask).to(device)
+    prompt_mask = prompt_inputs["attention_mask"].cpu().bool()
+    # Fused kernels on CUDA want the mask's rows aligned, and else copy it in every layer.
+    tree = build_tree(prompt_mask, ids, mask, align=8 if device.type == "cuda" else 1).to(device)
     ids = ids.to(device)
     hidden = _decode(bare, prompt_inputs, ids, tree)
     picked, entropy = token_logprobs(
@@ -148,31 +151,38 @@ def _positions(prompt: Tensor, prompt_mask: Tensor, tree: GroupTree) -> Tensor:
     """[P, L] or [3, P, L]: the prompt's own positions, then counting on from the largest."""
     following = prompt.masked_fill(prompt_mask == 0, -1).amax(-1, keepdim=True) + 1
     column = tree.source.clamp(max=prompt.shape[-1] - 1)
-    in_trunk = tree.rank < tree.trunk[:, None]
     own = prompt.gather(-1, column.expand(*prompt.shape[:-1], -1))
+    in_trunk = torch.arange(tree.source.shape[1], device=own.device) < tree.trunk_slots
     return torch.where(in_trunk, own, following + tree.rank - tree.trunk[:, None])
 
 
 def _masks(model: Any, inputs: Inputs, tree: GroupTree, embeds: Tensor) -> Any:
-    """Attention masks [P, 1, L, L], 0 where visible and else the lowest number, made once for all
-    layers; one for each type of layer where some attend within a sliding window only."""
-    both_ways = _both_ways(FAMILIES[model.config.model_type], inputs, tree)
+    """The decoder's attention mask, made once for all layers: additive [P, 1, n, L] for the nodes
+    alone where that is enough, else for all rows, one for each type of layer where some attend
+    within a sliding window only."""
+    kind = embeds.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeds.dtype
 
     def additive(visible: Tensor) -> Tensor:
-        kind = embeds.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeds.dtype
-        hidden = ~visible if both_ways is None else ~(visible | both_ways)
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-        return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
-    text = model.config.get_text_config()
+    family, text = FAMILIES[model.config.model_type], model.config.get_text_config()
+    both_ways = _both_ways(family, inputs, tree)
     window = getattr(text, "sliding_window", None)
-    if window is None or tree.visible.shape[-1] <= window:
-        return additive(tree.visible)
-    near = tree.visible & (tree.rank[:, :, None] - tree.rank[:, None] < window)
-    if getattr(text, "layer_types", None) is None:
+    if window is not None and tree.source.shape[1] <= window:
+        window = None
+    if both_ways is None and window is None and use_tree_attention(family.decoder(model)):
+        return additive(tree.nodes)
+    visible = tree.visible()
+    near = visible
+    if window is not None:
+        near = visible & (tree.rank[:, :, None] - tree.rank[:, None] < window)
+    if both_ways is not None:
+        visible, near = visible | both_ways, near | both_ways
+    if window is None or getattr(text, "layer_types", None) is None:
         return additive(near)
-    return {"full_attention": additive(tree.visible), "sliding_attention": additive(near)}
+    return {"full_attention": additive(visible), "sliding_attention": additive(near)}
 
 
 def _both_ways(family: Family, inputs: Inputs, tree: GroupTree) -> Tensor | None:
