@@ -1,0 +1,237 @@
+"""The run log: files that hold each step once, and the line that a person reads."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from rayrl.metrics import Phases, RunLog, read_jsonl, write_summary
+from rayrl.progress import TerminalProgress, duration, progress_text
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def lines(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_phases_add_up_until_taken(clock):
+    phases = Phases(clock)
+    for spent in (2.0, 3.0):
+        with phases("rollout"):
+            clock.now += spent
+    with phases("sync"):
+        clock.now += 0.5
+    assert phases.take() == {"seconds/rollout": 5.0, "seconds/sync": 0.5}
+    assert phases.take() == {}
+
+
+def test_a_phase_that_raises_is_counted_as_far_as_it_came(clock):
+    phases = Phases(clock)
+    with pytest.raises(RuntimeError, match="worker died"), phases("rollout"):
+        clock.now += 4.0
+        raise RuntimeError("worker died")
+    assert phases.take() == {"seconds/rollout": 4.0}
+
+
+def test_one_object_a_step_with_its_time(tmp_path, clock):
+    log = RunLog(tmp_path, total_steps=2, tensorboard=False, clock=clock)
+    log.step(1, {"reward/mean": 0.25})
+    clock.now += 3.0
+    log.step(2, {"reward/mean": 0.5})
+    assert lines(tmp_path) == [
+        {"step": 1, "time": 1000.0, "reward/mean": 0.25},
+        {"step": 2, "time": 1003.0, "reward/mean": 0.5},
+    ]
+    assert log.history() == lines(tmp_path)
+
+
+def test_a_step_is_on_disk_before_the_log_is_closed(tmp_path):
+    log = RunLog(tmp_path, total_steps=9, tensorboard=False)
+    log.step(1, {"kl": 0.125})
+    assert lines(tmp_path)[0]["kl"] == 0.125
+
+
+def test_steps_only_go_up(tmp_path):
+    log = RunLog(tmp_path, total_steps=9, tensorboard=False)
+    log.step(3, {})
+    with pytest.raises(ValueError, match="step 3 after step 3"):
+        log.step(3, {})
+
+
+def test_resuming_holds_each_step_once(tmp_path):
+    first = RunLog(tmp_path, total_steps=6, tensorboard=False)
+    for step in range(5):
+        first.step(step, {"reward/mean": float(step)})
+        first.samples([{"step": step, "prompt_id": f"p{step}"}])
+    second = RunLog(tmp_path, total_steps=6, tensorboard=False, resume_from=2)
+    for step in (3, 4, 5):
+        second.step(step, {"reward/mean": 10.0 + step})
+        second.samples([{"step": step, "prompt_id": f"q{step}"}])
+    assert [(row["step"], row["reward/mean"]) for row in lines(tmp_path)] == [
+        (0, 0.0),
+        (1, 1.0),
+        (2, 2.0),
+        (3, 13.0),
+        (4, 14.0),
+        (5, 15.0),
+    ]
+    ids = [row["prompt_id"] for row in lines(tmp_path, "samples.jsonl")]
+    assert ids == ["p0", "p1", "p2", "q3", "q4", "q5"]
+
+
+def test_resuming_after_a_kill_drops_the_line_that_was_broken_off(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "kl": 0.5}\n{"step": 2, "k')
+    log = RunLog(tmp_path, total_steps=3, tensorboard=False, resume_from=2)
+    log.step(3, {"kl": 0.75})
+    assert [row["step"] for row in lines(tmp_path)] == [1, 3]
+
+
+def test_a_new_run_in_an_old_folder_starts_empty(tmp_path):
+    RunLog(tmp_path, total_steps=3, tensorboard=False).step(1, {"kl": 0.5})
+    log = RunLog(tmp_path, total_steps=3, tensorboard=False)
+    assert log.history() == []
+
+
+def test_a_file_that_no_run_wrote_is_named_with_its_line(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\nhello\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+        RunLog(tmp_path, total_steps=3, tensorboard=False, resume_from=1)
+    file.write_text('{"kl": 1.0}\n')
+    with pytest.raises(ValueError, match="line 1: want a step, got None"):
+        RunLog(tmp_path, total_steps=3, tensorboard=False, resume_from=1)
+    file.write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1: want an object, got list"):
+        read_jsonl(file)
+
+
+def test_a_value_that_is_not_finite_is_null_and_said(tmp_path, capsys):
+    log = RunLog(tmp_path, total_steps=3, tensorboard=False)
+    log.step(1, {"learner/loss": math.nan, "kl": 0.5})
+    assert lines(tmp_path)[0]["learner/loss"] is None
+    assert "learner/loss" not in log.history()[0] and log.history()[0]["kl"] == 0.5
+    assert "step 1: learner/loss is nan" in capsys.readouterr().out
+
+
+def test_samples_keep_every_character(tmp_path):
+    text = 'ein "Hund"\n läuft \ud83d 🐕'
+    RunLog(tmp_path, total_steps=1, tensorboard=False).samples([{"step": 1, "text": text}])
+    assert read_jsonl(tmp_path / "samples.jsonl") == [{"step": 1, "text": text}]
+
+
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    first = RunLog(tmp_path, total_steps=4, resume_from=None)
+    for step in (1, 2, 3):
+        first.step(step, {"reward/mean": float(step)})
+    first.close()
+    second = RunLog(tmp_path, total_steps=4, resume_from=1)
+    for step in (2, 3, 4):
+        second.step(step, {"reward/mean": 10.0 + step})
+    second.close()
+    second.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    scalars = [(event.step, event.value) for event in events.Scalars("reward/mean")]
+    assert scalars == [(1, 1.0), (2, 12.0), (3, 13.0), (4, 14.0)]
+
+
+def test_the_plain_log_gives_one_line_a_step_with_the_change_since_the_start(
+    tmp_path, capsys, clock
+):
+    log = RunLog(tmp_path, total_steps=150, tensorboard=False, clock=clock)
+    log.step(0, {"eval/cider_d": 263.0})
+    clock.now += 2.0
+    log.step(1, {"reward/mean": 0.8125, "kl": 0.0042, "seconds/rollout": 0.31})
+    clock.now += 4.0
+    log.step(2, {"reward/mean": 0.9, "eval/cider_d": 261.25, "captions_per_second": 312.4})
+    assert capsys.readouterr().out.splitlines() == [
+        "step   0/150  CIDEr-D 263.0",
+        "step   1/150  reward 0.812  CIDEr-D 263.0 (+0.0)  KL 0.0042  rollout 0.31 s  ETA 4:58",
+        # Two steps took 6 s, so 148 more take 444 s.
+        "step   2/150  reward 0.900  CIDEr-D 261.2 (-1.8)  312 captions/s  ETA 7:24",
+    ]
+
+
+def test_a_resumed_run_still_compares_with_the_first_start(tmp_path, capsys):
+    log = RunLog(tmp_path, total_steps=4, tensorboard=False)
+    log.step(0, {"eval/cider_d": 100.0})
+    log.step(1, {"eval/cider_d": 105.0})
+    resumed = RunLog(tmp_path, total_steps=4, tensorboard=False, resume_from=1)
+    capsys.readouterr()
+    resumed.step(2, {"reward/mean": 1.0})
+    assert capsys.readouterr().out == "step 2/4  reward 1.000  CIDEr-D 105.0 (+5.0)\n"
+
+
+def test_what_is_not_known_is_left_out_of_the_line():
+    line = progress_text(3, 10, {}, score=math.nan, gain=math.nan, seconds_left=math.nan)
+    assert line == "step  3/10"
+
+
+def test_durations_read_like_a_clock():
+    assert [duration(s) for s in (0.4, 7, 754, 3723, 59.6)] == [
+        "0:00",
+        "0:07",
+        "12:34",
+        "1:02:03",
+        "1:00",
+    ]
+
+
+def test_on_a_terminal_evaluations_and_messages_stay_and_steps_do_not():
+    screen = io.StringIO()
+    progress = TerminalProgress(Console(file=screen, width=80, force_terminal=True))
+    progress.update(0.1, "step 1/3", stay=False)
+    progress.update(0.2, "step 2/3  CIDEr-D 1.0", stay=True)
+    progress.stay("stopping [after] this step")
+    progress.update(0.3, "step 3/3", stay=False)
+    progress.close()
+    progress.close()
+    shown = screen.getvalue()
+    assert "stopping [after] this step\n" in shown
+    assert "step 2/3  CIDEr-D 1.0\n" in shown
+    assert shown.rstrip().endswith("step 3/3"), "the last step stays when the display ends"
+    assert "step 1/3\n" not in shown
+
+
+def test_a_terminal_line_never_wraps():
+    screen = io.StringIO()
+    progress = TerminalProgress(Console(file=screen, width=40, force_terminal=True))
+    progress.update(0.5, "x" * 60, stay=True)
+    progress.close()
+    assert f"{'x' * 39}…\n" in screen.getvalue()
+    assert "x" * 40 not in screen.getvalue()
+
+
+def test_the_summary_is_whole_json(tmp_path):
+    write_summary(tmp_path, {"cider_d_end": 270.5, "worst": math.inf, "by": {"rollout": 1.5}})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == {"cider_d_end": 270.5, "worst": None, "by": {"rollout": 1.5}}
+    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_summary_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    write_summary(tmp_path, {"cider_d_end": 1.0})
+    with pytest.raises(TypeError):
+        write_summary(tmp_path, {"cider_d_end": object()})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"cider_d_end": 1.0}
