@@ -43,7 +43,9 @@ def progress_text(
     gain: float,
     seconds_left: float,
 ) -> str:
-    """A step in one line, the most watched numbers first; what is not known (NaN) is left out.
+    """A step in one line, the most watched numbers first, for a narrow terminal cuts the end.
+
+    What is not known (NaN) is left out.
 
     ``score`` is the last held-out CIDEr-D (x100) and ``gain`` its change against the first.
     """
@@ -57,6 +59,8 @@ def progress_text(
         parts.append(f"KL {metrics['kl']:.4f}")
     if "captions_per_second" in metrics:
         parts.append(f"{metrics['captions_per_second']:.0f} captions/s")
+    if not math.isnan(seconds_left) and step < total:
+        parts.append(f"ETA {duration(seconds_left)}")
     phases = [
         f"{name.removeprefix(_PHASE)} {value:.2f}"
         for name, value in metrics.items()
@@ -64,8 +68,6 @@ def progress_text(
     ]
     if phases:
         parts.append(f"{' '.join(phases)} s")
-    if not math.isnan(seconds_left) and step < total:
-        parts.append(f"ETA {duration(seconds_left)}")
     return "  ".join(parts)
 
 
@@ -101,7 +103,7 @@ class TerminalProgress:
     def update(self, fraction: float, text: str, *, stay: bool) -> None:
         line = Text(text, no_wrap=True, overflow="ellipsis")
         if stay:
-            self._console.print(line)
+            self.stay(text)
         self._pending = Text() if stay else line
         row = Table.grid(padding=(0, 1))
         row.add_row(ProgressBar(total=1.0, completed=fraction, width=16), line)
