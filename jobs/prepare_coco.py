@@ -1,0 +1,17 @@
+"""Turn COCO or Karpathy annotations and an image folder into Parquet shards.
+
+    python jobs/prepare_coco.py --source karpathy --path dataset_coco.json --images coco \
+        --output datasets/coco
+    ray job submit --working-dir . -- python jobs/prepare_coco.py …
+"""
+
+import sys
+from pathlib import Path
+
+# A job's working directory is not on the path, and rayrl need not be installed on a cluster.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rayrl.prepare import main
+
+if __name__ == "__main__":
+    main()
