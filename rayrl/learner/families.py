@@ -54,24 +54,32 @@ def _language_model_decoder(model: Any) -> Any:
     return model.language_model.model
 
 
-def _repeat_images(inputs: Inputs, names: Sequence[str], times: int) -> dict[str, Tensor]:
-    """Every image's rows ``times`` times, image by image."""
+def _take_rows(inputs: Inputs, names: Sequence[str], prompts: Sequence[int]) -> dict[str, Tensor]:
+    """The image inputs of the given prompts, in that order, one may be named many times."""
     return {
-        name: inputs[name].repeat_interleave(times, 0)
+        name: inputs[name][_image_rows(inputs, name, prompts)]
         for name in names
         if inputs.get(name) is not None
     }
 
 
-def _repeat_patches(inputs: Inputs, names: Sequence[str], times: int) -> dict[str, Tensor]:
-    """As ``_repeat_images`` where pixel_values [sum of patches, .] concatenates the images."""
+def _take_patches(
+    inputs: Inputs, names: Sequence[str], prompts: Sequence[int]
+) -> dict[str, Tensor]:
+    """As ``_take_rows`` where pixel_values [sum of patches, .] concatenates the images."""
     grid = inputs["image_grid_thw"]
     patches = inputs["pixel_values"].split(grid.prod(-1).tolist())
-    repeated = [part for image in patches for part in [image] * times]
-    return {
-        "pixel_values": torch.cat(repeated),
-        "image_grid_thw": grid.repeat_interleave(times, 0),
-    }
+    rows = _image_rows(inputs, "image_grid_thw", prompts)
+    return {"pixel_values": torch.cat([patches[i] for i in rows]), "image_grid_thw": grid[rows]}
+
+
+def _image_rows(inputs: Inputs, name: str, prompts: Sequence[int]) -> list[int]:
+    """Rows of an image input that belong to the given prompts, all with equally many images."""
+    p, images = len(inputs["input_ids"]), len(inputs[name])
+    if images % p:
+        raise ValueError(f"{name}: {images} images for {p} prompts, want equally many for each")
+    each = images // p
+    return [prompt * each + i for prompt in prompts for i in range(each)]
 
 
 def _no_softcap(model: Any) -> float | None:
@@ -92,7 +100,7 @@ class Family:
     token_types: the input that is 0 on tokens that attend in both directions, if any
     deepstack: image features also enter the first decoder layers (arXiv 2406.04334)
     softcap: the cap on logits, where the model applies one
-    repeat_images: the image inputs for G copies of each prompt
+    take_images: the image inputs of some of the prompts
     """
 
     image_inputs: tuple[str, ...] = ("pixel_values",)
@@ -101,14 +109,14 @@ class Family:
     token_types: str | None = None
     deepstack: bool = False
     softcap: Callable[[Any], float | None] = _no_softcap
-    repeat_images: Callable[[Inputs, Sequence[str], int], dict[str, Tensor]] = _repeat_images
+    take_images: Callable[[Inputs, Sequence[str], Sequence[int]], dict[str, Tensor]] = _take_rows
 
 
 _IDEFICS3 = Family(image_inputs=("pixel_values", "pixel_attention_mask"))
 _QWEN = Family(
     image_inputs=("pixel_values", "image_grid_thw"),
     positions=grid_positions,
-    repeat_images=_repeat_patches,
+    take_images=_take_patches,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -151,12 +159,40 @@ def refusal(model: Any) -> str | None:
 
 
 def encode_images(model: Any, inputs: Inputs) -> list[Tensor]:
-    """Features of every image, in order: [1, n, D], or [1 + K, n, D] when the features of K vision
-    layers enter the decoder as well (deepstack)."""
+    """Image features of every prompt, [1, n, D] for its n placeholder ids, or [1 + K, n, D] where
+    the features of K vision layers enter the decoder as well (deepstack).
+
+    Raises ValueError naming the prompt row whose placeholders and features differ in number."""
     family = FAMILIES[model.config.model_type]
     given = {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
     if "pixel_values" not in given:
         raise ValueError(f"{type(model).__name__}: prompt_inputs lack pixel_values")
     output = model.get_image_features(**given, return_dict=True)
     layers = [output.pooler_output, *(output.deepstack_features if family.deepstack else ())]
-    return [torch.stack(image) for image in zip(*layers, strict=True)]
+    images = [torch.stack(image) for image in zip(*layers, strict=True)]
+    image_id = model.config.image_token_id
+    wanted = (inputs["input_ids"] == image_id).sum(1).tolist()
+    return _by_prompt(images, wanted, image_id)
+
+
+def _by_prompt(images: list[Tensor], wanted: Sequence[int], image_id: int) -> list[Tensor]:
+    """Consecutive images joined to ``wanted[p]`` features for prompt p."""
+    left = list(images)
+    prompts = []
+    for p, count in enumerate(wanted):
+        own = [left[0][:, :0]] if left else []
+        while left and sum(image.shape[1] for image in own) < count:
+            own.append(left.pop(0))
+        features = sum(image.shape[1] for image in own)
+        if features != count:
+            raise ValueError(
+                f"prompt row {p}: {count} image placeholder ids (id {image_id}) "
+                f"for {features} image features"
+            )
+        prompts.append(torch.cat(own, dim=1))
+    if left:
+        raise ValueError(
+            f"prompt row {len(wanted) - 1}: {sum(image.shape[1] for image in left)} image features "
+            "are left over after the last placeholder id"
+        )
+    return prompts

@@ -79,9 +79,16 @@ def prefix_shared_outputs(
     banned_ids: Sequence[int] = (),
     *,
     with_entropy: bool = False,
+    image_features: Sequence[Tensor] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> LogprobOutput:
-    """``prefix_shared_logprobs`` with the entropy; ``chunk_bytes`` bounds the logits in memory."""
+    """``prefix_shared_logprobs`` with more to choose.
+
+    with_entropy: also the entropy of every token's distribution
+    image_features: what ``encode_images`` or a ``FeatureCache`` gave for these prompts; the vision
+        tower does not run
+    chunk_bytes: bound on the logits in memory
+    """
     bare = bare_model(model)
     ids, mask = check(bare, prompt_inputs, completion_ids, completion_mask, temperature, banned_ids)
     reason = refusal(bare)
@@ -101,7 +108,9 @@ def prefix_shared_outputs(
     # Fused kernels on CUDA want the mask's rows aligned, and else copy it in every layer.
     tree = build_tree(prompt_mask, ids, mask, align=8 if device.type == "cuda" else 1).to(device)
     ids = ids.to(device)
-    hidden = _decode(bare, prompt_inputs, ids, tree)
+    if image_features is None:
+        image_features = encode_images(bare, prompt_inputs)
+    hidden = _decode(bare, prompt_inputs, ids, tree, image_features)
     picked, entropy = token_logprobs(
         hidden.flatten(0, 1)[tree.rows],
         bare.get_output_embeddings(),
@@ -122,22 +131,24 @@ def prefix_shared_outputs(
     return LogprobOutput(logprobs, entropy)
 
 
-def _decode(model: Any, inputs: Inputs, ids: Tensor, tree: GroupTree) -> Tensor:
+def _decode(
+    model: Any, inputs: Inputs, ids: Tensor, tree: GroupTree, features: Sequence[Tensor]
+) -> Tensor:
     """Hidden states [P, L, D] of the packed rows."""
     family = FAMILIES[model.config.model_type]
-    decoder = family.decoder(model)
-    images = encode_images(model, inputs)
-    placeholder = _placeholders(inputs["input_ids"], model.config.image_token_id, images)
     packed = torch.cat([inputs["input_ids"], ids.flatten(1)], dim=1).gather(1, tree.source)
-    at_image = tree.real & (tree.source < placeholder.shape[1])
-    at_image &= packed == model.config.image_token_id
+    at_image = tree.real & (packed == model.config.image_token_id)
+    wanted, given = at_image.sum(1).tolist(), [feature.shape[1] for feature in features]
+    if wanted != given:
+        raise ValueError(f"image features for {given} placeholder ids, prompts have {wanted}")
+    # The placeholder's id may lie outside the embedding table, and filler's id means nothing.
     embeds = model.get_input_embeddings()(packed.masked_fill(~tree.real | at_image, 0))
-    features = torch.cat(images, dim=1).to(embeds.dtype)
-    embeds = embeds.masked_scatter(at_image[..., None], features[0])
+    images = torch.cat(list(features), dim=1).to(embeds.device, embeds.dtype)
+    embeds = embeds.masked_scatter(at_image[..., None], images[0])
     deepstack = {}
     if family.deepstack:
-        deepstack = {"visual_pos_masks": at_image, "deepstack_visual_embeds": list(features[1:])}
-    output = decoder(
+        deepstack = {"visual_pos_masks": at_image, "deepstack_visual_embeds": list(images[1:])}
+    output = family.decoder(model)(
         inputs_embeds=embeds,
         attention_mask=_masks(model, inputs, tree, embeds),
         position_ids=_positions(family.positions(model, inputs), inputs["attention_mask"], tree),
@@ -193,27 +204,6 @@ def _both_ways(family: Family, inputs: Inputs, tree: GroupTree) -> Tensor | None
     column = tree.source.clamp(max=types.shape[1] - 1)
     member = tree.real & (tree.source < types.shape[1]) & (types.gather(1, column) == 0)
     return member[:, :, None] & member[:, None]
-
-
-def _placeholders(input_ids: Tensor, image_id: int, images: Sequence[Tensor]) -> Tensor:
-    """[P, S] bool: where image features go, each prompt's images having one for every place."""
-    places = input_ids == image_id
-    sizes = [image.shape[1] for image in images]
-    for p, wanted in enumerate(places.sum(1).tolist()):
-        taken = 0
-        while taken < wanted and sizes:
-            taken += sizes.pop(0)
-        if taken != wanted:
-            raise ValueError(
-                f"prompt row {p}: {wanted} image placeholder ids (id {image_id}) "
-                f"for {taken} image features"
-            )
-    if sizes:
-        raise ValueError(
-            f"prompt row {len(places) - 1}: {sum(sizes)} image features are left over "
-            "after the last placeholder id"
-        )
-    return places
 
 
 @functools.cache

@@ -54,7 +54,10 @@ def naive_outputs(
     bare = bare_model(model)
     check(bare, prompt_inputs, completion_ids, completion_mask, temperature, banned_ids)
     device = prompt_inputs["input_ids"].device
-    ids, mask = completion_ids.to(device), completion_mask.to(device).bool()
+    mask = completion_mask.to(device).bool()
+    # Filler must not be the placeholder id, for which the model would look for an image.
+    filler = int(getattr(bare.config, "image_token_id", None) == 0)
+    ids = completion_ids.to(device).long().masked_fill(~mask, filler)
     p, g, t = ids.shape
     family = FAMILIES.get(bare.config.model_type, Family())
     inputs = _copies(bare, family, prompt_inputs, ids, mask)
@@ -65,7 +68,7 @@ def naive_outputs(
     if banned_ids:
         scores[..., list(banned_ids)] = float("-inf")
     logprobs = scores.log_softmax(-1).view(p, g, t, -1)
-    picked = logprobs.gather(-1, ids.masked_fill(~mask, 0)[..., None])[..., 0]
+    picked = logprobs.gather(-1, ids[..., None])[..., 0]
     picked = picked.masked_fill(~mask, 0.0)
     if not with_entropy:
         return LogprobOutput(picked, None)
@@ -92,7 +95,7 @@ def _copies(
         body = value.gather(1, order).repeat_interleave(g, 0)
         tail = tails.get(name, body.new_full((p * g, t), int(name == family.token_types)))
         rows[name] = torch.cat([body, tail.to(body.dtype)], dim=1)
-    rows |= family.repeat_images(inputs, family.image_inputs, g)
+    rows |= family.take_images(inputs, family.image_inputs, [i for i in range(p) for _ in range(g)])
     if model.config.model_type in FAMILIES:
         rows["position_ids"] = family.positions(model, rows)
     return rows

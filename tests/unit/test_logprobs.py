@@ -281,3 +281,66 @@ def test_placeholders_must_match_the_features(model):
     prompts["input_ids"][1:, 1:5] = 9
     with pytest.raises(ValueError, match="8 image features are left over"):
         prefix_shared_logprobs(model, prompts, ids, mask)
+
+
+def test_the_reference_of_an_adapter_is_the_model_without_it(model):
+    peft = pytest.importorskip("peft")
+    prompts, (ids, mask) = make_prompts((9, 7, 12)), make_completions()
+    before = prefix_shared_logprobs(model, prompts, ids, mask).detach()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    want = naive_logprobs(adapted, prompts, ids, mask)
+    want_gradient = gradients(adapted, want)
+    got = prefix_shared_logprobs(adapted, prompts, ids, mask)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert relative(gradients(adapted, got), want_gradient) < 1e-5
+    assert (got - before).abs().max() > 1e-2
+    with adapted.disable_adapter():
+        reference = prefix_shared_logprobs(adapted, prompts, ids, mask)
+    torch.testing.assert_close(reference, before, rtol=0, atol=1e-6)
+
+
+def test_activation_checkpointing_changes_nothing(model):
+    prompts, (ids, mask) = make_prompts((9, 7, 12)), make_completions()
+    want = gradients(model, prefix_shared_logprobs(model, prompts, ids, mask))
+    calls = []
+    model.model.text_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable()
+    model.train()  # transformers checkpoints in training mode only; this model has no dropout
+    got = gradients(model, prefix_shared_logprobs(model, prompts, ids, mask))
+    assert len(calls) == 2  # once forward, once more in the backward pass
+    assert relative(got, want) < 1e-6
+
+
+def test_autocast_stays_near_full_precision(model):
+    prompts, (ids, mask) = make_prompts((9, 7, 12)), make_completions()
+    want = prefix_shared_logprobs(model, prompts, ids, mask)
+    want_gradient = gradients(model, want)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = prefix_shared_logprobs(model, prompts, ids, mask)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0, atol=0.15)
+    assert relative(gradients(model, got), want_gradient) < 0.1
+
+
+def test_eager_attention_gives_the_same(model):
+    prompts, (ids, mask) = make_prompts((9, 7, 12)), make_completions()
+    model.set_attn_implementation("eager")
+    want = prefix_shared_logprobs(model, prompts, ids, mask)
+    model.set_attn_implementation("sdpa")
+    got = prefix_shared_logprobs(model, prompts, ids, mask)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_the_model_otherwise_computes_what_it_did(model, tmp_path):
+    """The tree attention that stays in the decoder is sdpa on every other input, and no file
+    knows of it."""
+    prompts, (ids, mask) = make_prompts(), make_completions()
+    with torch.no_grad():
+        before = model(**prompts).logits
+        prefix_shared_logprobs(model, prompts, ids, mask)
+        assert torch.equal(model(**prompts).logits, before)
+    generated = model.generate(**prompts, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated[:, 9], before[:, -1].argmax(-1))
+    model.save_pretrained(tmp_path)
+    assert "rayrl" not in (tmp_path / "config.json").read_text()
