@@ -37,6 +37,8 @@ def prompt_indices(step: int, batch_size: int, num_items: int, seed: int) -> lis
     """
     if step < 0 or batch_size < 1:
         raise ValueError(f"step {step}, batch_size {batch_size}: want step >= 0, batch_size >= 1")
+    if num_items < 1:
+        raise ValueError(f"num_items {num_items}: want at least one item to order")
     start = step * batch_size
     places = (divmod(place, num_items) for place in range(start, start + batch_size))
     return [(epoch, int(epoch_order(num_items, seed, epoch)[index])) for epoch, index in places]

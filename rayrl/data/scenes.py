@@ -107,7 +107,7 @@ def make_scene(seed: int, split: Split, index: int) -> tuple[Scene, tuple[str, .
         arrangement=arrangement,
         ground=ground,
         centres=tuple(centres),
-        radius=rng.uniform(0.40, 0.46) * step,
+        radius=rng.uniform(0.38, 0.41) * step,
         turns=tuple(rng.uniform(-0.2, 0.2) for _ in things),
     )
     return scene, describe(things, arrangement, ground, rng)
