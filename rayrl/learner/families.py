@@ -158,6 +158,12 @@ def refusal(model: Any) -> str | None:
     return None
 
 
+def placeholder_counts(model: Any, inputs: Inputs) -> list[int]:
+    """How many image features each prompt wants."""
+    counts: list[int] = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
+    return counts
+
+
 def encode_images(model: Any, inputs: Inputs) -> list[Tensor]:
     """Image features of every prompt, [1, n, D] for its n placeholder ids, or [1 + K, n, D] where
     the features of K vision layers enter the decoder as well (deepstack).
@@ -167,12 +173,11 @@ def encode_images(model: Any, inputs: Inputs) -> list[Tensor]:
     given = {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
     if "pixel_values" not in given:
         raise ValueError(f"{type(model).__name__}: prompt_inputs lack pixel_values")
+    wanted = placeholder_counts(model, inputs)
     output = model.get_image_features(**given, return_dict=True)
     layers = [output.pooler_output, *(output.deepstack_features if family.deepstack else ())]
     images = [torch.stack(image) for image in zip(*layers, strict=True)]
-    image_id = model.config.image_token_id
-    wanted = (inputs["input_ids"] == image_id).sum(1).tolist()
-    return _by_prompt(images, wanted, image_id)
+    return _by_prompt(images, wanted, model.config.image_token_id)
 
 
 def _by_prompt(images: list[Tensor], wanted: Sequence[int], image_id: int) -> list[Tensor]:

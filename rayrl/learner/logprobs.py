@@ -25,6 +25,7 @@ from rayrl.learner.families import (
     Inputs,
     bare_model,
     encode_images,
+    placeholder_counts,
     refusal,
 )
 from rayrl.learner.naive import (
@@ -110,6 +111,11 @@ def prefix_shared_outputs(
     ids = ids.to(device)
     if image_features is None:
         image_features = encode_images(bare, prompt_inputs)
+    else:
+        wanted = placeholder_counts(bare, prompt_inputs)
+        given = [features.shape[1] for features in image_features]
+        if wanted != given:
+            raise ValueError(f"image features for {given} placeholder ids, prompts have {wanted}")
     hidden = _decode(bare, prompt_inputs, ids, tree, image_features)
     picked, entropy = token_logprobs(
         hidden.flatten(0, 1)[tree.rows],
@@ -138,9 +144,6 @@ def _decode(
     family = FAMILIES[model.config.model_type]
     packed = torch.cat([inputs["input_ids"], ids.flatten(1)], dim=1).gather(1, tree.source)
     at_image = tree.real & (packed == model.config.image_token_id)
-    wanted, given = at_image.sum(1).tolist(), [feature.shape[1] for feature in features]
-    if wanted != given:
-        raise ValueError(f"image features for {given} placeholder ids, prompts have {wanted}")
     # The placeholder's id may lie outside the embedding table, and filler's id means nothing.
     embeds = model.get_input_embeddings()(packed.masked_fill(~tree.real | at_image, 0))
     images = torch.cat(list(features), dim=1).to(embeds.device, embeds.dtype)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from tiny_families import CASES, IMAGE, PAD, TEXT, VISION, build, gradients, make_batch
 
+from rayrl.learner.families import refusal
 from rayrl.learner.logprobs import naive_outputs, prefix_shared_outputs
 
 
@@ -104,3 +105,23 @@ def test_another_family_is_computed_naively_with_one_warning():
     assert len(caught) == 1
     assert "qwen2_5_vl" in str(caught[0].message)
     torch.testing.assert_close(got, one_by_one(model, prompts, ids, mask), rtol=0, atol=1e-5)
+
+
+def test_attention_without_a_mask_is_refused_with_the_remedy():
+    model = build(CASES["llava"][0]())
+    assert refusal(model) is None
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    assert "load the model with attn_implementation='sdpa'" in refusal(model)
+
+
+def test_an_encoder_decoder_text_part_is_an_error():
+    config = transformers.Blip2Config(
+        image_token_index=IMAGE,
+        text_config={"model_type": "t5", "vocab_size": 50, "d_model": 32, "num_layers": 1},
+        vision_config=VISION,
+        qformer_config={"num_hidden_layers": 1, "encoder_hidden_size": 32, "hidden_size": 48},
+    )
+    model = transformers.Blip2ForConditionalGeneration(config)
+    for path in (prefix_shared_outputs, naive_outputs):
+        with pytest.raises(ValueError, match="'t5' is an encoder-decoder"):
+            path(model, *make_batch("blip-2 opt"))
