@@ -43,12 +43,16 @@ class Rejections:
         return dict(Counter(rejection.reason for rejection in self._found))
 
     def nothing_left(self, source: str) -> ValueError:
-        """The error for a source of which nothing could be used; it names the first rejection."""
-        counts = ", ".join(f"{count} {reason}" for reason, count in self.counts().items())
-        first = self._found[0] if self._found else None
-        detail = f" ({first.detail})" if first and first.detail else ""
-        why = f": {counts}; first {first.item}{detail}" if first else ""
-        return ValueError(f"{source}: no usable image{why}")
+        """The error for a source of which nothing could be used; it names an item of the most
+        frequent reason."""
+        counts = self.counts()
+        if not counts:
+            return ValueError(f"{source}: no usable image")
+        listed = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        most = max(counts, key=lambda reason: counts[reason])
+        example = next(rejection for rejection in self._found if rejection.reason == most)
+        detail = f" ({example.detail})" if example.detail else ""
+        return ValueError(f"{source}: no usable image: {listed}; such as {example.item}{detail}")
 
 
 def clean_captions(item: str, captions: list[str], rejections: Rejections) -> tuple[str, ...]:
