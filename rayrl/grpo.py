@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from rayrl import cli
 from rayrl.actors.cluster import connect
@@ -176,9 +177,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         finished = run_job(invocation.config, resume=invocation.resume)
-    except (OSError, ValueError, RuntimeError) as error:
-        # The last line of a failed job's log is what people see first.
-        raise SystemExit(f"grpo_coco.py: failed: {error}") from error
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        # An actor's error brings its stack along; the last line of a job's log is read first.
+        reason = str(error).strip().splitlines()
+        print(*reason[:-1], sep="\n", file=sys.stderr)
+        raise SystemExit(f"grpo_coco.py: failed: {reason[-1]}") from None
     if not finished:
         raise SystemExit(130)
 

@@ -40,10 +40,20 @@ class Captioner:
     pad_id: int
 
 
+def quiet_transformers() -> None:
+    """No progress bars and no remarks about configurations: a run has a progress line of its own,
+    and every real problem raises."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The processor of a model folder, with left padding (prompts end where captions start)."""
     from transformers import AutoProcessor
 
+    quiet_transformers()
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token_id is None:
@@ -62,6 +72,7 @@ def load_captioner(
     the reinforcement stage of arXiv 2503.01333)."""
     from transformers import AutoModelForImageTextToText
 
+    quiet_transformers()
     model = AutoModelForImageTextToText.from_pretrained(
         path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
     )
@@ -166,6 +177,7 @@ def build_tiny_captioner(
     tokenizer trained on ``captions``.  Equal arguments give equal files."""
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
+    quiet_transformers()
     tokenizer = _train_tokenizer(captions, instruction, config.vocab_size)
     processor = _tiny_processor(tokenizer, config)
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in ("<pad>", "<image>", "<|im_start|>")}

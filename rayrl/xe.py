@@ -88,7 +88,7 @@ def train_xe(
     if result.error:
         raise RuntimeError(f"stage 1 failed: {result.error}") from result.error
     snapshots = []
-    for checkpoint, metrics in result.best_checkpoints:
+    for checkpoint, metrics in result.best_checkpoints or []:
         folder = place / f"snapshot_{metrics['steps']}"
         with checkpoint.as_directory() as source:
             shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -110,7 +110,11 @@ def _dataset(config: Config, steps: int) -> ray.data.Dataset:
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray.data.from_numpy(np.asarray(indices)).map_batches(
-        _Rows, fn_constructor_args=(config,), batch_size=size * 4, num_cpus=0.5, concurrency=1
+        _Rows,
+        fn_constructor_args=(config,),
+        batch_size=size * 4,
+        num_cpus=0.5,
+        compute=ray.data.ActorPoolStrategy(size=1),
     )
 
 

@@ -8,6 +8,7 @@ same groups again (seeds belong to prompts), and then catches up.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,15 @@ from rayrl.weights import ModelFiles
 log = logging.getLogger(__name__)
 
 _LOST = (RayActorError, GetTimeoutError)
+
+
+def _raise_unless_lost(actor: Any, error: Exception) -> None:
+    """Raise what replacing ``actor`` would not mend: an error in its construction, which would
+    come again, or the loss of another actor whose result it was waiting for."""
+    if isinstance(error, RayActorError):
+        other = error.actor_id is not None and error.actor_id != actor._actor_id.hex()
+        if error.actor_init_failed or other:
+            raise error
 
 
 @dataclass
@@ -232,12 +242,14 @@ class Fleet:
 
     def _replace_rollout(self, i: int, cause: Exception) -> None:
         """A new worker, without weights yet, in place of a lost one."""
+        _raise_unless_lost(self._rollout[i], cause)
         self._count_restart(f"rollout worker {i}", cause)
         ray.kill(self._rollout[i])
         self._rollout[i] = self._start_rollout()
 
     def _replace_reward(self, step: int, share: _Share, cause: Exception) -> None:
         index = (step + share.worker) % len(self._reward)
+        _raise_unless_lost(self._reward[index], cause)
         self._count_restart(f"reward worker {index}", cause)
         ray.kill(self._reward[index])
         self._reward[index] = self._start_reward()
@@ -258,4 +270,4 @@ class Fleet:
 def _split(items: list[Prompt], parts: int) -> list[list[Prompt]]:
     """Contiguous parts of nearly equal size, so that concatenating them restores the order."""
     bounds = [len(items) * i // parts for i in range(parts + 1)]
-    return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [items[a:b] for a, b in itertools.pairwise(bounds)]

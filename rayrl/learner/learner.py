@@ -38,6 +38,10 @@ from rayrl.vlm import choose_trainable, load_captioner
 from rayrl.weights import Weights, pack, read_model_files, write_model_files
 
 
+PROVIDES = frozenset({"ref_logprobs", "greedy_rewards", "entropy", "old_logprobs"})
+"""What this learner can give an objective beyond tokens, log-probs and rewards."""
+
+
 class Learner:
     """Holds the policy, its frozen reference where the objective asks for one, and the optimizer.
 
@@ -65,6 +69,7 @@ class Learner:
         )
         self._model = self._captioner.model
         self._config = config
+        objective.check(PROVIDES)
         self._objective = objective
         self._objective_state = objective.initial_state()
         self._model_config = model
@@ -112,8 +117,14 @@ class Learner:
             if decisions.get("stop_epoch"):
                 break
         self.step += 1
-        metrics = {**sums.means(), "learner/lr": rate}
-        return StepReport(step=self.step, weight_version=self.weight_version, metrics=metrics)
+        metrics = {**_named(sums.means()), "learner/lr": rate}
+        advantages = prepared.fields["advantages"].mean(dim=(1, 3)).cpu().numpy()
+        return StepReport(
+            step=self.step,
+            weight_version=self.weight_version,
+            metrics=metrics,
+            advantages=advantages.astype(np.float32),
+        )
 
     def _group_batch(self, batch: TrainBatch) -> GroupBatch:
         def tensor(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -141,7 +152,7 @@ class Learner:
 
     def _with_frozen_logprobs(self, groups: GroupBatch, inputs: _Inputs) -> GroupBatch:
         """Add the log-probs at the start of the step and under the reference model."""
-        fields: dict[str, torch.Tensor] = {}
+        fields: dict[str, Any] = {}
         if self._updates_per_step > 1 or "old_logprobs" in self._objective.needs:
             fields["old_logprobs"] = self._frozen_logprobs(self._model, groups, inputs)
         if self._reference is not None:
@@ -251,6 +262,20 @@ class Learner:
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+_SHORT_NAMES = {
+    "objective/kl_k3": "kl",
+    "objective/entropy": "entropy",
+    "objective/mismatch_kl": "mismatch_kl",
+    "objective/clip_low": "learner/clip_low_fraction",
+    "objective/clip_high": "learner/clip_high_fraction",
+}
+
+
+def _named(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The diagnostics that every run is read by, under the names that people look for."""
+    return {_SHORT_NAMES.get(name, name): value for name, value in metrics.items()}
 
 
 class _Inputs:

@@ -1,0 +1,110 @@
+"""A captioner that has begun to speak, and small jobs on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def spoken_folder(tmp_path_factory) -> Path:
+    """A tiny captioner after a few cross-entropy steps on scenes: its rewards differ."""
+    from rayrl.config import Config, TinyConfig, XeConfig
+    from rayrl.data import load_split
+    from rayrl.data.order import prompt_indices
+    from rayrl.learner.xe import XeTrainer
+    from rayrl.vlm import build_tiny_captioner
+
+    config = Config.model_validate({"data": {"scenes": {"num_train": 200}}})
+    data = load_split(config.data, "train")
+    folder = tmp_path_factory.mktemp("spoken")
+    tiny = TinyConfig(vision_width=32, vision_layers=1, text_width=64, text_layers=2)
+    captions = [text for texts in data.references() for text in texts]
+    build_tiny_captioner(tiny, captions, config.data.instruction, folder, seed=0)
+    trainer = XeTrainer(
+        folder,
+        model=config.model,
+        config=XeConfig(),
+        instruction=config.data.instruction,
+        max_tokens=16,
+        seed=0,
+    )
+    steps = 60
+    for step in range(steps):
+        prompts = [data[i] for _, i in prompt_indices(step, 32, len(data), 0)]
+        trainer.step([p.image for p in prompts], [p.references for p in prompts], step / steps)
+    trainer.save(folder)
+    return folder
+
+
+@pytest.fixture
+def small_job(spoken_folder, tmp_path):
+    """Command-line flags of a job that takes seconds a step and a few steps."""
+    flags = {
+        "run_folder": str(tmp_path / "run"),
+        "model.path": str(spoken_folder),
+        "xe.steps": 0,
+        "data.scenes.num_train": 60,
+        "data.scenes.num_val": 8,
+        "engine.backend": "hf",
+        "sampling.max_tokens": 12,
+        "train.steps": 4,
+        "train.images_per_step": 6,
+        "train.group_size": 4,
+        "train.eval_every": 2,
+        "train.checkpoint_every": 2,
+        "train.tensorboard": False,
+        "learner.lr": 1e-3,
+    }
+
+    def command(*extra: str, **changes) -> list[str]:
+        merged = {**flags, **{key.replace("__", "."): value for key, value in changes.items()}}
+        pairs = [part for key, value in merged.items() for part in (f"--{key}", str(value))]
+        return [*pairs, *extra]
+
+    return command
+
+
+@pytest.fixture
+def environment(tmp_path_factory):
+    """Processes that start their own Ray: no token in the home directory, files apart."""
+    return {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+
+
+def run_script(script: str, flags: list[str], environment, *, timeout: int = 300):
+    """Run a job script to its end."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / script), *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(rows: list[dict]) -> list[dict]:
+    """Rows without what a clock measured."""
+    return [
+        {
+            k: v
+            for k, v in row.items()
+            if k not in ("time", "captions_per_second") and "seconds/" not in k
+        }
+        for row in rows
+    ]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "checkpoints" / "latest" / "model.safetensors").read_bytes()

@@ -1,0 +1,173 @@
+"""The main job on a local Ray: what it leaves behind, exact staleness, resuming, dying, failing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.ray.conftest import ROOT, metrics, run_script, weights, without_time
+
+pytestmark = pytest.mark.ray
+
+
+def test_a_run_with_vllm_leaves_everything_a_person_needs(small_job, environment, tmp_path):
+    pytest.importorskip("vllm")
+    flags = small_job(engine__backend="vllm", train__tensorboard=True)
+    done = run_script("grpo_coco.py", flags, environment)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"cider_d_start", "cider_d_end", "captions_per_second", "seconds_by_phase"} <= set(
+        summary
+    )
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert summary["cider_d_start"] == rows[0]["eval/cider_d"] > 0
+    assert summary["cider_d_end"] == rows[-1]["eval/cider_d"]
+    # Engine and learner agree, step by step, whatever the updates moved.
+    assert all(row["mismatch_kl"] < 1e-9 for row in rows[1:])
+    assert all(row["groups/dropped"] == 0 for row in rows[1:])
+    sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
+    assert len(sample["captions"]) == 4 and {"text", "reward", "advantage"} <= set(
+        sample["captions"][0]
+    )
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert (folder / "config.yaml").is_file()
+    assert list(folder.rglob("events.out.tfevents*"))
+    from rayrl.vlm import load_captioner
+
+    assert load_captioner(folder / "checkpoints" / "latest").model is not None
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_staleness_is_exactly_what_was_promised(small_job, environment, tmp_path, ahead):
+    done = run_script("grpo_coco.py", small_job(train__max_staleness=ahead), environment)
+    assert done.returncode == 0, done.stderr
+    for row in metrics(tmp_path / "run")[1:]:
+        want = min(row["step"] - 1, ahead)
+        assert (row["staleness/mean"], row["staleness/max"]) == (want, want)
+
+
+def start(flags, environment):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "grpo_coco.py"), *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(folder, step, process, timeout=180):
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        file = folder / "metrics.jsonl"
+        if file.is_file() and len(file.read_text().splitlines()) > step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}: {process.communicate()[0]}")
+
+
+def ray_processes(folder_hint):
+    """Worker processes of actors whose driver was given ``folder_hint``; none must survive it."""
+    out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+    return [line for line in out.splitlines() if folder_hint in line]
+
+
+def test_ctrl_c_then_resume_equals_an_undisturbed_run_bit_for_bit(small_job, environment, tmp_path):
+    straight = small_job(run_folder=tmp_path / "straight", train__steps=6)
+    assert run_script("grpo_coco.py", straight, environment).returncode == 0
+    flags = small_job(run_folder=tmp_path / "broken", train__steps=6)
+    process = start(flags, environment)
+    wait_for_step(tmp_path / "broken", 2, process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert "stopping after this step" in output
+    stopped = metrics(tmp_path / "broken")[-1]["step"]
+    assert 2 <= stopped < 6
+    checkpoint = json.loads(
+        (tmp_path / "broken" / "checkpoints" / "latest" / "trainer.json").read_text()
+    )
+    assert checkpoint["step"] == checkpoint["weight_version"] == stopped
+    again = run_script("grpo_coco.py", [*flags, "--resume"], environment)
+    assert again.returncode == 0, again.stderr
+    assert weights(tmp_path / "broken") == weights(tmp_path / "straight")
+    one, other = (metrics(tmp_path / name) for name in ("straight", "broken"))
+    for row in other:
+        if row["step"] == stopped and stopped % 2:
+            # Stopping evaluated at a step that the undisturbed run did not.
+            row.pop("eval/cider_d")
+    assert without_time(one) == without_time(other)
+
+
+def test_killed_workers_are_replaced_and_the_run_ends_as_if_nothing_had_happened(
+    small_job, environment, tmp_path
+):
+    flags = {"train__steps": 5, "rollout__cpus": 1, "train__checkpoint_every": 5}
+    quiet = small_job(run_folder=tmp_path / "quiet", **flags)
+    assert run_script("grpo_coco.py", quiet, environment).returncode == 0
+    process = start(small_job(run_folder=tmp_path / "killed", **flags), environment)
+    for step, name in ((1, "RolloutActor"), (2, "RewardActor")):
+        wait_for_step(tmp_path / "killed", step, process)
+        victims = children(process.pid, f"ray::{name}")
+        assert len(victims) == 1
+        os.kill(victims[0], signal.SIGKILL)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    assert "rollout worker 0 was lost and is replaced" in output
+    assert "reward worker 0 was lost and is replaced" in output
+    assert weights(tmp_path / "killed") == weights(tmp_path / "quiet")
+
+
+def children(driver: int, name: str) -> list[int]:
+    """Ray workers named ``name`` below the driver's own raylet."""
+    out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+    rows = [line.split(None, 2) for line in out.splitlines()[1:]]
+    parents = {int(pid): int(ppid) for pid, ppid, _ in rows}
+
+    def below(pid: int) -> bool:
+        while pid in parents and pid != driver:
+            pid = parents[pid]
+        return pid == driver
+
+    return [int(pid) for pid, _, args in rows if args.startswith(name) and below(int(pid))]
+
+
+def test_a_worker_that_keeps_dying_ends_the_run_with_the_first_cause(
+    small_job, environment, tmp_path
+):
+    flags = small_job(rollout__max_restarts=0, train__steps=50)
+    process = start(flags, environment)
+    wait_for_step(tmp_path / "run", 1, process)
+    os.kill(children(process.pid, "ray::RolloutActor")[0], signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert "rollout.max_restarts allows 0" in output.strip().splitlines()[-1]
+
+
+def test_a_run_folder_that_holds_a_run_is_not_overwritten(small_job, environment, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step_3").mkdir(parents=True)
+    done = run_script("grpo_coco.py", small_job(), environment)
+    assert done.returncode == 1
+    assert "holds a run of 3 steps: continue it with --resume" in done.stderr.splitlines()[-1]
+    fresh = run_script(
+        "grpo_coco.py", [*small_job(run_folder=tmp_path / "new"), "--resume"], environment
+    )
+    assert fresh.returncode == 1 and "no checkpoint in" in fresh.stderr.splitlines()[-1]
+
+
+def test_an_error_in_an_actor_is_the_last_line_and_a_failure(small_job, environment, tmp_path):
+    # A model folder whose weights are of another shape than its configuration.
+    flags = small_job(engine__max_model_len=4096, model__path=str(tmp_path / "nowhere"))
+    done = run_script("grpo_coco.py", flags, environment)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("grpo_coco.py: failed: ")
+    assert "nowhere" in done.stderr
