@@ -28,6 +28,8 @@ def tree_attention(
     """
     length = query.shape[2]
     n = length if attention_mask is None else attention_mask.shape[2]
+    if n == 0:  # completions of one token: the prompt predicts them all
+        n, attention_mask = length, None
     if n == length:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     k = length - n

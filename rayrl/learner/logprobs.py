@@ -118,7 +118,7 @@ def prefix_shared_outputs(
             raise ValueError(f"image features for {given} placeholder ids, prompts have {wanted}")
     hidden = _decode(bare, prompt_inputs, ids, tree, image_features)
     picked, entropy = token_logprobs(
-        hidden.flatten(0, 1)[tree.rows],
+        hidden.flatten(0, 1).index_select(0, tree.rows),
         bare.get_output_embeddings(),
         tree.row,
         ids.flatten()[tree.sampled],

@@ -157,6 +157,17 @@ def test_every_parameter_gets_the_naive_gradient(model):
             assert relative(parameter.grad, want[name]) < 1e-4, name
 
 
+@pytest.mark.parametrize("longest", [1, 2])
+def test_shortest_captions(model, longest):
+    prompts, (ids, mask) = make_prompts((9, 7, 12)), make_completions()
+    mask = mask & (torch.arange(T) < longest)
+    want = naive_logprobs(model, prompts, ids, mask)
+    want_gradient = gradients(model, want)
+    got = prefix_shared_logprobs(model, prompts, ids, mask)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert relative(gradients(model, got), want_gradient) < 1e-5
+
+
 def test_chunks_change_nothing(model):
     prompts, (ids, mask) = make_prompts((9, 7, 12)), make_completions()
     sampling = {"temperature": 0.8, "banned_ids": (IMAGE,), "with_entropy": True}
