@@ -130,10 +130,13 @@ def prefix_shared_outputs(
         with_entropy=with_entropy,
         chunk_bytes=chunk_bytes,
     )
-    zeros = torch.zeros(ids.numel(), device=device)
-    logprobs = zeros.index_put((tree.sampled,), picked).view(ids.shape)
+    zeros, where = (
+        torch.zeros(ids.shape, device=device),
+        torch.unravel_index(tree.sampled, ids.shape),
+    )
+    logprobs = zeros.index_put(where, picked)
     if entropy is not None:
-        entropy = zeros.index_put((tree.sampled,), entropy[tree.row]).view(ids.shape)
+        entropy = zeros.index_put(where, entropy[tree.row])
     return LogprobOutput(logprobs, entropy)
 
 
