@@ -170,8 +170,13 @@ def _platform_arguments() -> dict[str, Any]:
 
     if torch.cuda.is_available():
         return {}
-    # Smaller blocks let short prompts share their key-values; 32 is the smallest on CPU.
-    return {"block_size": 32}
+    return {
+        # Smaller blocks let short prompts share their key-values; 32 is the smallest on CPU.
+        "block_size": 32,
+        # Half a prompt samples a token that is thrown away, and rewinding a seeded generator by
+        # it is not possible on CPU.
+        "enable_chunked_prefill": False,
+    }
 
 
 def _silence_thread_warnings() -> None:
