@@ -49,8 +49,9 @@ class DocumentFrequency:
     def __post_init__(self) -> None:
         if self.num_documents < 2:
             raise ValueError(
-                f"document frequencies over {self.num_documents} image(s), want at least 2: with one "
-                "image every idf is log(1) = 0, hence every score; take them from the training set"
+                f"document frequencies over {self.num_documents} image(s), want at least 2: with "
+                "one image every idf is log(1) = 0 and so is every score; count them over the "
+                "training references instead"
             )
         largest = int(self.counts.max(initial=0))
         if largest > self.num_documents:
