@@ -29,8 +29,11 @@ def preset(name: str, **overrides: Any) -> Objective:
     """
     from rayrl.objectives.config import plan_with
     from rayrl.objectives.objective import Objective
+    from rayrl.objectives.plan import Phases
+    from rayrl.objectives.schedule import Schedule
 
-    return Objective(name, plan_with(name, overrides))
+    plan = plan_with(name, overrides)
+    return Schedule(name, plan) if isinstance(plan, Phases) else Objective(name, plan)
 
 
 def build(config: ObjectiveConfig) -> Objective:

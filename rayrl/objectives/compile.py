@@ -132,6 +132,8 @@ def _reachable(slots: Mapping[str, tuple[BoundPart, ...]]) -> set[str]:
 def _sources(bound: BoundPart) -> Iterable[str]:
     """The slots that produce what ``bound`` reads; ValueError on what nothing produces."""
     known = {*ALWAYS, *DERIVED, *OPTIONAL_FIELDS, *GRAPH_FIELDS, *SERVICES}
+    if bound.slot == "rollout":  # the driver calls these, with what it has
+        return
     for name in bound.inputs:
         if name not in known:
             raise ValueError(
@@ -148,11 +150,12 @@ def _read(bound: BoundPart, slot: str) -> str:
 
 
 def _needs(bound: BoundPart) -> Iterable[str]:
+    if bound.slot == "rollout":
+        yield bound.name
+        return
     for name in bound.inputs:
         if name in bound.optional:
             continue
         early = name == "old_logprobs" and bound.slot in _BEFORE_LOSS
         if name in OPTIONAL_FIELDS or name in GRAPH_FIELDS or name in ("terms", "total") or early:
             yield name
-    if bound.slot == "rollout":
-        yield bound.name

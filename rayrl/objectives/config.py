@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from rayrl.objectives.plan import Plan, override
-from rayrl.objectives.presets import named_parts, plan_of
+from rayrl.objectives.plan import Phases, Plan, override, override_phases
+from rayrl.objectives.presets import named_parts, preset_of
 from rayrl.section import Section
 
 
@@ -27,13 +27,15 @@ class ObjectiveConfig(Section):
         return self
 
 
-def plan_with(preset: str, overrides: Mapping[str, Any]) -> Plan:
+def plan_with(preset: str, overrides: Mapping[str, Any]) -> Plan | Phases:
     """A preset's plan with single slots or parameters replaced.
 
     Raises ValueError with near matches where a preset, slot, part or parameter does not exist.
     """
-    plan = plan_of(preset)
+    plan = preset_of(preset).plan
     try:
-        return override(plan, overrides, named_parts()) if overrides else plan
+        if isinstance(plan, Phases):
+            return override_phases(plan, overrides, named_parts())
+        return override(plan, overrides, named_parts())
     except ValueError as error:
         raise ValueError(f"preset {preset}: {error}") from None

@@ -21,7 +21,7 @@ from torch import Tensor
 from rayrl.objectives import diagnostics
 from rayrl.objectives.batch import GRAPH_FIELDS, GroupBatch
 from rayrl.objectives.compile import Compiled, compile_plan, missing
-from rayrl.objectives.inject import Values
+from rayrl.objectives.inject import BoundPart, Values
 from rayrl.objectives.loss import LossTerms
 from rayrl.objectives.plan import Plan
 from rayrl.objectives.prepare import Preparation
@@ -46,11 +46,13 @@ class Prepared:
     fields: advantages [P,N,G,T or 1], caption_weights [P,G], token_weights [P,G,T], active [P],
         rewards and, where a part reads them, labels, segments, pair_weights
     coefficients: parameters that controllers have changed
+    phase: which objective of a schedule this is for
     """
 
     batch: GroupBatch
     fields: Mapping[str, Tensor]
     coefficients: Mapping[str, float] = field(default_factory=dict)
+    phase: int = 0
 
     def select(self, prompt_indices: Sequence[int]) -> Prepared:
         """The groups of these prompts, for a minibatch or a micro-batch."""
@@ -83,6 +85,12 @@ class Objective:
         self.name = name
         self.plan = plan
         self._compiled: Compiled = compile_plan(name, plan)
+
+    @property
+    def rollout(self) -> Mapping[str, BoundPart]:
+        """The plans for sampling, by name, that the driver carries out: functions of
+        :mod:`rayrl.objectives.planners` with their parameters in ``params``."""
+        return {planner.name: planner for planner in self._compiled.slots["rollout"]}
 
     @property
     def needs(self) -> frozenset[str]:

@@ -9,23 +9,53 @@ from typing import Any
 
 from rayrl.objectives import (
     advantage,
+    aggregate,
+    bounds,
+    control,
+    credit,
+    group_loss,
+    history,
+    labels,
+    links,
+    margins,
+    masks,
     mismatch,
+    pairs,
+    planners,
     ratio,
     reduce,
     regularize,
+    scores,
+    segments,
+    select,
+    shaping,
     surrogate,
+    token_reward,
+    weights,
 )
 from rayrl.objectives.inject import BoundPart, bind
 from rayrl.objectives.plan import Part, near
 
 MODULES: Mapping[str, tuple[ModuleType, ...]] = {
-    "advantage": (advantage,),
+    "rollout": (planners,),
+    "select": (select,),
+    "labels": (labels,),
+    "segments": (segments,),
+    "aggregate": (aggregate, shaping, token_reward),
+    "advantage": (advantage, history, credit),
+    "mask": (masks,),
+    "pairs": (pairs,),
     "ratio": (ratio,),
-    "bounds": (ratio,),
+    "bounds": (bounds,),
+    "weights": (weights,),
     "mismatch": (mismatch,),
-    "surrogate": (surrogate,),
+    "score": (scores,),
+    "margin": (margins,),
+    "link": (links,),
+    "surrogate": (surrogate, group_loss),
     "regularizers": (regularize,),
     "reducer": (reduce,),
+    "control": (control,),
 }
 
 
@@ -33,7 +63,7 @@ def functions(slot: str) -> dict[str, Callable[..., Any]]:
     """The functions that a slot may name."""
     return {
         name: function
-        for module in MODULES.get(slot, ())
+        for module in MODULES[slot]
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith("_")
     }

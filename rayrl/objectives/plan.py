@@ -78,6 +78,9 @@ class Plan:
     """Whose rewards make a group's mean and spread: of `all` captions, or of those `kept`."""
 
     def __post_init__(self) -> None:
+        for slot in ("surrogate", "reducer"):
+            if not isinstance(getattr(self, slot), Part):
+                raise ValueError(f"slot {slot} is empty: an objective needs one part there")
         if self.statistics_of not in ("all", "kept"):
             raise ValueError(f"statistics_of {self.statistics_of!r}: want 'all' or 'kept'")
 
@@ -94,6 +97,21 @@ class Plan:
         return {key: value for _, item in self.parts() for key, value in item.params.items()}
 
 
+@dataclass(frozen=True)
+class Phases:
+    """Plans that take turns, each for its number of steps, over and over."""
+
+    plans: tuple[Plan, ...]
+    steps: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.plans) != len(self.steps) or min(self.steps, default=0) < 1:
+            raise ValueError(
+                f"phases of {self.steps} steps for {len(self.plans)} plans, "
+                "want one number a plan, each at least 1"
+            )
+
+
 SLOTS = tuple(f.name for f in dataclasses.fields(Plan) if f.name != "statistics_of")
 _MANY = frozenset(f.name for f in dataclasses.fields(Plan) if str(f.type).startswith("tuple"))
 
@@ -103,8 +121,8 @@ def override(
 ) -> Plan:
     """``plan`` with single slots or parameters replaced.
 
-    values: a slot's name to the name of a part (several for slots that hold several; "" empties
-        a slot), or a parameter's name to its value
+    values: a slot's name to the name of a part, a :class:`Part` or a function (several for slots
+        that hold several; "" empties a slot), or a parameter's name to its value
     known: by slot, the parts that have a name
 
     Raises ValueError on a slot, part or parameter that does not exist, with near matches.
@@ -120,6 +138,25 @@ def override(
     return plan
 
 
+def override_phases(
+    phases: Phases, values: Mapping[str, Any], known: Mapping[str, Mapping[str, Part]]
+) -> Phases:
+    """The same in every phase that has the parameter; ``phase_steps`` are the phases' lengths."""
+    plans = list(phases.plans)
+    steps = phases.steps
+    for key, value in values.items():
+        if key == "phase_steps":
+            steps = _typed(key, value, steps)
+            continue
+        fits = [i for i, plan in enumerate(plans) if key in plan.parameters()]
+        if not fits:
+            names = {name for plan in plans for name in plan.parameters()}
+            raise ValueError(f"unknown parameter {key!r}{near(key, {*names, 'phase_steps'})}")
+        for i in fits:
+            plans[i] = override(plans[i], {key: value}, known)
+    return Phases(tuple(plans), steps)
+
+
 def near(given: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: what it may have meant."""
     names = sorted(known)
@@ -128,17 +165,26 @@ def near(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(close)}?" if close else f"; known are {', '.join(names)}"
 
 
-def _named(slot: str, names: Any, known: Mapping[str, Part]) -> Any:
-    listed = names.split(",") if isinstance(names, str) else list(names)
-    listed = [name.strip() for name in listed if name.strip()]
-    for name in listed:
-        if name not in known:
-            raise ValueError(f"unknown part {name!r} for slot {slot}{near(name, known)}")
+def _named(slot: str, given: Any, known: Mapping[str, Part]) -> Any:
+    listed = given.split(",") if isinstance(given, str) else given
+    listed = list(listed) if isinstance(listed, list | tuple) else [listed]
+    parts = [_part(slot, item, known) for item in listed if item != ""]
     if slot in _MANY:
-        return tuple(known[name] for name in listed)
-    if len(listed) > 1:
-        raise ValueError(f"slot {slot} holds one part, got {len(listed)}: {', '.join(listed)}")
-    return known[listed[0]] if listed else None
+        return tuple(parts)
+    if len(parts) > 1:
+        raise ValueError(f"slot {slot} holds one part, got {', '.join(str(p) for p in parts)}")
+    return parts[0] if parts else None
+
+
+def _part(slot: str, given: Any, known: Mapping[str, Part]) -> Part:
+    if isinstance(given, Part):
+        return given
+    if callable(given):
+        return Part(given)
+    name = str(given).strip()
+    if name not in known:
+        raise ValueError(f"unknown part {name!r} for slot {slot}{near(name, known)}")
+    return known[name]
 
 
 def _with_parameter(plan: Plan, name: str, value: Any) -> Plan:
@@ -175,11 +221,13 @@ def _typed(name: str, given: Any, current: Any) -> Any:
             each = type(current[0]) if current else str
             return tuple(each(item) for item in items if item != "")
         if kind is dict:
-            return {str(key): float(value) for key, value in dict(given).items()}
+            if isinstance(given, str):
+                given = dict(item.split(":") for item in given.split(",") if item)
+            return {str(key).strip(): float(value) for key, value in given.items()}
         if kind in (int, float) and isinstance(given, bool):
             raise TypeError
         if kind is int and float(given) != int(float(given)):
             raise ValueError
         return int(float(given)) if kind is int else kind(given)
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{name}: got {given!r}, want a {kind.__name__}") from None

@@ -1,12 +1,14 @@
-"""Log-ratios of the policy to the policy at the start of the step, and bounds of the ratio.
-
-A ratio part returns log_ratio [P,G,T] with gradient; a bounds part returns (low, high), numbers
-or tensors that broadcast to it, without gradient.
-"""
+"""Log-ratios of the policy to the policy at the start of the step: log_ratio [P,G,T], with
+gradient.  What is clipped or weighted later is exp(log_ratio)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
+
+from rayrl.objectives.stats import masked_mean
 
 
 def token(policy_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
@@ -14,6 +16,48 @@ def token(policy_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return policy_logprobs - old_logprobs
 
 
-def fixed(*, clip_low: float, clip_high: float) -> tuple[float, float]:
-    """The ratio stays within [1 - clip_low, 1 + clip_high] (PPO, 1707.06347; two sides: DAPO)."""
-    return 1 - clip_low, 1 + clip_high
+def over_rollout(policy_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
+    """log(policy / engine) of every token, the engine having sampled perhaps in another context,
+    such as with a hint that the policy does not get (Guide, 2506.13923)."""
+    return policy_logprobs - rollout_logprobs
+
+
+def sequence(policy_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The mean over the caption, on each of its tokens: the geometric mean of the token ratios
+    (GSPO, 2507.18071)."""
+    mean = masked_mean(policy_logprobs - old_logprobs, mask)
+    return mean[..., None].expand_as(mask)
+
+
+def segment(
+    policy_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, segments: Tensor
+) -> Tensor:
+    """The mean over the token's segment (the chunks of Chunk-GRPO; the paper has flow models, the
+    geometric mean for tokens is the reading here).  Segments of one token give ``token``, one
+    segment a caption gives ``sequence``."""
+    moved = torch.where(mask, policy_logprobs - old_logprobs, 0.0)
+    ids = torch.where(mask, segments, 0)
+    size = int(ids.max()) + 1
+    zeros = moved.new_zeros(*moved.shape[:2], size)
+    total = zeros.scatter_add(-1, ids, moved)
+    count = zeros.scatter_add(-1, ids, mask.to(moved.dtype)).clamp(min=1)
+    return (total / count).gather(-1, ids)
+
+
+def recentered(
+    policy_logprobs: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    total: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Deviation from the minibatch's mean at this position, scaled so that all positions have the
+    same spread: (d - mean_t) / std_t * mean(std) (the RatioNorm of GRPO-Guard, 2510.22319, which
+    has flow steps in place of positions).  Mean and spread carry no gradient."""
+    moved = torch.where(mask, policy_logprobs - old_logprobs, 0.0)
+    seen = mask.to(moved.dtype)
+    with torch.no_grad():
+        count = total(seen.sum((0, 1))).clamp(min=1)
+        mean = total(moved.sum((0, 1))) / count
+        spread = (total(((moved - mean).square() * seen).sum((0, 1))) / count).sqrt()
+        scale = torch.where(spread > 0, spread.mean() / spread, 1.0)
+    return (moved - mean) * scale

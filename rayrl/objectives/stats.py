@@ -6,6 +6,8 @@ rounding of the mean.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -79,3 +81,24 @@ def leave_one_out_mean(x: Tensor, valid: Tensor | None = None) -> Tensor:
 def pairwise(left: Tensor, right: Tensor) -> Tensor:
     """left_i - right_j for all pairs of a group, [P,G] and [P,G] -> [P,G,G]."""
     return left[:, :, None] - right[:, None, :]
+
+
+def largest_covariance(
+    policy_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    total: Callable[[Tensor], Tensor],
+    share: float,
+) -> Tensor:
+    """[P,G,T] bool: the ``share`` of the tokens at hand, at least one, with the largest product of
+    deviations of advantage and log-prob from the minibatch's means."""
+    logprobs = policy_logprobs.detach()
+    advantages = advantages.expand_as(mask)
+    count = total(mask.sum()).clamp(min=1)
+    deviations = [
+        x - total(torch.where(mask, x, 0.0).sum()) / count for x in (logprobs, advantages)
+    ]
+    product = (deviations[0] * deviations[1]).masked_fill(~mask, -torch.inf)
+    k = max(1, int(share * int(mask.sum())))
+    threshold = product.flatten().topk(k).values[-1]
+    return (product >= threshold) & mask

@@ -1,0 +1,51 @@
+"""Controllers: decisions after an optimizer step, from the step's metrics so far.
+
+They return ``coefficients`` (parameters for the steps to come), ``stop_epoch`` (no further update
+in this step) or ``extrapolate`` (weights move on by this factor of the step's change).
+``parameters`` holds the plan's, as controllers have changed them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Numbers = Mapping[str, Any]
+
+
+def stop_on_ratio(metrics: Numbers, *, max_ratio_deviation: float) -> dict[str, Any]:
+    """Stop once the mean of |ratio - 1| exceeds ``max_ratio_deviation`` (ESPO, 2202.00079)."""
+    return {"stop_epoch": _metric(metrics, "objective/ratio_deviation") > max_ratio_deviation}
+
+
+def adaptive_kl(
+    metrics: Numbers, parameters: Numbers, *, kl_target: float, kl_horizon: float
+) -> dict[str, Any]:
+    """coef (1 + clip(KL / target - 1, +-0.2) / horizon), horizon in updates (1909.08593)."""
+    error = _metric(metrics, "objective/kl_k3") / kl_target - 1
+    factor = 1 + max(-0.2, min(0.2, error)) / kl_horizon
+    return {"coefficients": {"kl_coef": parameters["kl_coef"] * factor}}
+
+
+def adaptive_entropy(
+    metrics: Numbers, parameters: Numbers, *, entropy_target: float, entropy_step: float
+) -> dict[str, Any]:
+    """Raise the coefficient by a step while the entropy is at or below its target, lower it
+    otherwise, and apply it only while it is below (Skywork-OR1, 2505.22312)."""
+    low = _metric(metrics, "objective/entropy") <= entropy_target
+    held = parameters.get("entropy_coef_held", parameters["entropy_coef"])
+    held = max(0.0, held + (entropy_step if low else -entropy_step))
+    return {"coefficients": {"entropy_coef": held if low else 0.0, "entropy_coef_held": held}}
+
+
+def momentum(*, momentum_factor: float) -> dict[str, Any]:
+    """Continue from w + a (w - w_before) (accelerated preference optimization, 2410.06293)."""
+    return {"extrapolate": momentum_factor}
+
+
+def _metric(metrics: Numbers, name: str) -> float:
+    if name not in metrics:
+        raise ValueError(
+            f"a controller reads the metric {name}, which this objective does not report"
+        )
+    return float(metrics[name])

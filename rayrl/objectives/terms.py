@@ -1,0 +1,57 @@
+"""Formulas of rewards, for reward terms and for the shaping of rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def clip_score(cosine: Tensor) -> Tensor:
+    """2.5 max(cos, 0) of an image's and a caption's CLIP embeddings (CLIPScore, 2104.08718)."""
+    return 2.5 * cosine.clamp(min=0)
+
+
+def word_accuracy(words: Sequence[str], reference: Sequence[str]) -> float:
+    """1 - word error rate against one reference, its edit distance over its length: the reward of
+    GRPO for speech recognition.  Below 0 for captions that are much too long.
+
+    Raises ValueError on an empty reference."""
+    if not reference:
+        raise ValueError("word_accuracy: the reference has no words")
+    distances = list(range(len(reference) + 1))
+    for i, word in enumerate(words, 1):
+        diagonal, distances[0] = distances[0], i
+        for j, other in enumerate(reference, 1):
+            substitute = diagonal + (word != other)
+            diagonal = distances[j]
+            distances[j] = min(substitute, distances[j] + 1, distances[j - 1] + 1)
+    return 1 - distances[-1] / len(reference)
+
+
+def calibrated(rewards: Tensor, confidence: Tensor, mean: float) -> Tensor:
+    """r + sign(r >= mean) |r| (confidence - 1/2) (PPO-C, 2410.09724)."""
+    sign = torch.where(rewards >= mean, 1.0, -1.0)
+    return rewards + sign * rewards.abs() * (confidence - 0.5)
+
+
+def efficiency(cost: Tensor, best_cost: Tensor, *, smoothing: float = 1.0) -> Tensor:
+    """sin(f pi / (2 n)), f = 2 m n / (m + n), for cost m and best cost n; cos(m pi / (2 m + c))
+    where n is 0; 1 where both are (OTC-PO, 2504.14870)."""
+    free = torch.cos(cost * math.pi / (2 * cost + smoothing))
+    n = torch.where(best_cost > 0, best_cost, 1.0)
+    f = 2 * cost * n / (cost + n)
+    return torch.where(best_cost > 0, torch.sin(f * math.pi / (2 * n)), free)
+
+
+def self_cider(similarity: Tensor) -> Tensor:
+    """Diversity [...] in [0,1] of G captions with pairwise similarities [...,G,G]:
+    -log(sqrt(l_max) / sum sqrt(l)) / log G over the eigenvalues l (Self-CIDEr, 1903.12020); 0 for
+    one caption."""
+    roots = torch.linalg.eigvalsh(similarity).clamp(min=0).sqrt()
+    size = similarity.shape[-1]
+    if size < 2:
+        return torch.zeros_like(roots[..., 0])
+    return -(roots.amax(-1) / roots.sum(-1)).log() / math.log(size)
