@@ -56,13 +56,15 @@ def _view(run: RunFolder) -> dict[str, Any]:
     """Everything that the template shows."""
     changes = [change(image) for image in run.images]
     groups = example_groups(run.samples)
+    steps = step_charts(run)
     return {
         "run": run,
         "headline": headline(run),
         "facts": _facts(run),
         "tiles": _tiles(run),
         "score_charts": score_charts(run),
-        "step_charts": step_charts(run),
+        "step_charts": steps,
+        "smoothed": any(shape.faint for chart in steps for shape in chart.shapes),
         "outcomes": {
             "better": sum(one > 0 for one in changes),
             "the same": sum(one == 0 for one in changes),

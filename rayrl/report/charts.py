@@ -106,15 +106,16 @@ def line_chart(
     shapes, readings = [], []
     for one in thinned:
         points = place(one.x, one.y)
-        strong = place(one.x, running_mean(one.y)) if one.smooth else points
+        mean = running_mean(one.y) if one.smooth else np.asarray(one.y, float)
+        smoothed = not np.array_equal(mean, one.y)
         shapes.append(
             Shape(
                 name=one.name,
                 tone=one.tone,
                 last=number(one.y[-1], spec),
                 dashed=one.dashed,
-                line=_path(strong),
-                faint=_path(points) if one.smooth else "",
+                line=_path(place(one.x, mean)),
+                faint=_path(points) if smoothed else "",
                 dots=_dots(points) if one.marks or len(points) == 1 else "",
             )
         )
@@ -231,6 +232,8 @@ def _ticks(low: float, high: float, *, most: int, downwards: bool = False) -> li
 def _range(values: Array, *, margin: float = 0.06, from_zero: bool = False) -> tuple[float, float]:
     """The ends of an axis: the data with a margin, never empty."""
     low, high = float(values.min()), float(values.max())
+    if from_zero and low == high == 0:
+        return 0.0, 1.0
     if low == high:
         around = max(abs(low) * 0.1, 1e-3) if margin else 0.5
         low, high = low - around, high + around

@@ -508,6 +508,21 @@ def test_a_flat_line_stands_in_the_middle():
     assert chart.shapes[0].line == "M0.0 500.0L1000.0 500.0"
 
 
+def test_nothing_but_zeros_lies_on_the_floor():
+    zeros = Series(name="s", x=[1, 2], y=[0.0, 0.0])
+    chart = line_chart("t", [zeros], x_name="step", from_zero=True)
+    assert chart.shapes[0].line == "M0.0 1000.0L1000.0 1000.0"
+    assert [tick.label for tick in chart.y_ticks] == ["0", "0.5", "1.0"]
+
+
+def test_single_steps_are_drawn_only_where_their_mean_differs():
+    steps = range(50)
+    smooth = [Series(name="s", x=steps, y=[float(k % 2) for k in steps], smooth=True)]
+    assert line_chart("t", smooth, x_name="step").shapes[0].faint
+    few = [Series(name="s", x=steps[:20], y=[float(k % 2) for k in range(20)], smooth=True)]
+    assert not line_chart("t", few, x_name="step").shapes[0].faint
+
+
 def test_many_points_are_thinned_to_means():
     n = 6000
     chart = line_chart("t", [Series(name="s", x=range(n), y=range(n))], x_name="step")
