@@ -200,6 +200,8 @@ def running_mean(values: Sequence[float]) -> Array:
     """Mean over a centred window of about a twentieth of the values, shorter at both ends."""
     array = np.asarray(values, float)
     reach = len(array) // 40
+    if reach == 0:
+        return array
     sums = np.concatenate([[0.0], np.cumsum(array)])
     index = np.arange(len(array))
     start, end = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(array))
