@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,6 +76,7 @@ class DocumentFrequency:
         words = sorted(
             {word for caption in captions for word in caption} | ({EOS} if eos else set())
         )
+        _warn_of_raw_text(words)
         ids = {word: i for i, word in enumerate(words, 1)}
         suffix = [EOS] if eos else []
         tokens = encode(([*caption, *suffix] for caption in captions), ids)
@@ -173,3 +175,14 @@ class DocumentFrequency:
                 f"{header['content_hash']}; the file is damaged, build it again"
             )
         return loaded
+
+
+def _warn_of_raw_text(words: list[str]) -> None:
+    """Statistics of raw text are silently wrong: "A" and "dog." would be words of their own."""
+    odd = [word for word in words if word != word.lower() or word in (".", ",", "!")]
+    if odd:
+        warnings.warn(
+            f"the captions seem not to be tokenized: {len(odd)} words such as {odd[:3]}; "
+            "pass them through rayrl.rewards.ptb.tokenize first",
+            stacklevel=3,
+        )
