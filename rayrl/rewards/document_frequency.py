@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -50,15 +51,15 @@ class DocumentFrequency:
     def __post_init__(self) -> None:
         if self.num_documents < 2:
             raise ValueError(
-                f"document frequencies over {self.num_documents} image(s), want at least 2: with "
-                "one image every idf is log(1) = 0 and so is every score; count them over the "
-                "training references instead"
+                f"{self.source}: document frequencies over {self.num_documents} image(s), want at "
+                "least 2: with one image every idf is log(1) = 0 and so is every score; count them "
+                "over the training references instead"
             )
         largest = int(self.counts.max(initial=0))
         if largest > self.num_documents:
             raise ValueError(
-                f"an n-gram occurs in {largest} documents of {self.num_documents}: the counts "
-                "and the number of documents do not belong together"
+                f"{self.source}: an n-gram occurs in {largest} documents of {self.num_documents}: "
+                "the counts and the number of documents do not belong together"
             )
 
     @classmethod
@@ -95,6 +96,47 @@ class DocumentFrequency:
             keys=np.concatenate(keys),
             counts=np.concatenate(counts).astype(np.int32),
             num_documents=len(documents),
+            eos=eos,
+            source=source,
+        )
+
+    @classmethod
+    def from_counts(
+        cls,
+        counts: Mapping[tuple[str, ...], float],
+        num_documents: int,
+        *,
+        eos: bool = False,
+        source: str = "counts",
+    ) -> DocumentFrequency:
+        """From ready counts of n-grams (n = 1..4), each a tuple of words."""
+        odd = next((g for g, n in counts.items() if not 1 <= len(g) <= ORDER or n != int(n)), None)
+        if odd is not None:
+            raise ValueError(
+                f"{source}: {odd} -> {counts[odd]}, want n-grams of 1 to {ORDER} words and whole "
+                "counts"
+            )
+        words = sorted({word for ngram in counts for word in ngram})
+        ids = {word: i for i, word in enumerate(words, 1)}
+        # A trie needs the beginning of every n-gram; one that is not counted counts 0.
+        nodes: dict[tuple[str, ...], float] = {(): 0.0}
+        for ngram in counts:
+            for k in range(1, len(ngram)):
+                nodes[ngram[:k]] = 0.0
+        nodes |= {(word,): 0.0 for word in words} | dict(counts)
+        keys = [0]
+        number: dict[tuple[str, ...], int] = {(): 0}
+        for k in range(1, ORDER + 1):
+            level = [ngram for ngram in nodes if len(ngram) == k]
+            level.sort(key=lambda ngram: (number[ngram[:-1]], ids[ngram[-1]]))
+            for ngram in level:
+                keys.append(number[ngram[:-1]] << WORD_BITS | ids[ngram[-1]])
+                number[ngram] = len(number)
+        return cls(
+            vocabulary=np.frombuffer("\n".join(words).encode(), dtype=np.uint8),
+            keys=np.array(keys, dtype=np.int64),
+            counts=np.array([nodes[ngram] for ngram in number], dtype=np.int32),
+            num_documents=num_documents,
             eos=eos,
             source=source,
         )
@@ -158,20 +200,25 @@ class DocumentFrequency:
 
     @classmethod
     def load(cls, path: str | Path) -> DocumentFrequency:
-        """Read what ``save`` wrote; ValueError where the content does not match its hash."""
-        with np.load(path, allow_pickle=False) as file:
-            header: Mapping[str, object] = json.loads(file["header"].tobytes())
-            loaded = cls(
-                vocabulary=file["vocabulary"],
-                keys=file["keys"],
-                counts=file["counts"],
-                num_documents=int(str(header["num_documents"])),
-                eos=bool(header["eos"]),
-                source=str(header["source"]),
-            )
+        """Read what ``save`` wrote; ValueError where it is not that, or is damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                header: Mapping[str, object] = json.loads(file["header"].tobytes())
+                arrays = {name: file[name] for name in ("vocabulary", "keys", "counts")}
+        except (BadZipFile, KeyError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{path}: not document frequencies as DocumentFrequency.save writes them "
+                f"({error}); for a pickle use rayrl.rewards.pickles.read_pickle"
+            ) from error
+        loaded = cls(
+            **arrays,
+            num_documents=int(str(header["num_documents"])),
+            eos=bool(header["eos"]),
+            source=str(header["source"]),
+        )
         if loaded.content_hash != header["content_hash"]:
             raise ValueError(
-                f"{path}: content hash {loaded.content_hash}, the header says "
+                f"{path}: content hash {loaded.content_hash}, its header says "
                 f"{header['content_hash']}; the file is damaged, build it again"
             )
         return loaded

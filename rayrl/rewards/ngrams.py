@@ -9,7 +9,7 @@ There is no hashing, hence no collision, and no limit on the vocabulary below 2*
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,21 @@ def split(caption: Caption) -> Sequence[str]:
 def encode(captions: Iterable[Caption], ids: Mapping[str, int]) -> Tokens:
     """Word ids of captions.  A word without an id gets a temporary one, which is the same for its
     repetitions inside the caption and means nothing outside it."""
+    return _encode(captions, ids, lambda words: _temporary_ids(words, ids))
+
+
+def encode_growing(captions: Iterable[Caption], ids: dict[str, int]) -> Tokens:
+    """Word ids of captions; words without one are added to ``ids`` with the next."""
+    return _encode(
+        captions, ids, lambda words: [ids.setdefault(word, len(ids) + 1) for word in words]
+    )
+
+
+def _encode(
+    captions: Iterable[Caption],
+    ids: Mapping[str, int],
+    with_unknown: Callable[[Sequence[str]], list[int]],
+) -> Tokens:
     flat: list[int] = []
     lengths: list[int] = []
     lookup = ids.__getitem__
@@ -73,13 +88,13 @@ def encode(captions: Iterable[Caption], ids: Mapping[str, int]) -> Tokens:
         try:
             row = list(map(lookup, words))
         except KeyError:
-            row = _encode_unknown(words, ids)
+            row = with_unknown(words)
         flat += row
         lengths.append(len(row))
     return Tokens(np.array(flat, dtype=np.int64), np.array(lengths, dtype=np.int64))
 
 
-def _encode_unknown(words: Sequence[str], ids: Mapping[str, int]) -> list[int]:
+def _temporary_ids(words: Sequence[str], ids: Mapping[str, int]) -> list[int]:
     temporary: dict[str, int] = {}
     return [
         ids[word]

@@ -17,7 +17,7 @@ from rayrl.rewards.ngrams import (
     Caption,
     Int64,
     Tokens,
-    encode,
+    encode_growing,
     find,
     first_children,
     levels,
@@ -134,12 +134,10 @@ class ReferenceIndex:
         return which, np.arange(len(which)) + shift[which]
 
     def _add(self, references: list[References]) -> None:
-        suffix = [EOS] if self.df.eos else []
-        captions = [[*split(caption), *suffix] for item in references for caption in item]
-        for caption in captions:
-            for word in caption:
-                self.word_ids.setdefault(word, len(self.word_ids) + 1)
-        tokens = encode(captions, self.word_ids)
+        captions = [caption for item in references for caption in item]
+        if self.df.eos:
+            captions = [[*split(caption), EOS] for caption in captions]
+        tokens = encode_growing(captions, self.word_ids)
         counts = np.array([len(item) for item in references])
         base = len(self["keys"])
         keys, norms = self._add_forest(tokens, counts)
