@@ -140,7 +140,8 @@ def softmax_weight(
 ) -> Tensor:
     """G softmax(r / tau) over the group: reward-weighted regression, which only pulls up."""
     seen = rewards if valid is None else rewards.masked_fill(~valid, -torch.inf)
-    return rewards.shape[1] * torch.softmax(seen / weight_temperature, 1)
+    count = torch.isfinite(seen).sum(1, keepdim=True)
+    return count * torch.softmax(seen / weight_temperature, 1)
 
 
 def normalize_each(

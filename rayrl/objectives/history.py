@@ -35,10 +35,11 @@ def kalman(
     noise = (process_noise, measurement_noise)
     if scope == "stream":
         seen = rewards if valid is None else rewards[valid]
-        start = (torch.tensor(state.get("x", 0.0)), torch.tensor(state.get("variance", 1.0)))
-        x, variance = _kalman_update(seen.mean(), *start, *noise)
+        before = (state.get("x", 0.0), state.get("variance", 1.0))
+        start = [torch.tensor(value, dtype=torch.float64) for value in before]
+        x, variance = _kalman_update(seen.double().mean().cpu(), *start, *noise)
         new = {"x": float(x), "variance": float(variance)}
-        return (rewards - x) / (variance.sqrt() + 1e-8), new
+        return (rewards - new["x"]) / (math.sqrt(new["variance"]) + 1e-8), new
     x, variance = torch.zeros_like(rewards[:, 0]), torch.ones_like(rewards[:, 0])
     columns = []
     for g in range(rewards.shape[1]):

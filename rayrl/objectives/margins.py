@@ -36,7 +36,8 @@ def favour_top(scores: Tensor, labels: Tensor, *, beta: float, top_factor: float
     """beta (s_i - s_j), times ``top_factor`` where i is of the group's best level (TRPA,
     2504.04524)."""
     top = labels >= labels.amax(1, keepdim=True)
-    return torch.where(top[:, :, None], top_factor, 1.0) * beta * pairwise(scores, scores)
+    margins = beta * pairwise(scores, scores)
+    return torch.where(top[:, :, None], top_factor * margins, margins)
 
 
 def other_terms(

@@ -147,12 +147,12 @@ class Objective:
             "total": total or (lambda x: x),
         }
         terms = LossTerms(self._compiled, given, prepared.coefficients)
-        parts = {"policy_loss": terms.policy(), **terms.regularizers()}
+        parts = {"policy": terms.policy(), **terms.regularizers()}
         loss = torch.stack(list(parts.values())).sum()
         metrics = diagnostics.of_loss(terms.values)
         share = self._share(prepared, normalizer)
         for name, value in parts.items():
-            metrics[f"objective/{name}"] = (value.detach(), share)
+            metrics[f"objective/loss_{name}"] = (value.detach(), share)
         return LossOutput(loss, metrics)
 
     @staticmethod

@@ -21,13 +21,13 @@ def best_worst(rewards: Tensor, valid: Tensor, *, min_gap: float) -> Tensor:
 
 def all_pairs(rewards: Tensor, valid: Tensor, *, min_gap: float) -> Tensor:
     """Every pair whose rewards differ by more than ``min_gap``, all alike."""
-    return _mean((stats.pairwise(rewards, rewards) > min_gap) & _both(valid))
+    return _mean((stats.pairwise(rewards, rewards) > min_gap) & _both(valid), rewards)
 
 
 def across_levels(labels: Tensor, valid: Tensor) -> Tensor:
     """Every pair of different labels, all alike (TRPA, 2504.04524; good against bad: DisCO,
     2505.12366)."""
-    return _mean((stats.pairwise(labels, labels) > 0) & _both(valid))
+    return _mean((stats.pairwise(labels, labels) > 0) & _both(valid), labels)
 
 
 def shorter_good(
@@ -41,9 +41,9 @@ def shorter_good(
     """Good against bad captions (labels above and below 1/2), the good ones weighted by
     softmax((1 - n / max_tokens) / tau) among themselves, n their length (DRPO, 2510.04474)."""
     good, bad = (labels > 0.5) & valid, (labels <= 0.5) & valid
-    utility = (1 - lengths / max_tokens) / brevity_temperature
+    utility = (1 - lengths.to(labels.dtype) / max_tokens) / brevity_temperature
     share = torch.softmax(utility.masked_fill(~good, -1e30), 1) * good
-    uniform = bad / bad.sum(1, keepdim=True).clamp(min=1)
+    uniform = bad.to(labels.dtype) / bad.sum(1, keepdim=True).clamp(min=1)
     return share[:, :, None] * uniform[:, None]
 
 
@@ -64,7 +64,7 @@ def best_against_earlier(rewards: Tensor, earlier: Tensor, valid: Tensor) -> Ten
     own, old = valid & ~earlier.bool(), valid & earlier.bool()
     best = rewards.masked_fill(~own, -torch.inf).argmax(1)
     chosen = torch.zeros_like(own).scatter(1, best[:, None], own.any(1, keepdim=True))
-    return _mean(chosen[:, :, None] & old[:, None])
+    return _mean(chosen[:, :, None] & old[:, None], rewards)
 
 
 def half_square(rewards: Tensor, valid: Tensor) -> Tensor:
@@ -87,8 +87,8 @@ def _lower(rewards: Tensor) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool, device=rewards.device).tril(-1)
 
 
-def _mean(chosen: Tensor) -> Tensor:
-    weights = chosen.float()
+def _mean(chosen: Tensor, like: Tensor) -> Tensor:
+    weights = chosen.to(like.dtype)
     return weights / weights.sum((1, 2), keepdim=True).clamp(min=1)
 
 

@@ -19,7 +19,7 @@ def overlong_penalty(
 ) -> Tensor:
     """Minus coef times 0 up to ``max_tokens - grace_tokens``, rising linearly to 1 at
     ``max_tokens``, 1 beyond (the soft overlong punishment of DAPO, 2503.14476)."""
-    over = (lengths - (max_tokens - grace_tokens)).clamp(min=0) / grace_tokens
+    over = (lengths - (max_tokens - grace_tokens)).clamp(min=0).to(rewards.dtype) / grace_tokens
     penalty = torch.where(lengths > max_tokens, 1.0, over)
     return rewards - overlong_coef * penalty
 

@@ -83,6 +83,11 @@ def pairwise(left: Tensor, right: Tensor) -> Tensor:
     return left[:, :, None] - right[:, None, :]
 
 
+def by_sign(advantages: Tensor, positive: float, negative: float) -> Tensor:
+    """``positive`` where A >= 0, ``negative`` elsewhere, in the advantages' precision."""
+    return negative + (positive - negative) * (advantages >= 0).to(advantages.dtype)
+
+
 def largest_covariance(
     policy_logprobs: Tensor,
     advantages: Tensor,

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from rayrl.objectives.stats import masked_mean, safe_exp
+from rayrl.objectives.stats import by_sign, masked_mean, safe_exp
 
 
 def reinforce(policy_logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def soft_gate(
     ratio: Tensor, advantages: Tensor, *, gate_positive: float, gate_negative: float
 ) -> Tensor:
     """-A (4/tau) sigmoid(tau (rho - 1)) (SAPO, 2511.20347): a smooth clip, tau by the sign of A."""
-    tau = torch.where(advantages > 0, gate_positive, gate_negative)
+    tau = by_sign(advantages, gate_positive, gate_negative)
     return -advantages * 4 / tau * torch.sigmoid(tau * (ratio - 1))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rayrl.objectives.stats import largest_covariance, masked_mean, masked_sum, safe_exp
+from rayrl.objectives.stats import by_sign, largest_covariance, masked_mean, masked_sum, safe_exp
 
 
 def one_side(
@@ -61,8 +61,8 @@ def soft_sequence(
 ) -> Tensor:
     """w^k exp(lambda (1 - w)), w the ratio of the whole caption (VESPO, 2602.10693); 1 at w = 1."""
     log_w = masked_sum(log_ratio, mask)[..., None].detach()
-    power = torch.where(advantages >= 0, power_positive, power_negative)
-    decay = torch.where(advantages >= 0, decay_positive, decay_negative)
+    power = by_sign(advantages, power_positive, power_negative)
+    decay = by_sign(advantages, decay_positive, decay_negative)
     return safe_exp(power * log_w + decay * (1 - safe_exp(log_w)))
 
 
