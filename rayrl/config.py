@@ -22,11 +22,11 @@ Backend = Literal["auto", "vllm", "hf"]
 class TinyConfig(Section):
     """Sizes of the tiny captioner, an Idefics3 built here; head sizes of 32 suit vLLM on CPU."""
 
-    image_size: int = 64
+    image_size: int = 48
     """Pixels a side; pictures are resized to this square."""
-    patch_size: int = 8
+    patch_size: int = 12
     """Pixels a side of a vision patch."""
-    pixel_shuffle: int = 2
+    pixel_shuffle: int = 1
     """Patches a side that are folded into one image token."""
     vision_width: int = 96
     """Hidden size of the vision tower."""

@@ -194,6 +194,7 @@ def build_tiny_captioner(
             "num_attention_heads": config.vision_width // 32,
             "image_size": config.image_size,
             "patch_size": config.patch_size,
+            "initializer_range": config.vision_width**-0.5,
         },
         text_config={
             "model_type": "llama",
@@ -208,7 +209,9 @@ def build_tiny_captioner(
             "eos_token_id": end,
             "pad_token_id": ids["<pad>"],
             "tie_word_embeddings": True,
+            "initializer_range": config.text_width**-0.5,
         },
+        initializer_range=config.text_width**-0.5,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
