@@ -46,7 +46,7 @@ def prompts():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, prompts) -> Path:
-    """A tiny captioner of 64x64 pixels and 16 image tokens, as a model folder."""
+    """A tiny captioner of 48x48 pixels and 16 image tokens, as a model folder."""
     from rayrl.config import TinyConfig
     from rayrl.vlm import build_tiny_captioner
 

@@ -15,7 +15,7 @@ Split = Literal["train", "val", "test"]
 class ScenesConfig(Section):
     """Sizes of the generated data set."""
 
-    num_train: int = Field(default=3000, ge=1)
+    num_train: int = Field(default=8000, ge=1)
     """Training pictures."""
     num_val: int = Field(default=240, ge=1)
     """Held-out pictures, each with a combination of objects that training never shows."""
@@ -43,7 +43,7 @@ class DataConfig(Section):
     """The image folder of `coco` and `karpathy`."""
     instruction: str = Field(default="Describe the image.", min_length=1)
     """What the model is asked for, with every image."""
-    image_size: int = Field(default=64, ge=16, le=4096)
+    image_size: int = Field(default=48, ge=16, le=4096)
     """Pixels a side of the square that scenes are drawn in and that the images of a folder are
     resized to; shards hold the size they were prepared with."""
     max_train: int = Field(default=0, ge=0)

@@ -33,10 +33,10 @@ COLOUR_WORDS: Mapping[str, Weights] = {
     "purple": {"purple": 80, "violet": 20},
 }
 SHAPE_WORDS: Mapping[str, Weights] = {
-    "circle": {"ball": 55, "circle": 37, "disc": 8},
+    "ring": {"ring": 60, "circle": 30, "hoop": 10},
+    "cross": {"cross": 70, "plus sign": 22, "plus": 8},
     "square": {"square": 68, "box": 24, "block": 8},
     "triangle": {"triangle": 92, "pyramid": 8},
-    "star": {"star": 96, "five pointed star": 4},
 }
 GROUNDS: Mapping[str, Weights] = {
     "light": {

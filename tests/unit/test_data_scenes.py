@@ -12,7 +12,16 @@ from PIL import Image
 
 from rayrl.data import DataConfig, load_split
 from rayrl.data.config import ScenesConfig
-from rayrl.data.scenes import COLOURS, GROUNDS, Scene, Thing, draw, make_scene, pair_splits
+from rayrl.data.scenes import (
+    COLOURS,
+    GROUNDS,
+    SHAPES,
+    Scene,
+    Thing,
+    draw,
+    make_scene,
+    pair_splits,
+)
 from rayrl.data.wording import describe
 
 SMALL = DataConfig(scenes=ScenesConfig(num_train=200, num_val=60, num_test=60))
@@ -37,13 +46,13 @@ def test_the_same_seed_gives_the_same_pictures_and_captions():
 
 def test_captions_do_not_change_between_machines():
     scene, captions = make_scene(0, "train", 0)
-    assert scene.things == (Thing("green", "square"), Thing("orange", "circle"))
+    assert scene.things == (Thing("green", "ring"), Thing("orange", "square"))
     assert captions == (
-        "an orange circle beneath a green square",
-        "a green square above an orange ball",
-        "a green block and an orange circle",
-        "a green square over an orange ball",
-        "a picture of a green block and an orange ball",
+        "an orange square beneath a green ring",
+        "a green ring above an orange square",
+        "a green hoop and an orange box",
+        "a green ring over an orange square",
+        "a picture of a green hoop and an orange square",
     )
 
 
@@ -73,18 +82,25 @@ def test_every_object_stands_where_the_scene_says_in_its_colour():
         assert picture.shape == (64, 64, 3)
         assert np.abs(picture[0, 0] - GROUNDS[scene.ground]).max() <= 1
         for thing, (x, y) in zip(scene.things, scene.centres, strict=True):
-            seen = picture[int(y * 64), int(x * 64)]
+            # A ring has its colour at 0.58 to 1 of its radius, and the ground in the middle.
+            to_the_right = 0.79 * scene.radius if thing.shape == "ring" else 0.0
+            seen = picture[int(y * 64), int((x + to_the_right) * 64)]
             assert np.abs(seen - COLOURS[thing.colour]).max() <= 1, (index, thing)
+            if thing.shape == "ring":
+                middle = picture[int(y * 64), int(x * 64)]
+                assert np.abs(middle - GROUNDS[scene.ground]).max() <= 1, index
         places = [centre[0 if scene.arrangement == "row" else 1] for centre in scene.centres]
         assert places == sorted(places)
 
 
-@pytest.mark.parametrize(("count", "share"), [(2, 0.045), (3, 0.02)])
+@pytest.mark.parametrize(("count", "share"), [(2, 0.06), (3, 0.026)])
 def test_objects_are_large_and_do_not_touch(count, share):
-    scenes = [make_scene(0, "train", index)[0] for index in range(120)]
+    scenes = [make_scene(0, "train", index)[0] for index in range(300)]
     scenes = [scene for scene in scenes if len(scene.things) == count]
-    assert len(scenes) > 10
+    assert len(scenes) > 20
     for scene in scenes:
+        assert len({thing.shape for thing in scene.things}) == count
+        assert len({thing.colour for thing in scene.things}) == count
         masks = []
         for thing, centre, turn in zip(scene.things, scene.centres, scene.turns, strict=True):
             alone = replace(scene, things=(thing,), centres=(centre,), turns=(turn,))
@@ -94,15 +110,29 @@ def test_objects_are_large_and_do_not_touch(count, share):
         assert (np.sum(masks, axis=0) > 1).sum() <= 2, scene
 
 
-def test_shapes_differ_in_outline():
-    areas = {}
-    for shape in ("circle", "square", "triangle", "star"):
-        scene = Scene((Thing("red", shape),), "row", "light", ((0.5, 0.5),), 0.3, (0.0,))
-        areas[shape] = (np.abs(pixels(draw(scene, 64)) - COLOURS["red"]).max(axis=-1) <= 40).mean()
-    # Of a radius r: pi r^2; (1.2 r)^2 * 2; 3 sqrt(3)/4 (1.15 r)^2; 10/2 * 1.15 * 0.47 * sin 36 r^2.
-    want = {"circle": 3.1416, "square": 2.88, "triangle": 1.718, "star": 1.588}
-    for shape, area in areas.items():
-        assert area == pytest.approx(want[shape] * 0.3**2, rel=0.05), shape
+def covered(shape: str) -> np.ndarray:
+    """How much of each pixel, from 0 to 1, an upright thing of radius 0.3 covers: [64, 64]."""
+    scene = Scene((Thing("red", shape),), "row", "light", ((0.5, 0.5),), 0.3, (0.0,))
+    green = pixels(draw(scene, 64))[..., 1]
+    return (green - GROUNDS["light"][1]) / (COLOURS["red"][1] - GROUNDS["light"][1])
+
+
+def test_shapes_have_the_areas_of_their_outlines():
+    # Of a radius r: (1.2 r)^2 * 2; (1 - 0.58^2) * 24 sin(7.5 deg) r^2, the outline having 48
+    # corners; two bars of 2 w by 2 h less their overlap of (2 w)^2, for w, h = 1.1 r times the
+    # sine and the cosine of 18 deg; 3 sqrt(3)/4 (1.12 r)^2.
+    want = {"square": 2.88, "ring": 2.0788, "cross": 2.3827, "triangle": 1.6295}
+    assert set(want) == set(SHAPES)
+    for shape, area in want.items():
+        assert covered(shape).mean() == pytest.approx(area * 0.3**2, rel=0.05), shape
+
+
+def test_only_the_triangle_changes_when_turned_by_a_quarter():
+    for shape in SHAPES:
+        upright = covered(shape)
+        assert np.abs(upright - upright[:, ::-1]).mean() < 0.005, shape
+        change = np.abs(upright - np.rot90(upright)).mean()
+        assert change > 0.05 if shape == "triangle" else change < 0.005, shape
 
 
 def test_five_different_captions_with_words_left_out():
@@ -123,7 +153,7 @@ def test_five_different_captions_with_words_left_out():
 
 
 def test_wording_is_skewed_so_that_a_consensus_exists():
-    things = (Thing("red", "circle"), Thing("blue", "square"))
+    things = (Thing("red", "ring"), Thing("blue", "square"))
     rng, counts = Random(0), Counter()
     for _ in range(400):
         counts.update(describe(things, "row", "light", rng))
