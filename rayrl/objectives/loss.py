@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rayrl.objectives.compile import Compiled
 from rayrl.objectives.inject import BoundPart, Values
-from rayrl.objectives.reduce import reduce_captions, reduce_groups
 from rayrl.objectives.stats import safe_exp
 
 
@@ -81,8 +80,8 @@ class LossTerms:
             3: lambda: self._call(
                 self._compiled.slots["reducer"][0], Values({**self._given, "losses": losses}, {})
             ),
-            2: lambda: reduce_captions(losses, values["caption_weights"], values["normalizer"]),
-            1: lambda: reduce_groups(losses, values["active"], values["normalizer"]),
+            2: lambda: _mean(losses, values["caption_weights"], values["normalizer"].captions),
+            1: lambda: _mean(losses, values["active"], values["normalizer"].groups),
             0: lambda: losses,
         }
         return by_rank[losses.ndim]()
@@ -97,3 +96,9 @@ def _caption_advantages(values: Mapping[str, Any]) -> Tensor:
             "captions, which wants one a caption; choose another advantage or another loss"
         )
     return advantages[..., 0]
+
+
+def _mean(losses: Tensor, weights: Tensor, count: float) -> Tensor:
+    """Weighted mean over a minibatch that has ``count`` of them; 0 where it has none."""
+    total = torch.where(weights > 0, losses * weights, 0.0).sum()
+    return total / count if count > 0 else total * 0.0

@@ -230,4 +230,4 @@ def _typed(name: str, given: Any, current: Any) -> Any:
             raise ValueError
         return int(float(given)) if kind is int else kind(given)
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{name}: got {given!r}, want a {kind.__name__}") from None
+        raise ValueError(f"{name}: got {given!r}, want {kind.__name__}") from None

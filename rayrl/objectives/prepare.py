@@ -19,9 +19,12 @@ class Preparation:
         self.state = state
         self._slots = compiled.slots
         self._batch = batch
+        rewards, terms = _of_valid(batch)
         self._values: dict[str, Any] = {
             **vars(batch),
-            "raw_rewards": batch.rewards,
+            "rewards": rewards,
+            "raw_rewards": rewards,
+            "terms": terms,
             "lengths": batch.mask.sum(-1),
             "step": state["step"],
             # A function of the step alone, so that a resumed run draws the same captions.
@@ -33,7 +36,7 @@ class Preparation:
         keep = self._keep()
         seen = {"all": self._batch.valid, "kept": keep > 0}[statistics_of]
         self._values.update(valid=seen, caption_weights=keep)
-        fields = {"caption_weights": keep, "rewards": self._batch.rewards}
+        fields = {"caption_weights": keep, "rewards": self._values["rewards"]}
         for slot, name in (
             ("labels", "labels"),
             ("segments", "segments"),
@@ -87,3 +90,9 @@ class Preparation:
         if advantages.ndim == 3:
             return advantages[:, None]
         return advantages.transpose(0, 1)
+
+
+def _of_valid(batch: GroupBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Rewards and terms with 0 for captions that do not exist, whose rewards may be anything."""
+    zeroed = {name: torch.where(batch.valid, term, 0.0) for name, term in batch.terms.items()}
+    return torch.where(batch.valid, batch.rewards, 0.0), zeroed

@@ -5,6 +5,7 @@ Plain data; see :mod:`rayrl.objectives.plan` for the slots.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 
 from rayrl.objectives.plan import SLOTS, Part, Phases, Plan, near, part
@@ -64,6 +65,7 @@ def plans_of(preset: Preset) -> tuple[Plan, ...]:
     return preset.plan.plans if isinstance(preset.plan, Phases) else (preset.plan,)
 
 
+@functools.cache
 def named_parts() -> dict[str, dict[str, Part]]:
     """By slot, the parts that overrides may name, with the parameters of their first use."""
     known: dict[str, dict[str, Part]] = {slot: {} for slot in SLOTS}

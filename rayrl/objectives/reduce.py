@@ -30,7 +30,7 @@ class Normalizer:
         )
 
 
-def _ratio(total: Tensor, count: float) -> Tensor:
+def _over(total: Tensor, count: float) -> Tensor:
     """total / count; a minibatch in which everything was dropped has loss 0 and no gradient."""
     return total / count if count > 0 else total * 0.0
 
@@ -44,7 +44,7 @@ def token_mean(
 ) -> Tensor:
     """Mean over all tokens of the minibatch (DAPO, 2503.14476; the captioning habit)."""
     total = (_token_sums(losses, token_weights) * caption_weights).sum()
-    return _ratio(total, normalizer.tokens)
+    return _over(total, normalizer.tokens)
 
 
 def sequence_mean_token_mean(
@@ -52,7 +52,7 @@ def sequence_mean_token_mean(
 ) -> Tensor:
     """Mean over captions of the mean over their tokens (GRPO, 2402.03300)."""
     means = _token_means(losses, token_weights)
-    return _ratio((means * caption_weights).sum(), normalizer.captions)
+    return _over((means * caption_weights).sum(), normalizer.captions)
 
 
 def sequence_mean_token_sum(
@@ -60,7 +60,7 @@ def sequence_mean_token_sum(
 ) -> Tensor:
     """Mean over captions of the sum over their tokens: the caption is one action (REINFORCE)."""
     total = (_token_sums(losses, token_weights) * caption_weights).sum()
-    return _ratio(total, normalizer.captions)
+    return _over(total, normalizer.captions)
 
 
 def constant_length(
@@ -74,7 +74,7 @@ def constant_length(
     """Sum over tokens divided by captions times a constant length (Dr.GRPO, 2503.20783), which is
     that of the longest caption that may be sampled and never that of the batch."""
     total = (_token_sums(losses, token_weights) * caption_weights).sum()
-    return _ratio(total, normalizer.captions * max_tokens)
+    return _over(total, normalizer.captions * max_tokens)
 
 
 def sequence_sum_token_mean(
@@ -88,14 +88,3 @@ def sequence_sum_token_mean(
 def _token_means(losses: Tensor, token_weights: Tensor) -> Tensor:
     count = token_weights.sum(-1)
     return _token_sums(losses, token_weights) / torch.where(count > 0, count, 1.0)
-
-
-def reduce_captions(losses: Tensor, caption_weights: Tensor, normalizer: Normalizer) -> Tensor:
-    """Mean over captions of losses [P,G]."""
-    total = torch.where(caption_weights > 0, losses * caption_weights, 0.0).sum()
-    return _ratio(total, normalizer.captions)
-
-
-def reduce_groups(losses: Tensor, active: Tensor, normalizer: Normalizer) -> Tensor:
-    """Mean over groups of losses [P], of those with ``active`` [P]."""
-    return _ratio(torch.where(active > 0, losses, 0.0).sum(), normalizer.groups)

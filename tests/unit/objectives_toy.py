@@ -3,6 +3,7 @@ tiny policy whose log-probs have gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -129,23 +130,31 @@ class TinyPolicy(nn.Module):
         logits = self.out(self.hidden(rows, batch.token_ids))
         return self.picked(logits, batch.token_ids, batch.mask)
 
-    def graph(self, batch: GroupBatch) -> dict[str, Tensor]:
-        """Everything that a loss may need with gradient."""
+    def graph(self, batch: GroupBatch, needs: frozenset[str] | None = None) -> dict[str, Tensor]:
+        """What a loss may need with gradient: all of it, or only what ``needs`` names."""
         rows = _rows(batch)
         hidden = self.hidden(rows, batch.token_ids)
-        logprobs = self.out(hidden).log_softmax(-1)
-        heads = [self.picked(head(hidden), batch.token_ids, batch.mask) for head in self.heads]
         anchors = batch.token_ids[:, :2]
-        return {
-            "entropy": -(logprobs.exp() * logprobs).sum(-1) * batch.mask,
-            "policy_values": self.critic(hidden)[..., 0] * batch.mask,
-            "augmented_logprobs": self.logprobs(batch, rows + self.image.num_embeddings // 2),
-            "head_logprobs": torch.stack(heads, -1),
-            "anchor_logprobs": self.picked(
+        makers: dict[str, Callable[[], Tensor]] = {
+            "entropy": lambda: _entropy(self.out(hidden)) * batch.mask,
+            "policy_values": lambda: self.critic(hidden)[..., 0] * batch.mask,
+            "augmented_logprobs": lambda: self.logprobs(
+                batch, rows + self.image.num_embeddings // 2
+            ),
+            "head_logprobs": lambda: torch.stack(
+                [self.picked(head(hidden), batch.token_ids, batch.mask) for head in self.heads], -1
+            ),
+            "anchor_logprobs": lambda: self.picked(
                 self.out(self.hidden(rows, anchors)), anchors, batch.mask[:, :2]
             ),
-            "anchor_mask": batch.mask[:, :2],
+            "anchor_mask": lambda: batch.mask[:, :2],
         }
+        return {name: make() for name, make in makers.items() if needs is None or name in needs}
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def _first_of_first(lengths: Tensor, t: int) -> Tensor:

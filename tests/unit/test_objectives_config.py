@@ -1,0 +1,252 @@
+"""Overrides, what they are refused for, what an objective needs, and a part of one's own."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from objectives_toy import POLICY, REWARDS, advantages_of, close, loss_of, prepared, toy_batch
+from pydantic import ValidationError
+
+from rayrl.objectives import ObjectiveConfig, build, preset, presets
+from rayrl.objectives.batch import GRAPH_FIELDS, OPTIONAL_FIELDS
+from rayrl.objectives.compile import ALWAYS, DERIVED, SERVICES
+from rayrl.objectives.inject import bind
+from rayrl.objectives.objective import Objective
+from rayrl.objectives.parts import functions, resolve
+from rayrl.objectives.plan import SLOTS, Plan, part
+from rayrl.objectives.presets import ALTERNATIVES, PRESETS, named_parts, plans_of
+
+
+def test_importing_and_configuring_needs_no_torch() -> None:
+    code = (
+        "import sys, rayrl.objectives as o; "
+        "o.presets(); o.ObjectiveConfig(preset='gspo', set={'clip_low': 1e-3}); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_recommended_presets_come_first() -> None:
+    assert presets()[:5] == ["dapo", "dr_grpo", "grpo", "nsc", "scst"]
+    assert len(presets()) == len(set(presets())) == len(PRESETS)
+
+
+def test_a_parameter_is_overridden_wherever_it_is_set() -> None:
+    objective = preset("grpo", clip_high="0.28", kl_coef=0)
+    assert objective.plan.parameters()["clip_high"] == 0.28
+    assert objective.needs == frozenset()
+    config = ObjectiveConfig(preset="grpo", set={"clip_high": 0.28, "kl_coef": 0})
+    assert build(config).plan == objective.plan
+
+
+def test_a_slot_is_overridden_by_name_by_function_and_by_part() -> None:
+    close(advantages_of("grpo", toy_batch(), advantage="leave_one_out"), (REWARDS - 0.7) * 4 / 3)
+    close(
+        advantages_of("grpo", toy_batch(), advantage="group_center,over_batch_std", eps=0.0),
+        (REWARDS - 0.7) / REWARDS.std(correction=0),
+    )
+
+    def centred_on(rewards: torch.Tensor, *, middle: float = 1.0) -> torch.Tensor:
+        return rewards - middle
+
+    close(advantages_of("grpo", toy_batch(), advantage=centred_on), REWARDS - 1.0)
+    half = part(centred_on, middle=0.5)
+    close(advantages_of("grpo", toy_batch(), advantage=half), REWARDS - 0.5)
+    close(advantages_of("grpo", toy_batch(), advantage=half, middle="0.25"), REWARDS - 0.25)
+    assert preset("grpo", regularizers="").needs == frozenset()
+
+
+def test_values_from_the_command_line_take_the_type_of_the_default() -> None:
+    def parameters(name: str, **overrides: Any) -> dict[str, Any]:
+        return preset(name, **overrides).plan.parameters()
+
+    assert parameters("constrained_grpo", per_component="false")["per_component"] is False
+    got = parameters("constrained_grpo", limits="truncated:0.1,too_long:0.2")["limits"]
+    assert got == {"truncated": 0.1, "too_long": 0.2}
+    got = parameters("bapo_adaptive_clip", low_range="0.5,0.9")["low_range"]
+    assert got == (0.5, 0.9)
+    assert parameters("dr_grpo", max_tokens="30")["max_tokens"] == 30
+    phases = preset("veripo_schedule", phase_steps="20,5", clip_high="0.3")
+    assert phases.initial_state() == {"step": 0}
+
+
+WRONG: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("grpoo", {}, "unknown preset 'grpoo'; did you mean .*grpo"),
+    ("grpo", {"kl_coeff": 0.1}, "preset grpo: unknown slot or parameter 'kl_coeff'; .* kl_coef"),
+    ("grpo", {"advantage": "leave_one"}, "part 'leave_one' for slot advantage; .* leave_one_out"),
+    ("grpo", {"surrogat": "min_clip"}, "unknown slot or parameter 'surrogat'; .* surrogate"),
+    ("grpo", {"clip_low": "low"}, "clip_low: got 'low', want float"),
+    ("dr_grpo", {"max_tokens": 3.5}, "max_tokens: got 3.5, want int"),
+    ("grpo", {"kl_coef": True}, "kl_coef: got True, want float"),
+    ("grpo", {"ratio": "token,sequence"}, "slot ratio holds one part, got token, sequence"),
+    ("grpo", {"surrogate": ""}, "slot surrogate is empty"),
+    ("red_drop", {"statistics_of": "some"}, "statistics_of 'some': want 'all' or 'kept'"),
+    ("veripo_schedule", {"phase_step": "1,2"}, "unknown parameter 'phase_step'; .* phase_steps"),
+    ("veripo_schedule", {"phase_steps": "1,0"}, "want one number a plan, each at least 1"),
+    ("bapo_adaptive_clip", {"low_range": "a,b"}, "low_range: got 'a,b', want tuple"),
+    ("constrained_grpo", {"limits": "truncated"}, "limits: got 'truncated', want dict"),
+    ("constrained_grpo", {"per_component": "maybe"}, "per_component: got 'maybe', want bool"),
+)
+
+
+@pytest.mark.parametrize(("name", "overrides", "message"), WRONG)
+def test_what_does_not_exist_is_refused_with_what_was_meant(
+    name: str, overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        preset(name, **overrides)
+    with pytest.raises(ValidationError, match=message):
+        ObjectiveConfig(preset=name, set=overrides)
+
+
+MISFITS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"bounds": ""}, "surrogate min_clip reads low, high, so the slot bounds must be filled"),
+    ({"surrogate": "reinforce"}, "slot ratio is filled with token, but no other part reads"),
+    ({"surrogate": "pair_mean"}, "pair_mean reads pair_losses, so the slot link must be filled"),
+    ({"labels": "levels"}, "slot labels is filled with levels, but no other part reads"),
+    ({"link": "logistic"}, "slot link is filled with logistic, but no other part reads"),
+)
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISFITS)
+def test_parts_that_do_not_fit_together_are_refused(
+    overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"objective grpo: .*{message}"):
+        preset("grpo", **overrides)
+
+
+def test_a_pairwise_loss_behind_an_advantage_is_refused() -> None:
+    with pytest.raises(ValueError, match="slot advantage is filled with group_center, but no"):
+        preset("online_dpo", advantage="group_center")
+
+
+def test_token_credit_in_front_of_a_loss_of_captions_is_refused() -> None:
+    objective = preset("pmd_mean", advantage="prefix_tree")
+    with pytest.raises(ValueError, match="loss of whole captions"):
+        loss_of(objective)
+
+
+def test_a_part_says_what_it_cannot_read() -> None:
+    def needy(rewards: torch.Tensor, greedy_reward: torch.Tensor) -> torch.Tensor:
+        return rewards - greedy_reward
+
+    message = "advantage needy reads 'greedy_reward', which nothing provides; .* greedy_rewards"
+    with pytest.raises(ValueError, match=message):
+        preset("grpo", advantage=needy)
+    with pytest.raises(ValueError, match=r"advantage group_normalize: no parameter 'esp'; .* eps"):
+        Objective("x", Plan(advantage=(part("group_normalize", esp=1),), surrogate=part("nll")))
+    with pytest.raises(ValueError, match="bounds fixed: parameter 'clip_high' has no value"):
+        resolve("bounds", part("fixed", clip_low=0.1))
+
+
+def test_needs_are_what_the_parts_read() -> None:
+    needs = {
+        "grpo": {"ref_logprobs"},
+        "scst": {"greedy_rewards"},
+        "nsc": set(),
+        "gdpo": {"terms"},
+        "bapo_adaptive_clip": {"total"},
+        "xrpo_novelty": {"allocate", "old_logprobs"},
+        "high_entropy_tokens": {"entropy"},
+        "rloo": {"ref_logprobs", "old_logprobs"},
+        "ppo": {"values", "policy_values"},
+        "online_dpo": {"ref_logprobs"},
+    }
+    for name, want in needs.items():
+        assert preset(name).needs == want, name
+
+
+def test_a_missing_need_is_explained_in_words() -> None:
+    with pytest.raises(ValueError, match=r"scst needs greedy_rewards \(\[P\] reward of the "):
+        preset("scst").check({"ref_logprobs"})
+    with pytest.raises(ValueError, match=r"micro-batches must be as large .*for bounds balanced"):
+        preset("bapo_adaptive_clip").check(set())
+    with pytest.raises(ValueError, match=r"needs allocate \(a rollout planner\), for rollout"):
+        preset("xrpo_novelty").check({"old_logprobs"})
+    with pytest.raises(ValueError, match="scst needs greedy_rewards"):
+        prepared(preset("scst"), toy_batch())
+    with pytest.raises(ValueError, match="grpo_entropy: the loss needs entropy"):
+        loss_of("grpo_entropy")
+    preset("grpo").check({"ref_logprobs", "greedy_rewards"})
+    with pytest.raises(ValueError, match="phase 1 needs ref_logprobs"):
+        preset("veripo_schedule").check(set())
+
+
+def test_rewards_that_are_not_finite_name_their_image() -> None:
+    rewards = REWARDS.clone()
+    rewards[0, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"image image 0: rewards \[0.2, 0.5, nan, 1.2\]"):
+        prepared(preset("nsc"), toy_batch(rewards))
+    hidden = toy_batch(rewards, valid=torch.tensor([[True, True, False, True]]))
+    assert torch.isfinite(prepared(preset("nsc"), hidden).fields["advantages"]).all()
+
+
+def test_a_valid_caption_without_tokens_is_refused() -> None:
+    mask = toy_batch().mask.clone()
+    mask[0, 1] = False
+    with pytest.raises(ValueError, match="image image 0: a valid caption without tokens"):
+        prepared(preset("nsc"), toy_batch(mask=mask))
+
+
+def test_fields_of_wrong_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"old_logprobs of shape \(1, 4, 2\), want \(1, 4, 3\)"):
+        toy_batch(old_logprobs=torch.zeros(1, 4, 2))
+    with pytest.raises(ValueError, match="greedy_rewards of 2 prompts, want 1"):
+        toy_batch(greedy_rewards=torch.zeros(2))
+    with pytest.raises(ValueError, match="2 image_ids, want 1"):
+        toy_batch(image_ids=("a", "b"))
+
+
+def test_parameters_of_a_preset_have_names_of_their_own() -> None:
+    """So that an override by name alone can only mean one thing (or one thing on purpose)."""
+    shared = {"beta", "kl_max", "main_term"}
+    for name, one in PRESETS.items():
+        for plan in plans_of(one):
+            names = [key for _, item in plan.parts() for key in item.params]
+            twice = {key for key in names if names.count(key) > 1}
+            assert twice <= shared | {"eps", "max_tokens"}, f"{name}: {twice}"
+
+
+def test_every_part_is_reachable_by_name() -> None:
+    """A function that no preset and no alternative names could not be chosen."""
+    helpers = {"rollout": {"priority", "half_width", "optimal_multipliers"}}
+    for slot in SLOTS:
+        known = set(functions(slot)) - helpers.get(slot, set())
+        others = set().union(
+            *(named_parts()[other] for other in SLOTS if functions(other) == functions(slot))
+        )
+        assert known <= others, f"{slot}: {known - others}"
+    for slot, parts in ALTERNATIVES.items():
+        for item in parts:
+            resolve(slot, item)
+
+
+def test_inputs_of_all_parts_have_known_names() -> None:
+    known = {*ALWAYS, *DERIVED, *OPTIONAL_FIELDS, *GRAPH_FIELDS, *SERVICES}
+    for slot in set(SLOTS) - {"rollout"}:
+        for name, function in functions(slot).items():
+            params = {
+                key: value.default
+                for key, value in inspect.signature(function).parameters.items()
+                if value.kind is value.KEYWORD_ONLY
+            }
+            bound = bind(slot, part(function, **dict.fromkeys(params, 1)), function)
+            assert set(bound.inputs) <= known, f"{slot} {name}"
+
+
+def test_state_is_flat_json() -> None:
+    for name in ("dcpo_dynamic_clip", "constrained_grpo", "grpo_adaptive_kl", "ppo_c_calibrated"):
+        objective = preset(name)
+        state, ready = objective.prepare(objective.initial_state(), toy_batch())
+        objective.loss(ready, POLICY, ready.normalizer())
+        state, _ = objective.control(state, {"objective/kl_k3": 0.1})
+        back = json.loads(json.dumps(state))
+        first = objective.prepare(state, toy_batch())[1].fields["advantages"]
+        close(objective.prepare(back, toy_batch())[1].fields["advantages"], first, 0.0)
