@@ -12,6 +12,9 @@ from rayrl.rewards.cider_numpy import SIGMA
 from rayrl.rewards.document_frequency import DocumentFrequency
 from rayrl.rewards.ngrams import ORDER
 
+PTB_SIGNATURE = f"tok:ptb+rayrl:{__version__}"
+"""Of scores that depend on the tokenizer alone."""
+
 _METRIC = f"Cider-D[n{ORDER},s{SIGMA}]"
 
 
@@ -19,8 +22,7 @@ def cider_signature(df: DocumentFrequency) -> str:
     """For example ``Cider-D[n4,s6.0]+eos:no+df:corpus[5000]#1f0c...+tok:ptb+rayrl:0.1.0``."""
     eos = "yes" if df.eos else "no"
     return (
-        f"{_METRIC}+eos:{eos}+df:{df.source}[{df.num_documents}]#{df.content_hash}"
-        f"+tok:ptb+rayrl:{__version__}"
+        f"{_METRIC}+eos:{eos}+df:{df.source}[{df.num_documents}]#{df.content_hash}+{PTB_SIGNATURE}"
     )
 
 

@@ -1,0 +1,115 @@
+"""CLIPScore and RefCLIPScore (Hessel et al. 2021, arXiv:2104.08718), as jmhessel/clipscore.
+
+2.5 * max(0, cosine) between the image and "A photo depicts <caption>", by CLIP ViT-B/32 for
+published numbers.  torchmetrics' CLIPScore (another model, no prefix, times 100) does not compare.
+Everything is float32: the original computes in float16 on a GPU, which moves the fourth digit.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPModel
+
+from rayrl.rewards.java import MetricUnavailable
+
+SCALE = 2.5
+PREFIX = "A photo depicts "
+_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+Scores = npt.NDArray[np.float64]
+Item = TypeVar("Item", bytes, str)
+
+
+class ClipScore:
+    """CLIP from a local folder, on CPU or GPU."""
+
+    def __init__(self, folder: str | Path, device: str = "cpu", batch_size: int = 64) -> None:
+        """MetricUnavailable where the folder is not a CLIP model."""
+        if not Path(folder, "config.json").is_file():
+            raise MetricUnavailable(
+                f"no CLIP model at {folder}; want a local folder with config.json, weights and "
+                "tokenizer, such as openai/clip-vit-base-patch32"
+            )
+        self._model = CLIPModel.from_pretrained(folder).float().eval().to(device)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._device = device
+        self._batch_size = batch_size
+
+    def score(
+        self,
+        images: Sequence[bytes],
+        captions: Sequence[str],
+        references: Sequence[Sequence[str]] | None = None,
+    ) -> Scores:
+        """CLIPScore of raw captions, float64 [N]; RefCLIPScore if ``references`` are given: the
+        harmonic mean with the largest cosine between the caption and a reference.
+
+        ``images`` are encoded files.  An image or caption that occurs many times is embedded once.
+        """
+        if len(images) != len(captions):
+            raise ValueError(f"{len(images)} images but {len(captions)} captions, want as many")
+        visual = self._once(images, self._embed_images)
+        textual = self._once(captions, self._embed_texts)
+        scores = SCALE * np.maximum(0.0, (visual * textual).sum(axis=1))
+        if references is None:
+            return scores
+        closest = np.array(
+            [
+                max(0.0, float((self._once(some, self._embed_texts) @ text).max()))
+                for some, text in zip(references, textual, strict=True)
+            ]
+        )
+        total = scores + closest
+        return np.divide(2 * scores * closest, total, out=np.zeros_like(total), where=total > 0)
+
+    def _once(self, items: Sequence[Item], embed: Callable[[list[Item]], torch.Tensor]) -> Scores:
+        """Unit vectors [N, D] of items, each distinct one embedded once, in batches."""
+        distinct = list(dict.fromkeys(items))
+        batches = [
+            embed(distinct[i : i + self._batch_size])
+            for i in range(0, len(distinct), self._batch_size)
+        ]
+        vectors = torch.cat(batches).double().cpu().numpy()
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        row = {item: i for i, item in enumerate(distinct)}
+        return vectors[[row[item] for item in items]]
+
+    @torch.inference_mode()
+    def _embed_images(self, images: list[bytes]) -> torch.Tensor:
+        size = self._model.config.vision_config.image_size
+        pixels = np.stack([preprocess(image, size) for image in images])
+        output = self._model.vision_model(torch.from_numpy(pixels).to(self._device))
+        return self._model.visual_projection(output.pooler_output)
+
+    @torch.inference_mode()
+    def _embed_texts(self, texts: list[str]) -> torch.Tensor:
+        batch = self._tokenizer(
+            [PREFIX + text for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self._model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self._device)
+        output = self._model.text_model(batch["input_ids"], batch["attention_mask"])
+        return self._model.text_projection(output.pooler_output)
+
+
+def preprocess(image: bytes, size: int) -> npt.NDArray[np.float32]:
+    """CLIP's pixels [3, size, size]: shorter side to ``size``, bicubic; centre crop; normalised."""
+    picture = Image.open(io.BytesIO(image)).convert("RGB")
+    width, height = picture.size
+    short = min(width, height)
+    scaled = (int(size * width / short), int(size * height / short))
+    picture = picture.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
+    pixels = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)
+    return ((pixels / 255.0 - _MEAN) / _STD).transpose(2, 0, 1)

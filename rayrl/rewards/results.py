@@ -1,0 +1,70 @@
+"""COCO results files, and their match with references: every way to get it wrong is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ImageId = int | str
+
+
+def read_results(path: str | Path) -> dict[ImageId, str]:
+    """A results file: a JSON list of ``{"image_id": ..., "caption": ...}``, one for each image, or
+    an object of image to caption.  ValueError names the first wrong entry."""
+    try:
+        loaded = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if isinstance(loaded, dict):
+        loaded = [{"image_id": image, "caption": caption} for image, caption in loaded.items()]
+    if not isinstance(loaded, list):
+        raise ValueError(f"{path}: holds {type(loaded).__name__}, want a list of results")
+    captions: dict[ImageId, str] = {}
+    for i, entry in enumerate(loaded):
+        if not isinstance(entry, dict) or not {"image_id", "caption"} <= set(entry):
+            raise ValueError(f"{path}: entry {i} is {entry!r}, want image_id and caption")
+        image, caption = entry["image_id"], entry["caption"]
+        if not isinstance(image, int | str):
+            raise ValueError(f"{path}: entry {i} has image_id {image!r}, want an int or a str")
+        if not isinstance(caption, str):
+            raise ValueError(f"{path}: image {image} has caption {caption!r}, want one str")
+        if image in captions:
+            raise ValueError(f"{path}: image {image} has two captions, want one for each image")
+        captions[image] = caption
+    return captions
+
+
+def write_results(path: str | Path, captions: Mapping[ImageId, str]) -> None:
+    """The file that the COCO server takes; ids that are numbers are written as numbers."""
+    entries = [
+        {"image_id": int(image) if str(image).isdigit() else image, "caption": caption}
+        for image, caption in captions.items()
+    ]
+    Path(path).write_text(json.dumps(entries))
+
+
+def match(
+    captions: Mapping[ImageId, str], references: Mapping[ImageId, Sequence[str]]
+) -> tuple[list[str], list[Sequence[str]]]:
+    """Captions and references in the order of the references; ids 7 and "7" are the same.
+
+    ValueError unless both have the same images, naming some that are missing or unknown.
+    """
+    by_text = {str(image): caption for image, caption in captions.items()}
+    wanted = {str(image): some for image, some in references.items()}
+    missing = [image for image in wanted if image not in by_text]
+    unknown = [image for image in by_text if image not in wanted]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} images have no caption, such as {missing[:3]}; "
+            "caption them, or pass the references of the captioned images alone"
+        )
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} captions are of images without references, such as {unknown[:3]}; "
+            "are they of another split?"
+        )
+    if len(by_text) != len(captions):
+        raise ValueError("an image has two captions, once by number and once by text")
+    return [by_text[image] for image in wanted], list(wanted.values())
