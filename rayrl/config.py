@@ -109,7 +109,7 @@ class SamplingConfig(Section):
 class XeConfig(Section):
     """Stage 1: cross-entropy on the reference captions (skipped when `steps` is 0)."""
 
-    steps: NonNegativeInt = 500
+    steps: NonNegativeInt = 400
     """Optimizer steps."""
     images_per_step: PositiveInt = 32
     """Images of a step, over all workers; each brings `captions_per_image` captions."""
@@ -154,7 +154,7 @@ class LearnerConfig(Section):
     """AdamW weight decay."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW moment decays."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Course of the learning rate after the warm-up, to 0 at the last step."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up."""
@@ -177,7 +177,7 @@ class LearnerConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    steps: PositiveInt = 150
+    steps: PositiveInt = 90
     """Steps of the objective; every step is one weight version."""
     images_per_step: PositiveInt = 32
     """Images of a step."""
@@ -185,11 +185,11 @@ class TrainConfig(Section):
     """Captions sampled for an image."""
     max_staleness: NonNegativeInt = 0
     """0: sample with the newest weights; s: sampling runs s steps ahead of the learner."""
-    eval_every: PositiveInt = 25
+    eval_every: PositiveInt = 15
     """Steps between held-out evaluations (greedy captions, CIDEr-D)."""
     eval_images: PositiveInt = 200
     """Held-out images of an evaluation."""
-    checkpoint_every: PositiveInt = 50
+    checkpoint_every: PositiveInt = 30
     """Steps between checkpoints; the last step is always one."""
     keep_checkpoints: PositiveInt = 2
     """Checkpoints that stay on disk."""
