@@ -13,13 +13,14 @@ from rayrl.objectives.plan import near
 
 def weighted_sum(terms: Mapping[str, Tensor], *, term_weights: Mapping[str, float]) -> Tensor:
     """Sum of the terms, those without a weight counting once; normalised afterwards, so that the
-    term with the largest spread rules (MO-GRPO, 2503.21819)."""
+    term with the largest spread rules (MO-GRPO, 2503.21819, read in its abstract)."""
     _known(terms, term_weights, "term_weights")
     return torch.stack([term_weights.get(k, 1.0) * v for k, v in terms.items()]).sum(0)
 
 
 def only_term(terms: Mapping[str, Tensor], *, main_term: str) -> Tensor:
-    """One term alone, the others being there to watch."""
+    """One term alone, the others being there to watch: GRPO on another reward (speech recognition,
+    learned reward models; both papers were read in their abstracts)."""
     _known(terms, [main_term], "main_term")
     return terms[main_term]
 
@@ -36,8 +37,8 @@ def mean_minus_variance(terms: Mapping[str, Tensor], *, uncertainty: float) -> T
 
 
 def product(terms: Mapping[str, Tensor], *, main_term: str) -> Tensor:
-    """The main term times all others, factors in [0,1] (CaRL): what one factor takes away, a higher
-    main reward cannot buy back.  ValueError where a factor is not in [0,1]."""
+    """The main term times all others, factors in [0,1] (CaRL, read in its abstract): what one
+    factor takes away, a higher main reward cannot buy back.  ValueError where one is not in [0,1]."""
     _known(terms, [main_term], "main_term")
     result = terms[main_term]
     for name, factor in terms.items():

@@ -41,9 +41,13 @@ DERIVED: Mapping[str, str] = {
 SERVICES: Mapping[str, str] = {
     "terms": "several reward terms by name: configure at least two under reward.terms",
     "total": "statistics of a whole minibatch: micro-batches must be as large as minibatches",
+    "extrapolate": "a learner that carries out the decision to extrapolate its weights",
     "old_logprobs": "the policy's log-probs before the first update of a step",
 }
 """Needs that are no optional field of the batch."""
+
+PROVIDED = frozenset({"ref_logprobs", "greedy_rewards", "old_logprobs", "entropy", "terms"})
+"""Needs that the driver and the learner of this package always can bring."""
 
 _ROOTS = frozenset(
     {
@@ -80,6 +84,7 @@ def compile_plan(name: str, plan: Plan) -> Compiled:
             bound = resolve(slot, item)
             if not _switched_off(bound):
                 slots[slot] += (bound,)
+        _check_first_advantage(slots["advantage"])
         used = _reachable(slots)
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None
@@ -129,6 +134,14 @@ def _reachable(slots: Mapping[str, tuple[BoundPart, ...]]) -> set[str]:
     return used
 
 
+def _check_first_advantage(parts: tuple[BoundPart, ...]) -> None:
+    if parts and "advantages" in parts[0].inputs:
+        raise ValueError(
+            f"advantage {parts[0].name} changes the advantages of the part before it, "
+            "and there is none"
+        )
+
+
 def _sources(bound: BoundPart) -> Iterable[str]:
     """The slots that produce what ``bound`` reads; ValueError on what nothing produces."""
     known = {*ALWAYS, *DERIVED, *OPTIONAL_FIELDS, *GRAPH_FIELDS, *SERVICES}
@@ -156,6 +169,6 @@ def _needs(bound: BoundPart) -> Iterable[str]:
     for name in bound.inputs:
         if name in bound.optional:
             continue
-        early = name == "old_logprobs" and bound.slot in _BEFORE_LOSS
-        if name in OPTIONAL_FIELDS or name in GRAPH_FIELDS or name in ("terms", "total") or early:
+        late = name == "old_logprobs" and bound.slot not in _BEFORE_LOSS
+        if not late and (name in OPTIONAL_FIELDS or name in GRAPH_FIELDS or name in SERVICES):
             yield name

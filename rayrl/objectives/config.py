@@ -19,7 +19,7 @@ class ObjectiveConfig(Section):
     """One of rayrl.objectives.presets(), described in docs/objectives.md."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Single slots or parameters to change, as `kl_coef=0` or `advantage=leave_one_out`; several
-    parts of one slot are separated by commas."""
+    parts of one slot are joined by `+`, and no name empties it."""
 
     @model_validator(mode="after")
     def _exists(self) -> ObjectiveConfig:

@@ -38,9 +38,10 @@ def adaptive_entropy(
     return {"coefficients": {"entropy_coef": held if low else 0.0, "entropy_coef_held": held}}
 
 
-def momentum(*, momentum_factor: float) -> dict[str, Any]:
-    """Continue from w + a (w - w_before) (accelerated preference optimization, 2410.06293)."""
-    return {"extrapolate": momentum_factor}
+def momentum(extrapolate: bool, *, momentum_factor: float) -> dict[str, Any]:
+    """Continue from w + a (w - w_before) (accelerated preference optimization, 2410.06293, read
+    in its abstract), for a learner that can ``extrapolate``."""
+    return {"extrapolate": momentum_factor} if extrapolate else {}
 
 
 def _metric(metrics: Numbers, name: str) -> float:

@@ -75,6 +75,7 @@ def information_gain(
 
 def reward_to_go(rewards: Tensor, mask: Tensor, *, discount: float) -> Tensor:
     """Discounted sum of rewards [P,G,T] from each token on (REINFORCE++, 2501.03262)."""
+    _check_per_token("reward_to_go", rewards, mask)
     running = torch.zeros_like(rewards[..., 0])
     columns = []
     for t in reversed(range(rewards.shape[-1])):
@@ -93,6 +94,7 @@ def whiten_tokens(
 
 def center_by_position(advantages: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
     """A minus the mean, at this position, of the group's captions that reach it [P,G,T]."""
+    _check_per_token("center_by_position", advantages, mask)
     seen = (mask if valid is None else mask & valid[..., None]).to(advantages.dtype)
     mean = (advantages * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)
     return (advantages - mean) * seen
@@ -102,6 +104,7 @@ def normalize_tokens(
     rewards: Tensor, mask: Tensor, valid: Tensor | None = None, *, eps: float = 1e-5
 ) -> Tensor:
     """Rewards [P,G,T] of tokens, normalised over all tokens of the group (CAPO, 2508.02298)."""
+    _check_per_token("normalize_tokens", rewards, mask)
     seen = mask if valid is None else mask & valid[..., None]
     return stats.standardize(rewards.flatten(1), seen.flatten(1), eps).view(mask.shape)
 
@@ -152,6 +155,13 @@ def gae(
         following = torch.where(here, values[..., t], following)
         columns.append(running)
     return torch.stack(columns[::-1], -1) * mask
+
+
+def _check_per_token(name: str, values: Tensor, mask: Tensor) -> None:
+    if values.shape != mask.shape:
+        raise ValueError(
+            f"{name} wants one number a token, {tuple(mask.shape)}, got {tuple(values.shape)}"
+        )
 
 
 def _discounted(gains: Tensor, first: Tensor, segments: Tensor, discount: float) -> Tensor:

@@ -141,7 +141,7 @@ def changed_image(
     beta: float,
 ) -> Tensor:
     """-log sigmoid(beta (D(x) - D(x~))) of the better captions [P], x~ the changed image: a caption
-    must depend on its image (PaMi-VDPO, 2504.05810)."""
+    must depend on its image (PaMi-VDPO, 2504.05810, read in its abstract)."""
     here = masked_sum(policy_logprobs - ref_logprobs, mask)
     there = masked_sum(augmented_logprobs - augmented_ref_logprobs, mask)
     return (pair_weights.sum(2) * -logsigmoid(beta * (here - there))).sum(1)
@@ -157,7 +157,8 @@ def heads(
     beta: float,
 ) -> Tensor:
     """Mean over K output heads of the logistic loss of best against worst by the head's own reward
-    term [P]; head_logprobs is [P,G,T,K] in the order of the terms (MAH-DPO, 2510.01167)."""
+    term [P]; head_logprobs is [P,G,T,K] in the order of the terms (MAH-DPO, 2510.01167,
+    read in its abstract)."""
     if head_logprobs.shape[-1] != len(terms):
         raise ValueError(f"{head_logprobs.shape[-1]} heads for {len(terms)} reward terms")
     losses = []

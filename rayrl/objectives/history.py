@@ -36,8 +36,8 @@ def kalman(
     if scope == "stream":
         seen = rewards if valid is None else rewards[valid]
         before = (state.get("x", 0.0), state.get("variance", 1.0))
-        start = [torch.tensor(value, dtype=torch.float64) for value in before]
-        x, variance = _kalman_update(seen.double().mean().cpu(), *start, *noise)
+        x, variance = (torch.tensor(value, dtype=torch.float64) for value in before)
+        x, variance = _kalman_update(seen.double().mean().cpu(), x, variance, *noise)
         new = {"x": float(x), "variance": float(variance)}
         return (rewards - new["x"]) / (math.sqrt(new["variance"]) + 1e-8), new
     x, variance = torch.zeros_like(rewards[:, 0]), torch.ones_like(rewards[:, 0])
@@ -113,7 +113,7 @@ def lagrangian(
     limits: by cost, the mean it may have; a cost is `truncated` (ran into the length limit) or a
         reward term that is 1 where the caption violates something and 0 elsewhere
     per_component: normalise reward and costs in the group and add up, or add up and normalise;
-        readings of the paper differ
+        readings of the paper, of which the abstract was read, differ
     state: by cost, its multiplier, raised while the batch's mean cost exceeds the limit
     """
     known = {"truncated": truncated.to(rewards.dtype), **(terms or {})}

@@ -43,7 +43,7 @@ def robust(margins: Tensor, *, label_noise: float) -> Tensor:
 
 def soft_label(margins: Tensor, rewards: Tensor, *, label_slope: float) -> Tensor:
     """-p log sigmoid(h) - (1 - p) log sigmoid(-h), p = sigmoid(slope (r_i - r_j)) (the smoothed
-    labels of SmPO, 2506.02698)."""
+    labels of SmPO, 2506.02698, read in its abstract)."""
     p = torch.sigmoid(label_slope * pairwise(rewards, rewards))
     return -p * logsigmoid(margins) - (1 - p) * logsigmoid(-margins)
 

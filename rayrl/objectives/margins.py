@@ -76,6 +76,6 @@ def guided_tokens(
 
 def signed_by_reward(scores: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
     """beta (s_i - sign(r_i - r_j) s_j): an earlier checkpoint's caption j that is better than i is
-    pulled up, not pushed down (SePPO, 2410.05255)."""
+    pulled up, not pushed down (SePPO, 2410.05255, read in its abstract)."""
     sign = torch.where(pairwise(rewards, rewards) >= 0, 1.0, -1.0)
     return beta * (scores[:, :, None] - sign * scores[:, None])

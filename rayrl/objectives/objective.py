@@ -170,7 +170,8 @@ class Objective:
         decisions: dict[str, Any] = {}
         current = {**self.plan.parameters(), **new.get("coefficients", {})}
         for controller in self._compiled.slots["control"]:
-            values = Values({"metrics": metrics, "parameters": current, "step": new["step"]}, {})
+            given = {"metrics": metrics, "parameters": current, "extrapolate": True}
+            values = Values(given, {})
             decisions.update(controller(values))
         if "coefficients" in decisions:
             new["coefficients"] = {**new.get("coefficients", {}), **decisions.pop("coefficients")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -69,10 +70,24 @@ def functions(slot: str) -> dict[str, Callable[..., Any]]:
     }
 
 
+def _imported(slot: str, path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"slot {slot}: cannot import {path!r}: {error}") from None
+    if not callable(function):
+        raise ValueError(f"slot {slot}: module {module!r} has no function {name!r}")
+    return function
+
+
 def resolve(slot: str, item: Part) -> BoundPart:
-    """The part's function with its parameters; ValueError where a name does not exist."""
+    """The part's function with its parameters: one of the slot's by its name, any other as
+    `module:function`, or the function itself.  ValueError where there is none of that name."""
     if not isinstance(item.function, str):
         return bind(slot, item, item.function)
+    if ":" in item.function:
+        return bind(slot, item, _imported(slot, item.function))
     known = functions(slot)
     if item.function not in known:
         raise ValueError(f"unknown part {item.function!r} for slot {slot}{near(item.name, known)}")

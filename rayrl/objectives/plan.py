@@ -112,6 +112,9 @@ class Phases:
             )
 
 
+SEPARATOR = "+"
+"""Between the items of a list on the command line, where a comma ends a `key=value`."""
+
 SLOTS = tuple(f.name for f in dataclasses.fields(Plan) if f.name != "statistics_of")
 _MANY = frozenset(f.name for f in dataclasses.fields(Plan) if str(f.type).startswith("tuple"))
 
@@ -166,7 +169,7 @@ def near(given: str, known: Iterable[str]) -> str:
 
 
 def _named(slot: str, given: Any, known: Mapping[str, Part]) -> Any:
-    listed = given.split(",") if isinstance(given, str) else given
+    listed = given.split(SEPARATOR) if isinstance(given, str) else given
     listed = list(listed) if isinstance(listed, list | tuple) else [listed]
     parts = [_part(slot, item, known) for item in listed if item != ""]
     if slot in _MANY:
@@ -182,6 +185,8 @@ def _part(slot: str, given: Any, known: Mapping[str, Part]) -> Part:
     if callable(given):
         return Part(given)
     name = str(given).strip()
+    if ":" in name:  # a function of the user's, `module:function`, looked up when it is needed
+        return Part(name)
     if name not in known:
         raise ValueError(f"unknown part {name!r} for slot {slot}{near(name, known)}")
     return known[name]
@@ -217,12 +222,12 @@ def _typed(name: str, given: Any, current: Any) -> Any:
         if kind is bool:
             return given if isinstance(given, bool) else _BOOLS[str(given).lower()]
         if kind is tuple:
-            items = given.split(",") if isinstance(given, str) else list(given)
+            items = given.split(SEPARATOR) if isinstance(given, str) else list(given)
             each = type(current[0]) if current else str
             return tuple(each(item) for item in items if item != "")
         if kind is dict:
             if isinstance(given, str):
-                given = dict(item.split(":") for item in given.split(",") if item)
+                given = dict(item.split(":") for item in given.split(SEPARATOR) if item)
             return {str(key).strip(): float(value) for key, value in given.items()}
         if kind in (int, float) and isinstance(given, bool):
             raise TypeError

@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 
 def needs_hint(rewards: npt.ArrayLike, *, hint_floor: float) -> npt.NDArray[np.bool_]:
     """Images [P] of which all captions' rewards [P,G] are at or below ``hint_floor``: to be sampled
-    again with a hint (GHPO, 2507.10628; Guide, 2506.13923)."""
+    again with a hint (GHPO, 2507.10628; Guide, 2506.13923, read in its abstract)."""
     return np.asarray(rewards, np.float64).max(1) <= hint_floor
 
 
@@ -83,7 +83,8 @@ def branch(
     *, tree_depths: Sequence[int], tree_width: int, max_tokens: int = 20
 ) -> tuple[list[int], int]:
     """Copies at each depth of a tree of captions that branch ``tree_width`` ways at each of
-    ``tree_depths`` tokens, and the tokens to generate: leaves share prefixes (Dynamic-TreeRPO)."""
+    ``tree_depths`` tokens, and the tokens to generate: leaves share prefixes (Dynamic-TreeRPO, read
+    in its abstract)."""
     ends = [*tree_depths, max_tokens]
     copies = [tree_width**k for k in range(1, len(ends))]
     starts = [0, *tree_depths]
@@ -98,7 +99,8 @@ def replace_worst(
     rewards: npt.ArrayLike, hinted_rewards: npt.ArrayLike, *, injected: int
 ) -> list[tuple[int, int]]:
     """Pairs (position in the group, hinted caption) by which the best ``injected`` hinted captions
-    replace the group's worst, where they are better (IGPO, 2509.10396)."""
+    replace the group's worst, where they are better (IGPO, 2509.10396, read in its
+    abstract)."""
     own, hinted = np.asarray(rewards, np.float64), np.asarray(hinted_rewards, np.float64)
     worst, best = own.argsort(kind="stable"), (-hinted).argsort(kind="stable")
     pairs = zip(worst[:injected], best[:injected], strict=False)
@@ -107,7 +109,7 @@ def replace_worst(
 
 def hard_negatives(scores: npt.ArrayLike, true_rewards: npt.ArrayLike) -> list[int]:
     """Images whose best caption by the learned scorer [P,G] is below the group's mean of the true
-    reward [P,G]: what the scorer is retrained on (RewardRanker)."""
+    reward [P,G]: what the scorer is retrained on (RewardRanker, read in its abstract)."""
     scores, true = np.asarray(scores, np.float64), np.asarray(true_rewards, np.float64)
     chosen = true[np.arange(len(true)), scores.argmax(1)]
     return np.flatnonzero(chosen < true.mean(1)).tolist()

@@ -18,7 +18,8 @@ def token(policy_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
 def over_rollout(policy_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
     """log(policy / engine) of every token, the engine having sampled perhaps in another context,
-    such as with a hint that the policy does not get (Guide, 2506.13923)."""
+    such as with a hint that the policy does not get (Guide, 2506.13923,
+    read in its abstract)."""
     return policy_logprobs - rollout_logprobs
 
 
@@ -32,9 +33,9 @@ def sequence(policy_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Ten
 def segment(
     policy_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, segments: Tensor
 ) -> Tensor:
-    """The mean over the token's segment (the chunks of Chunk-GRPO; the paper has flow models, the
-    geometric mean for tokens is the reading here).  Segments of one token give ``token``, one
-    segment a caption gives ``sequence``."""
+    """The mean over the token's segment (the chunks of Chunk-GRPO, read in its abstract; the paper
+    has flow models, the geometric mean for tokens is the reading here).  Segments of one token give
+    ``token``, one segment a caption gives ``sequence``."""
     moved = torch.where(mask, policy_logprobs - old_logprobs, 0.0)
     ids = torch.where(mask, segments, 0)
     size = int(ids.max()) + 1

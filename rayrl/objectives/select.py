@@ -30,7 +30,8 @@ def not_all_good(rewards: Tensor, valid: Tensor, *, good_reward: float) -> Tenso
 
 
 def best_of_group(rewards: Tensor, caption_weights: Tensor) -> Tensor:
-    """The best of the captions that are left (best-of-n, SuperHF, 2310.16763)."""
+    """The best of the captions that are left (best-of-n; SuperHF, 2310.16763,
+    read in its abstract)."""
     left = caption_weights > 0
     best = rewards.masked_fill(~left, -torch.inf).argmax(1, keepdim=True)
     chosen = torch.zeros_like(rewards).scatter(1, best, 1.0)
@@ -95,7 +96,7 @@ def balanced(rewards: Tensor, valid: Tensor, generator: torch.Generator) -> Tens
 
 def one_reward_version(reward_versions: Tensor, valid: Tensor, rewards: Tensor) -> Tensor:
     """Groups that one version of the reward model scored; comparing captions across versions
-    invents advantages (evolving rewards, 2504.20157)."""
+    invents advantages (evolving rewards, 2504.20157, read in its abstract)."""
     newest = reward_versions.masked_fill(~valid, torch.iinfo(reward_versions.dtype).min)
     oldest = reward_versions.masked_fill(~valid, torch.iinfo(reward_versions.dtype).max)
     same = newest.amax(1, keepdim=True) == oldest.amin(1, keepdim=True)

@@ -91,7 +91,7 @@ def exponential_tilt(rewards: Tensor, *, tilt: float) -> Tensor:
 
 def win_rate(rewards: Tensor, valid: Tensor | None = None, *, tie_margin: float = 0.0) -> Tensor:
     """Share of the group's other captions that this one beats, ties counting half (Pref-GRPO,
-    2508.20751).  Rewards closer than or equal to ``tie_margin`` tie."""
+    2508.20751, read in its abstract).  Rewards closer than or equal to ``tie_margin`` tie."""
     seen = torch.ones_like(rewards) if valid is None else valid.to(rewards.dtype)
     gap = stats.pairwise(rewards, rewards)
     wins = (gap > tie_margin).to(rewards.dtype)

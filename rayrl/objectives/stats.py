@@ -39,7 +39,11 @@ def group_mean(x: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def center(x: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Deviations from the group's mean [P,G]; 0 for captions that are not valid."""
+    """Deviations from the group's mean [P,G]; 0 for captions that are not valid.
+
+    Raises ValueError where ``x`` is not [P,G], as for rewards of single tokens."""
+    if x.ndim != 2:
+        raise ValueError(f"a group's statistics want one number a caption, got {tuple(x.shape)}")
     seen = torch.ones_like(x, dtype=torch.bool) if valid is None else valid.bool()
     highest = x.masked_fill(~seen, -torch.inf).amax(1, keepdim=True)
     lowest = x.masked_fill(~seen, torch.inf).amin(1, keepdim=True)

@@ -16,7 +16,8 @@ from rayrl.objectives.stats import by_sign, masked_mean, safe_exp
 
 
 def reinforce(policy_logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """-A log p (Williams 1992): the policy gradient on fresh samples."""
+    """-A log p (Williams 1992): the policy gradient on fresh samples.  Advantage-weighted matching
+    (2509.25050, read in its abstract) is this for tokens."""
     return -advantages * policy_logprobs
 
 
@@ -96,7 +97,8 @@ def linear_bound(
     high: Tensor | float,
 ) -> Tensor:
     """For A >= 0 the tangent -A (1 + log rho), which bounds -A rho from above; clipped for A < 0
-    (BGPO, 2510.11683, whose other half needs a likelihood that is only estimated)."""
+    (BGPO, 2510.11683, read in its abstract, whose other half needs a likelihood that is only
+    estimated)."""
     clipped = min_clip(ratio, advantages, low, high)
     return torch.where(advantages >= 0, -advantages * (1 + log_ratio), clipped)
 

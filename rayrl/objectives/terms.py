@@ -16,7 +16,7 @@ def clip_score(cosine: Tensor) -> Tensor:
 
 def word_accuracy(words: Sequence[str], reference: Sequence[str]) -> float:
     """1 - word error rate against one reference, its edit distance over its length: the reward of
-    GRPO for speech recognition.  Below 0 for captions that are much too long.
+    GRPO for speech recognition (read in its abstract).  Below 0 for captions much too long.
 
     Raises ValueError on an empty reference."""
     if not reference:

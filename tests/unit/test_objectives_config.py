@@ -48,7 +48,7 @@ def test_a_parameter_is_overridden_wherever_it_is_set() -> None:
 def test_a_slot_is_overridden_by_name_by_function_and_by_part() -> None:
     close(advantages_of("grpo", toy_batch(), advantage="leave_one_out"), (REWARDS - 0.7) * 4 / 3)
     close(
-        advantages_of("grpo", toy_batch(), advantage="group_center,over_batch_std", eps=0.0),
+        advantages_of("grpo", toy_batch(), advantage="group_center+over_batch_std", eps=0.0),
         (REWARDS - 0.7) / REWARDS.std(correction=0),
     )
 
@@ -67,12 +67,12 @@ def test_values_from_the_command_line_take_the_type_of_the_default() -> None:
         return preset(name, **overrides).plan.parameters()
 
     assert parameters("constrained_grpo", per_component="false")["per_component"] is False
-    got = parameters("constrained_grpo", limits="truncated:0.1,too_long:0.2")["limits"]
+    got = parameters("constrained_grpo", limits="truncated:0.1+too_long:0.2")["limits"]
     assert got == {"truncated": 0.1, "too_long": 0.2}
-    got = parameters("bapo_adaptive_clip", low_range="0.5,0.9")["low_range"]
+    got = parameters("bapo_adaptive_clip", low_range="0.5+0.9")["low_range"]
     assert got == (0.5, 0.9)
     assert parameters("dr_grpo", max_tokens="30")["max_tokens"] == 30
-    phases = preset("veripo_schedule", phase_steps="20,5", clip_high="0.3")
+    phases = preset("veripo_schedule", phase_steps="20+5", clip_high="0.3")
     assert phases.initial_state() == {"step": 0}
 
 
@@ -84,12 +84,12 @@ WRONG: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("grpo", {"clip_low": "low"}, "clip_low: got 'low', want float"),
     ("dr_grpo", {"max_tokens": 3.5}, "max_tokens: got 3.5, want int"),
     ("grpo", {"kl_coef": True}, "kl_coef: got True, want float"),
-    ("grpo", {"ratio": "token,sequence"}, "slot ratio holds one part, got token, sequence"),
+    ("grpo", {"ratio": "token+sequence"}, "slot ratio holds one part, got token, sequence"),
     ("grpo", {"surrogate": ""}, "slot surrogate is empty"),
     ("red_drop", {"statistics_of": "some"}, "statistics_of 'some': want 'all' or 'kept'"),
-    ("veripo_schedule", {"phase_step": "1,2"}, "unknown parameter 'phase_step'; .* phase_steps"),
-    ("veripo_schedule", {"phase_steps": "1,0"}, "want one number a plan, each at least 1"),
-    ("bapo_adaptive_clip", {"low_range": "a,b"}, "low_range: got 'a,b', want tuple"),
+    ("veripo_schedule", {"phase_step": "1+2"}, "unknown parameter 'phase_step'; .* phase_steps"),
+    ("veripo_schedule", {"phase_steps": "1+0"}, "want one number a plan, each at least 1"),
+    ("bapo_adaptive_clip", {"low_range": "a+b"}, r"low_range: got 'a\+b', want tuple"),
     ("constrained_grpo", {"limits": "truncated"}, "limits: got 'truncated', want dict"),
     ("constrained_grpo", {"per_component": "maybe"}, "per_component: got 'maybe', want bool"),
 )
@@ -125,6 +125,18 @@ def test_parts_that_do_not_fit_together_are_refused(
 def test_a_pairwise_loss_behind_an_advantage_is_refused() -> None:
     with pytest.raises(ValueError, match="slot advantage is filled with group_center, but no"):
         preset("online_dpo", advantage="group_center")
+
+
+def test_an_advantage_part_that_changes_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="whiten_captions changes the advantages of the part bef"):
+        preset("grpo", advantage="whiten_captions")
+
+
+def test_rewards_of_tokens_and_of_captions_are_not_confused() -> None:
+    with pytest.raises(ValueError, match=r"one number a caption, got \(1, 4, 3\)"):
+        loss_of("grpo", overrides={"aggregate": "terminal"})
+    with pytest.raises(ValueError, match=r"one number a token, \(1, 4, 3\), got \(1, 4\)"):
+        loss_of("reinforce_plus_plus", overrides={"aggregate": ""})
 
 
 def test_token_credit_in_front_of_a_loss_of_captions_is_refused() -> None:

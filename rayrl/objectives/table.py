@@ -1,0 +1,112 @@
+"""Writes docs/objectives.md from the presets:
+
+python -m rayrl.objectives.table docs/objectives.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rayrl.objectives import preset
+from rayrl.objectives.batch import GRAPH_FIELDS, OPTIONAL_FIELDS
+from rayrl.objectives.compile import PROVIDED, SERVICES
+from rayrl.objectives.plan import SLOTS, Plan
+from rayrl.objectives.preset import CLIPPED, TRUNCATED_IS, Preset
+from rayrl.objectives.presets import ALTERNATIVES, FAMILIES, PRESETS, plans_of
+
+MARKER = "<!-- from here on written by: python -m rayrl.objectives.table docs/objectives.md -->"
+
+
+def with_tables(page: str) -> str:
+    """``page`` with everything after the marker written anew; ValueError where it has none."""
+    written, marker, _ = page.partition(MARKER)
+    if not marker:
+        raise ValueError(f"the page has no line {MARKER!r}")
+    return f"{written}{marker}\n\n{tables()}"
+
+
+def tables() -> str:
+    """The presets by family, the alternatives, the needs."""
+    recommended = ", ".join(f"`{name}`" for name, one in PRESETS.items() if one.recommended)
+    lines = [
+        "## The presets",
+        "",
+        f"{len(PRESETS)} presets; to start with: {recommended}.  Needs are what the trainer must",
+        "bring beyond tokens, log-probs and rewards.  *Clipped* stands for ratio: token; bounds:",
+        "fixed(clip_low=0.2, clip_high=0.2); surrogate: min_clip.  Status: **ready** runs with",
+        "this package as it is; **ready, whole** does when micro-batches are as large as",
+        "minibatches; **waits** runs on tensors, and waits for a provider of its needs.",
+        "",
+    ]
+    for family, members in FAMILIES.items():
+        lines += [f"### {family}", "", *_table(members), ""]
+    lines += ["## Parts that no preset has", "", *_alternatives(), ""]
+    lines += ["## Needs", "", *_needs(), ""]
+    return "\n".join(lines)
+
+
+def _table(members: Mapping[str, Preset]) -> Iterator[str]:
+    yield "| preset | method | slots | needs | limit | status |"
+    yield "|---|---|---|---|---|---|"
+    for name, one in members.items():
+        link = f" ([{one.source}](https://arxiv.org/abs/{one.source}))" if one.source else ""
+        needs = preset(name).needs
+        cells = (
+            f"**`{name}`**" if one.recommended else f"`{name}`",
+            one.title + link + (f"; {one.note}" if one.note else ""),
+            "; then ".join(_slots(plan) for plan in plans_of(one)),
+            ", ".join(f"`{need}`" for need in sorted(needs)) or "–",
+            one.limit,
+            _status(one, needs),
+        )
+        yield "| " + " | ".join(cells) + " |"
+
+
+_CLIP = ("ratio", "bounds", "surrogate")
+
+
+def _slots(plan: Plan) -> str:
+    filled = []
+    clipped = all(getattr(plan, slot) == getattr(CLIPPED, slot) for slot in _CLIP)
+    for slot in SLOTS:
+        if clipped and slot in _CLIP:
+            filled += ["*clipped*"] if slot == "surrogate" else []
+            continue
+        parts = [str(item) for other, item in plan.parts() if other == slot]
+        if parts and not (slot == "mismatch" and plan.mismatch == TRUNCATED_IS):
+            filled.append(f"{slot}: {', '.join(parts)}")
+    if plan.statistics_of != "all":
+        filled.append(f"statistics_of: {plan.statistics_of}")
+    return "; ".join(filled)
+
+
+def _status(one: Preset, needs: frozenset[str]) -> str:
+    waits = needs - PROVIDED - {"total"}
+    state = "waits" if waits else "ready, whole" if "total" in needs else "ready"
+    return state + {"abstract": ", formula from the abstract only"}.get(one.basis, "")
+
+
+def _alternatives() -> Iterator[str]:
+    yield "Overrides may name them too."
+    yield ""
+    yield "| slot | parts |"
+    yield "|---|---|"
+    for slot, parts in ALTERNATIVES.items():
+        yield f"| {slot} | {', '.join(str(item) for item in parts)} |"
+
+
+def _needs() -> Iterator[str]:
+    yield "| need | what it is |"
+    yield "|---|---|"
+    words = {**OPTIONAL_FIELDS, **GRAPH_FIELDS, **SERVICES}
+    used = frozenset().union(*(preset(name).needs for name in PRESETS))
+    for need in sorted(used):
+        planner = f"a plan for sampling, `rayrl.objectives.planners.{need}`, for the driver"
+        yield f"| `{need}` | {words.get(need, planner)} |"
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

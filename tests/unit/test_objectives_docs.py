@@ -1,0 +1,80 @@
+"""docs/objectives.md says what the presets are, and its example works as it stands."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from objectives_toy import REWARDS, TinyPolicy, close, loss_of, prepared, synthetic_batch, toy_batch
+
+from rayrl.objectives import preset
+from rayrl.objectives.compile import PROVIDED
+from rayrl.objectives.presets import PRESETS
+from rayrl.objectives.table import MARKER, with_tables
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "objectives.md"
+
+
+def test_the_tables_are_those_of_the_presets() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert with_tables(text) == text, "run: python -m rayrl.objectives.table docs/objectives.md"
+    rows = re.findall(r"^\| (?:\*\*)?`(\w+)`(?:\*\*)? \|.*\| (ready|waits)", text, re.MULTILINE)
+    assert [name for name, _ in rows] == list(PRESETS)
+
+
+def test_a_page_without_the_marker_is_refused() -> None:
+    with pytest.raises(ValueError, match="the page has no line"):
+        with_tables("# Objectives")
+    assert with_tables(f"a\n{MARKER}\nold").startswith(f"a\n{MARKER}\n\n## The presets")
+
+
+def test_the_example_of_ones_own_objective_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "my_objective.py").write_text(block, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_objective", raising=False)
+    from my_objective import objective
+
+    ready = prepared(objective, toy_batch())
+    # torch takes the lower of the two middle rewards as the median.
+    close(ready.fields["advantages"][:, 0, :, 0], REWARDS - 0.5)
+    policy = TinyPolicy(4)
+    batch = synthetic_batch(policy)
+    ready = prepared(objective, batch)
+    loss = objective.loss(ready, policy.logprobs(batch), ready.normalizer()).loss
+    loss.backward()
+    assert policy.out.weight.grad is not None
+    assert policy.out.weight.grad.abs().max() > 0
+
+    named = preset(
+        "grpo",
+        advantage="my_objective:median_baseline",
+        surrogate="my_objective:cautious",
+        bounds="",
+    )
+
+    def same(log_ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        return -advantages * log_ratio + 0.5 * log_ratio.square()
+
+    spelled = {"advantage": objective.plan.advantage, "bounds": "", "surrogate": same}
+    assert loss_of(named) == pytest.approx(loss_of("grpo", overrides=spelled))
+
+
+def test_a_function_that_cannot_be_imported_is_refused() -> None:
+    with pytest.raises(ValueError, match="slot advantage: cannot import 'no_such:thing'"):
+        preset("grpo", advantage="no_such:thing")
+    with pytest.raises(ValueError, match="module 'math' has no function 'thing'"):
+        preset("grpo", advantage="math:thing")
+
+
+def test_what_is_called_ready_needs_only_what_the_trainer_brings() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for name in PRESETS:
+        (row,) = [line for line in text.splitlines() if re.match(rf"\| (\*\*)?`{name}`", line)]
+        ready = row.rstrip(" |").rpartition(" | ")[2].startswith("ready")
+        assert ready == (preset(name).needs <= PROVIDED | {"total"}), name
