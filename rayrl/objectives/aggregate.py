@@ -38,7 +38,7 @@ def mean_minus_variance(terms: Mapping[str, Tensor], *, uncertainty: float) -> T
 
 def product(terms: Mapping[str, Tensor], *, main_term: str) -> Tensor:
     """The main term times all others, factors in [0,1] (CaRL, read in its abstract): what one
-    factor takes away, a higher main reward cannot buy back.  ValueError where one is not in [0,1]."""
+    factor takes away, a higher main reward cannot buy back.  ValueError where one is not."""
     _known(terms, [main_term], "main_term")
     result = terms[main_term]
     for name, factor in terms.items():

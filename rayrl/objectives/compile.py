@@ -40,11 +40,14 @@ DERIVED: Mapping[str, str] = {
 
 SERVICES: Mapping[str, str] = {
     "terms": "several reward terms by name: configure at least two under reward.terms",
-    "total": "statistics of a whole minibatch: micro-batches must be as large as minibatches",
+    "whole_minibatch": "statistics of one: micro-batches must be as large as minibatches",
     "extrapolate": "a learner that carries out the decision to extrapolate its weights",
     "old_logprobs": "the policy's log-probs before the first update of a step",
 }
 """Needs that are no optional field of the batch."""
+
+_NEED_OF = {"total": "whole_minibatch"}
+"""Needs that go by another name than the input that shows them."""
 
 PROVIDED = frozenset({"ref_logprobs", "greedy_rewards", "old_logprobs", "entropy", "terms"})
 """Needs that the driver and the learner of this package always can bring."""
@@ -144,7 +147,7 @@ def _check_first_advantage(parts: tuple[BoundPart, ...]) -> None:
 
 def _sources(bound: BoundPart) -> Iterable[str]:
     """The slots that produce what ``bound`` reads; ValueError on what nothing produces."""
-    known = {*ALWAYS, *DERIVED, *OPTIONAL_FIELDS, *GRAPH_FIELDS, *SERVICES}
+    known = {*ALWAYS, *DERIVED, *OPTIONAL_FIELDS, *GRAPH_FIELDS, *SERVICES, *_NEED_OF}
     if bound.slot == "rollout":  # the driver calls these, with what it has
         return
     for name in bound.inputs:
@@ -169,6 +172,7 @@ def _needs(bound: BoundPart) -> Iterable[str]:
     for name in bound.inputs:
         if name in bound.optional:
             continue
-        late = name == "old_logprobs" and bound.slot not in _BEFORE_LOSS
-        if not late and (name in OPTIONAL_FIELDS or name in GRAPH_FIELDS or name in SERVICES):
-            yield name
+        need = _NEED_OF.get(name, name)
+        late = need == "old_logprobs" and bound.slot not in _BEFORE_LOSS
+        if not late and (need in OPTIONAL_FIELDS or need in GRAPH_FIELDS or need in SERVICES):
+            yield need

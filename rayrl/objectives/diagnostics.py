@@ -7,26 +7,42 @@ from torch import Tensor
 
 from rayrl.objectives.inject import Values
 from rayrl.objectives.stats import masked_mean, masked_sum, pairwise, safe_exp
+from rayrl.objectives.terms import self_cider
 
 Metrics = dict[str, tuple[Tensor, Tensor | float]]
 
 
 def of_loss(values: Values) -> Metrics:
     """All diagnostics of a micro-batch; none of them carries a gradient."""
-    return {**_rewards(values), **_tokens(values), **_bounds(values), **_ranking(values)}
+    return {
+        **_rewards(values),
+        **_tokens(values),
+        **_bounds(values),
+        **_ranking(values),
+        **_pairs(values),
+    }
 
 
 def _rewards(values: Values) -> Metrics:
-    """Share of flat groups (all rewards equal), of truncated and of kept captions."""
-    rewards, valid = values["raw_rewards"], values["valid"]
+    """Share of flat groups (all rewards equal), of truncated and of kept captions; diversity and
+    mixed reward versions where the batch has what they need."""
+    rewards, valid = values["raw_rewards"], values["exists"]
     highest = rewards.masked_fill(~valid, -torch.inf).amax(1)
     lowest = rewards.masked_fill(~valid, torch.inf).amin(1)
     captions = valid.sum()
-    return {
+    metrics: Metrics = {
         "objective/flat_groups": ((highest <= lowest).sum(), float(len(rewards))),
         "objective/truncated": ((values["truncated"] & valid).sum(), captions),
         "objective/kept": ((values["caption_weights"] > 0).sum(), captions),
     }
+    if values.get("similarity") is not None:
+        diversity = self_cider(values["similarity"])
+        metrics["objective/self_cider"] = (diversity.sum(), float(len(diversity)))
+    if values.get("reward_versions") is not None:
+        versions = values["reward_versions"]
+        mixed = (versions != versions[:, :1]).logical_and(valid).any(1)
+        metrics["objective/mixed_reward_versions"] = (mixed.sum(), float(len(mixed)))
+    return metrics
 
 
 def _tokens(values: Values) -> Metrics:
@@ -95,7 +111,7 @@ def _bounds(values: Values) -> Metrics:
 def _ranking(values: Values) -> Metrics:
     """Ranking accuracy (2405.19534): of all pairs with a better and a worse caption, the share
     where the better one has the higher mean log-prob, for the policy and for the reference."""
-    rewards, valid, mask = values["raw_rewards"], values["valid"], values["mask"]
+    rewards, valid, mask = values["raw_rewards"], values["exists"], values["mask"]
     better = (pairwise(rewards, rewards) > 0) & valid[:, :, None] & valid[:, None]
     metrics: Metrics = {}
     for name in ("policy", "ref"):
@@ -104,3 +120,17 @@ def _ranking(values: Values) -> Metrics:
             agree = better & (pairwise(score, score) > 0)
             metrics[f"objective/ranking_accuracy_{name}"] = (agree.sum(), better.sum())
     return metrics
+
+
+def _pairs(values: Values) -> Metrics:
+    """Log-ratios to the reference of the better and of the worse captions, apart: a preference
+    loss that only pushes the worse ones down shows here (3D-properties of DPO, 2406.07327)."""
+    if "pair_weights" not in values or values.get("ref_logprobs") is None:
+        return {}
+    drift = masked_sum(values["policy_logprobs"].detach() - values["ref_logprobs"], values["mask"])
+    weights = values["pair_weights"]
+    better, worse = weights.sum(2), weights.sum(1)
+    return {
+        "objective/better_over_ref": ((drift * better).sum(), better.sum()),
+        "objective/worse_over_ref": ((drift * worse).sum(), worse.sum()),
+    }

@@ -130,7 +130,7 @@ class Objective:
         """The loss of a micro-batch, a share of the minibatch that ``normalizer`` describes.
 
         policy_logprobs: [P,G,T], with gradient
-        total: sums a tensor over the ranks of the minibatch, for objectives that need
+        total: sums a tensor over the ranks of the minibatch, for objectives that need a
             ``whole_minibatch``; the identity on one rank
         graph: the tensors of ``GRAPH_FIELDS`` that the objective needs (others may be None)
         """
@@ -141,6 +141,9 @@ class Objective:
             **vars(prepared.batch),
             **prepared.fields,
             **{name: value for name, value in graph.items() if value is not None},
+            # Dropped captions train nothing, so they are in no loss of a group either.
+            "valid": prepared.fields["caption_weights"] > 0,
+            "exists": prepared.batch.valid,
             "raw_rewards": prepared.batch.rewards,
             "policy_logprobs": policy_logprobs,
             "normalizer": normalizer,

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterator, Mapping
 
 from rayrl.objectives.plan import SLOTS, Part, Phases, Plan, near, part
-from rayrl.objectives.preset import Preset
+from rayrl.objectives.preset_base import Preset
 from rayrl.objectives.presets_advantage import ADVANTAGE
 from rayrl.objectives.presets_core import CORE
 from rayrl.objectives.presets_data import DATA

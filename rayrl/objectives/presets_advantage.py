@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from rayrl.objectives.plan import part
-from rayrl.objectives.preset import CLIPPED, REINFORCE, Preset
+from rayrl.objectives.preset_base import CLIPPED, REINFORCE, Preset
 
 CRITIC = replace(
     CLIPPED,

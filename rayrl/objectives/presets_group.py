@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from rayrl.objectives.plan import Plan, part
-from rayrl.objectives.preset import MAX_TOKENS, Preset
+from rayrl.objectives.preset_base import MAX_TOKENS, Preset
 
 DISCRIMINATIVE = Plan(
     labels=part("above_group_mean"),

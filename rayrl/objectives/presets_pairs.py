@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from rayrl.objectives.plan import Phases, Plan, part
-from rayrl.objectives.preset import CLIPPED, PREFERENCE, Preset
+from rayrl.objectives.preset_base import CLIPPED, PREFERENCE, Preset
 
 K3 = part("kl_k3", kl_coef=0.04)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from rayrl.objectives.plan import Plan, part
-from rayrl.objectives.preset import CLIPPED, REINFORCE, TRUNCATED_IS, Preset
+from rayrl.objectives.preset_base import CLIPPED, REINFORCE, TRUNCATED_IS, Preset
 
 SEQUENCE = replace(
     CLIPPED,

@@ -13,7 +13,7 @@ from rayrl.objectives import preset
 from rayrl.objectives.batch import GRAPH_FIELDS, OPTIONAL_FIELDS
 from rayrl.objectives.compile import PROVIDED, SERVICES
 from rayrl.objectives.plan import SLOTS, Plan
-from rayrl.objectives.preset import CLIPPED, TRUNCATED_IS, Preset
+from rayrl.objectives.preset_base import CLIPPED, TRUNCATED_IS, Preset
 from rayrl.objectives.presets import ALTERNATIVES, FAMILIES, PRESETS, plans_of
 
 MARKER = "<!-- from here on written by: python -m rayrl.objectives.table docs/objectives.md -->"
@@ -83,8 +83,8 @@ def _slots(plan: Plan) -> str:
 
 
 def _status(one: Preset, needs: frozenset[str]) -> str:
-    waits = needs - PROVIDED - {"total"}
-    state = "waits" if waits else "ready, whole" if "total" in needs else "ready"
+    waits = needs - PROVIDED - {"whole_minibatch"}
+    state = "waits" if waits else "ready, whole" if "whole_minibatch" in needs else "ready"
     return state + {"abstract": ", formula from the abstract only"}.get(one.basis, "")
 
 

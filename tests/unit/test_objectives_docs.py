@@ -77,4 +77,4 @@ def test_what_is_called_ready_needs_only_what_the_trainer_brings() -> None:
     for name in PRESETS:
         (row,) = [line for line in text.splitlines() if re.match(rf"\| (\*\*)?`{name}`", line)]
         ready = row.rstrip(" |").rpartition(" | ")[2].startswith("ready")
-        assert ready == (preset(name).needs <= PROVIDED | {"total"}), name
+        assert ready == (preset(name).needs <= PROVIDED | {"whole_minibatch"}), name

@@ -129,7 +129,7 @@ def test_parts_of_a_minibatch_add_up_to_it(name: str) -> None:
         for parameter in policy.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     whole = gradient_of_parts(objective, ready, policy, [[0, 1, 2, 3]])
-    if "total" in objective.needs:
+    if "whole_minibatch" in objective.needs:
         if name in ("clip_cov", "kl_cov"):
             pytest.skip("each rank chooses the largest covariances among its own tokens")
         split = _on_two_ranks(objective, ready, policy)
