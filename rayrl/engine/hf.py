@@ -73,6 +73,28 @@ class HfEngine:
             completions += self._sample(part, sampling, None).completions
         return completions
 
+    def beam(self, prompts: Sequence[Prompt], max_tokens: int, num_beams: int) -> list[str]:
+        """The best caption of each prompt by beam search, ranked by mean log-prob a token.  For
+        evaluation alone: no policy samples like this, so there is no log-prob to train on."""
+        captions = []
+        size = max(1, self._rows // num_beams)
+        for start in range(0, len(prompts), size):
+            inputs = self._inputs(prompts[start : start + size])
+            with torch.inference_mode():
+                sequences = self._model.generate(
+                    **inputs,
+                    do_sample=False,
+                    num_beams=num_beams,
+                    max_new_tokens=max_tokens,
+                    eos_token_id=list(self._eos),
+                    pad_token_id=self._eos[0],
+                    suppress_tokens=list(self._banned),
+                )
+            new_ids = sequences[:, inputs["input_ids"].shape[1] :]
+            texts = self._processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+            captions += [text.strip() for text in texts]
+        return captions
+
     def load_weights(self, weights: Weights, *, changed: Sequence[Part]) -> None:
         weights.verify()
         self._version = -1
@@ -82,15 +104,9 @@ class HfEngine:
     def _sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int] | None
     ) -> _Drawn:
-        if self._version < 0:
-            raise RuntimeError("the engine holds no weights yet: load a version before sampling")
         from transformers import LogitsProcessorList
 
-        inputs = prompt_inputs(
-            self._processor, [p.image for p in prompts], [p.text for p in prompts]
-        ).to(self._device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
+        inputs = self._inputs(prompts)
         chooser = _Chooser(
             banned=self._banned,
             temperature=sampling.temperature,
@@ -128,6 +144,17 @@ class HfEngine:
             row[keep].numpy().astype(np.int32) for row, keep in zip(ids, mask, strict=True)
         ]
         return _Drawn(prompt_ids, completions)
+
+    def _inputs(self, prompts: Sequence[Prompt]) -> Any:
+        """The model's inputs, where the engine holds weights to read them with."""
+        if self._version < 0:
+            raise RuntimeError("the engine holds no weights yet: load a version before sampling")
+        inputs = prompt_inputs(
+            self._processor, [p.image for p in prompts], [p.text for p in prompts]
+        ).to(self._device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
+        return inputs
 
     def _completion(self, ids: np.ndarray, logprobs: np.ndarray) -> Completion:
         ends = np.flatnonzero(np.isin(ids, self._eos))

@@ -1,0 +1,78 @@
+"""Reference captions without images: all that scoring a results file needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rayrl.data.annotations import Record, read_coco, read_karpathy
+from rayrl.data.config import DataConfig, Split
+from rayrl.data.dataset import Dataset
+from rayrl.data.folder import coco_records, karpathy_records
+from rayrl.data.load import load_split
+from rayrl.data.rejections import Rejections, clean_captions
+
+
+def load_references(path: Path, split: Split) -> Dataset:
+    """The references of a COCO captions file, of one split of a Karpathy file, or of an object of
+    image to captions.  Reading an image of this data set raises ValueError.
+
+    Raises FileNotFoundError or ValueError, naming the place, for anything else.
+    """
+    rejections = Rejections()
+    content = _read_json(path)
+    if "annotations" in content:
+        records = read_coco(path, rejections)
+    elif "images" in content:
+        records = read_karpathy(path, split, rejections)
+    else:
+        records = _plain(path, content, rejections)
+    if not records:
+        raise rejections.nothing_left(str(path))
+
+    def no_image(index: int) -> bytes:
+        raise ValueError(f"{path} holds the references of {records[index].image_id}, not its image")
+
+    return Dataset(
+        ids=[record.image_id for record in records],
+        captions=[record.captions for record in records],
+        instruction="",
+        read_image=no_image,
+        image_digest="",
+        rejected=rejections.counts(),
+    )
+
+
+def load_captions(config: DataConfig, split: Split) -> list[str]:
+    """All captions of a split; images are not read where annotations lie apart from them."""
+    readers = {"coco": coco_records, "karpathy": karpathy_records}
+    if config.source in readers:
+        records, _ = readers[config.source](config, split)
+        return [caption for record in records for caption in record.captions]
+    return [caption for captions in load_split(config, split).captions for caption in captions]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of references")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: holds a {type(content).__name__}, want the references: a COCO captions file, "
+            'a Karpathy file, or {"image id": ["caption", ...], ...}'
+        )
+    return content
+
+
+def _plain(path: Path, content: dict[str, Any], rejections: Rejections) -> list[Record]:
+    records = []
+    for image, captions in content.items():
+        if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+            raise ValueError(f"{path}: image {image} has {captions!r:.60}, want a list of captions")
+        if kept := clean_captions(image, captions, rejections):
+            records.append(Record(image, "", kept))
+    return records

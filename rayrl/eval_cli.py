@@ -1,0 +1,164 @@
+"""The command line of the evaluation job: what to score, how, and the configuration under it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from rayrl import cli
+from rayrl.config import Config
+from rayrl.data.config import Split
+from rayrl.rewards.suite import METRICS
+
+PROGRAM = "eval_coco.py"
+
+
+class Options(NamedTuple):
+    """What the job was asked to do; exactly one of the first four is set."""
+
+    checkpoint: Path | None
+    results: Path | None
+    compare: list[Path] | None
+    self_test: bool
+    config: Path | None
+    references: Path | None
+    split: Split
+    metrics: list[str]
+    clip: str | None
+    beam: int
+    samples: int
+    output: Path | None
+
+    @property
+    def subject(self) -> Path:
+        """The checkpoint or results file that is scored."""
+        subject = self.checkpoint or self.results
+        assert subject is not None
+        return subject
+
+
+def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
+    """The job's own options, and the flags left for the configuration; prints help or an error
+    and exits where one is due."""
+    parser = _parser()
+    args, overrides = parser.parse_known_args(argv)
+    options = Options(**vars(args))
+    own = [f"--{name}".replace("_", "-") for name in Options._fields]
+    for flag in overrides:
+        near = get_close_matches(flag, own, n=1, cutoff=0.8)
+        if near and flag.removeprefix("--") not in cli.known_keys():
+            parser.error(f"unknown option {flag}; did you mean {near[0]}?")
+    if options.checkpoint is None and (options.beam > 1 or options.samples):
+        parser.error("--beam and --samples decode: they need --checkpoint")
+    if options.checkpoint and options.references:
+        parser.error("--references holds no images to caption: name the data with --data.path")
+    if options.samples == 1:
+        parser.error("--samples 1: diversity is that of at least 2 captions")
+    return options, overrides
+
+
+def load_config(options: Options, overrides: Sequence[str]) -> Config:
+    """The configuration that was given, else that of the run that made the checkpoint: with
+    another instruction or another data set it would score something else.
+
+    Raises FileNotFoundError where the checkpoint is no model folder, else as :func:`cli.load`.
+    """
+    file = options.config
+    if options.checkpoint:
+        folder = options.checkpoint.resolve()
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{options.checkpoint}: no model folder (one with a config.json), such as "
+                "RUN_FOLDER/checkpoints/latest"
+            )
+        of_run = folder.parent.parent / "config.yaml"
+        if file is None and of_run.is_file():
+            print(f"configuration: {of_run}")
+            file = of_run
+    return cli.load(file, overrides, program=PROGRAM)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Score captions as COCO reports them: BLEU, METEOR, ROUGE-L, CIDEr-D, SPICE, "
+        "CLIPScore. Prints a table (x100) and writes metrics.json and a results file as the COCO "
+        "server takes it. METEOR and SPICE need Java; what cannot be computed is left out and "
+        "named.",
+        epilog="Any key of the configuration can follow, as in --data.path DIR or "
+        "--rollout.num_workers 4; grpo_coco.py --help lists them. Captions are decoded up to "
+        "--sampling.max_tokens.",
+        allow_abbrev=False,
+    )
+    _add_subject(parser.add_mutually_exclusive_group(required=True).add_argument)
+    _add_settings(parser.add_argument)
+    return parser
+
+
+def _add_subject(add: Any) -> None:
+    add("--checkpoint", type=Path, metavar="FOLDER", help="caption a split with this model")
+    add("--results", type=Path, metavar="FILE", help="score this COCO results file")
+    add(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A", "B"),
+        help="is results file B better than A in CIDEr-D? (paired bootstrap)",
+    )
+    add("--self-test", action="store_true", help="print the golden values; fails if one differs")
+
+
+def _add_settings(add: Any) -> None:
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML; default: that of the run that the checkpoint lies in",
+    )
+    add(
+        "--references",
+        type=Path,
+        metavar="FILE",
+        help="for --results and --compare, instead of a data set with images: a COCO captions "
+        "file, a Karpathy file, or an object of image id to captions",
+    )
+    add("--split", choices=get_args(Split), default="val", help="default: %(default)s")
+    add(
+        "--metrics",
+        nargs="+",
+        choices=list(METRICS),
+        default=list(METRICS),
+        metavar="NAME",
+        help=f"some of {', '.join(METRICS)}; default: all",
+    )
+    add("--clip", metavar="FOLDER", help="a local CLIP model, for CLIPScore")
+    add(
+        "--beam",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="the best of N beams instead of the greedy caption; needs --engine.backend hf",
+    )
+    add(
+        "--samples",
+        type=_positive,
+        default=0,
+        metavar="K",
+        help="draw K captions an image as well, and report their diversity",
+    )
+    add(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="default: beside the checkpoint or results file, NAME_eval_SPLIT",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}, want at least 1")
+    return value

@@ -1,0 +1,245 @@
+"""Captions scored as COCO reports them: a checkpoint's, a results file's, or two files compared.
+
+Run by ``jobs/eval_coco.py``.  Everything that can be wrong with the input is found before an engine
+starts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ray
+from ray.exceptions import RayError
+
+from rayrl import __version__
+from rayrl.actors.captioner import Captions, Decoding, caption_split
+from rayrl.actors.cluster import connect
+from rayrl.config import Config
+from rayrl.data import Dataset, load_split
+from rayrl.data.references import load_captions, load_references
+from rayrl.engine.base import vllm_importable
+from rayrl.eval_cli import PROGRAM, Options, load_config, parse
+from rayrl.metrics import write_atomically
+from rayrl.rewards.bootstrap import compare_results
+from rayrl.rewards.java import MetricUnavailable, find_java
+from rayrl.rewards.results import match, read_results, write_results
+from rayrl.rewards.selftest import selftest
+from rayrl.rewards.suite import CaptionSet, Evaluation, evaluate, sample_diversity
+
+NOT_SCALED = ("length", "vocabulary")
+"""Scores that count words; all others are shown and written times 100."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`jobs/eval_coco.py`: exits with 2 and a line where the input is wrong, with 1 where a check
+    or a worker fails."""
+    options, overrides = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        if options.self_test:
+            raise SystemExit(0 if self_test() else 1)
+        config = load_config(options, overrides)
+        if options.compare:
+            compare(options.compare, _references(options, config))
+        elif options.results:
+            evaluate_results(options, config)
+        else:
+            evaluate_checkpoint(options, config)
+    except (RayError, RuntimeError) as error:
+        *stack, reason = str(error).strip().splitlines()
+        print(*stack, sep="\n", file=sys.stderr)
+        raise SystemExit(f"{PROGRAM}: failed: {reason}") from None
+    except OSError as error:
+        _refuse(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
+    except ValueError as error:
+        _refuse(str(error))
+
+
+def evaluate_checkpoint(options: Options, config: Config) -> None:
+    """Caption a split with a model folder, and write and print what that scores."""
+    decoding = Decoding(
+        beams=options.beam,
+        max_tokens=config.sampling.max_tokens,
+        samples=options.samples,
+        temperature=config.sampling.temperature,
+    )
+    config = _with_backend(config, decoding)
+    data = _at_least_two(load_split(config.data, options.split))
+    local = connect(config.rollout.num_workers * config.rollout.cpus + 1)
+    try:
+        captions = caption_split(config, options.split, len(data), options.subject, decoding)
+    finally:
+        if local:
+            ray.shutdown()
+    described = {
+        "checkpoint": str(options.subject.resolve()),
+        "model": {"dtype": config.model.dtype, "instruction": config.data.instruction},
+        "decoding": {
+            "method": "greedy" if decoding.beams == 1 else "beam",
+            **asdict(decoding),
+            "seed": config.seed,
+        },
+        "engine": {"backend": config.engine.backend, "dtype": config.engine.dtype},
+    }
+    _report(options, config, data, captions, described)
+
+
+def evaluate_results(options: Options, config: Config) -> None:
+    """Write and print what the captions of a results file score."""
+    data = _references(options, config)
+    found = read_results(options.subject)
+    best, _ = match(found, dict(zip(data.ids, data.captions, strict=True)))
+    _report(options, config, data, Captions(best, []), {"results": str(options.subject.resolve())})
+
+
+def compare(files: Sequence[Path], data: Dataset) -> None:
+    """Print by how much the second results file is better than the first, and how surely."""
+    a, b = files
+    found = compare_results(a, b, dict(zip(data.ids, data.captions, strict=True)))
+    width = max(len(str(file)) for file in files)
+    print(
+        f"CIDEr-D x100 of {found.num_images} images",
+        f"{a!s:<{width}}  {100 * found.mean_a:8.2f}",
+        f"{b!s:<{width}}  {100 * found.mean_b:8.2f}",
+        f"difference {100 * found.difference:+.2f}, 95 % interval "
+        f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}], p = {found.p_value:.4f} that the "
+        "second is not better (paired bootstrap over images)",
+        sep="\n",
+    )
+
+
+def self_test() -> bool:
+    """Print the golden values and what this installation gives for them; whether all agree."""
+    try:
+        find_java()
+        left_out = ""
+    except MetricUnavailable as reason:
+        left_out = f"meteor: left out, {reason}"
+    checks = selftest(java=not left_out)
+    width = max(len(check.name) for check in checks)
+    print(f"{'':<{width}}  {'expected':>14}  {'got':>14}")
+    for check in checks:
+        verdict = "ok" if check.ok else "WRONG"
+        print(f"{check.name:<{width}}  {check.expected:14.10f}  {check.got:14.10f}  {verdict}")
+    if left_out:
+        print(left_out)
+    wrong = sum(not check.ok for check in checks)
+    print(f"{len(checks) - wrong} of {len(checks)} values agree")
+    return not wrong
+
+
+def _report(
+    options: Options,
+    config: Config,
+    data: Dataset,
+    captions: Captions,
+    described: dict[str, Any],
+) -> None:
+    """Score, print the table, and write metrics.json and the results file."""
+    evaluation = _scored(options, config, data, captions)
+    print(evaluation.table())
+    source = options.subject.resolve()
+    name = source.name.removesuffix(".json")
+    folder = options.output or source.with_name(f"{name}_eval_{options.split}")
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / f"captions_{options.split}_results.json"
+    write_results(results, dict(zip(data.ids, captions.best, strict=True)))
+    metrics = _metrics(evaluation) | described | {"data": _described_data(options, config, data)}
+    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    print(f"written: {folder / 'metrics.json'}, {results}")
+
+
+def _scored(options: Options, config: Config, data: Dataset, captions: Captions) -> Evaluation:
+    wants_images = options.clip is not None
+    evaluation = evaluate(
+        CaptionSet(
+            captions.best,
+            data.references(),
+            images=[prompt.image for prompt in data] if wants_images else None,
+            clip_folder=options.clip,
+            device=_device() if wants_images else "cpu",
+        ),
+        options.metrics,
+    )
+    if not options.samples:
+        return evaluation
+    left_out = dict(evaluation.left_out)
+    training: list[str] = []
+    try:
+        training = load_captions(config.data, "train")
+    except (OSError, ValueError) as reason:
+        left_out["novel"] = f"no training captions ({reason})"
+    samples = sample_diversity(captions.samples, data.references(), training)
+    return replace(evaluation, samples=samples, left_out=left_out)
+
+
+def _metrics(evaluation: Evaluation) -> dict[str, Any]:
+    """What metrics.json says of the scores: the table's numbers, and what they mean."""
+    rows = {**evaluation.scores, **evaluation.samples}
+    return {
+        "scale": f"x100, except {' and '.join(NOT_SCALED)}, which count words",
+        "scores": {n: value if n in NOT_SCALED else 100 * value for n, value in rows.items()},
+        "left_out": dict(evaluation.left_out),
+        "signature": evaluation.signature,
+        "df": "corpus",
+        "num_captions": evaluation.num_captions,
+        "rayrl": __version__,
+    }
+
+
+def _described_data(options: Options, config: Config, data: Dataset) -> dict[str, Any]:
+    given = {"references": str(options.references)} if options.references else {}
+    source = given or {"source": config.data.source, "path": config.data.path_of(options.split)}
+    return {
+        "split": options.split,
+        **source,
+        "num_images": len(data),
+        "rejected": dict(data.rejected),
+        "fingerprint": data.fingerprint(),
+    }
+
+
+def _references(options: Options, config: Config) -> Dataset:
+    """The data set that results are scored against."""
+    if options.references:
+        return _at_least_two(load_references(options.references, options.split))
+    return _at_least_two(load_split(config.data, options.split))
+
+
+def _at_least_two(data: Dataset) -> Dataset:
+    if len(data) < 2:
+        raise ValueError(
+            f"{len(data)} image: CIDEr-D counts words over the images that it scores, and over "
+            "one it is 0 by definition; evaluate at least 2, better a whole split"
+        )
+    return data
+
+
+def _with_backend(config: Config, decoding: Decoding) -> Config:
+    """The configuration with the engine that will run, by name, for the record."""
+    backend = config.engine.backend
+    if decoding.beams > 1:
+        if backend == "vllm":
+            raise ValueError(f"--beam {decoding.beams} needs --engine.backend hf, got vllm")
+        backend = "hf"
+    elif backend == "auto":
+        backend = "vllm" if vllm_importable() else "hf"
+    return config.model_copy(
+        update={"engine": config.engine.model_copy(update={"backend": backend})}
+    )
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _refuse(text: str) -> NoReturn:
+    for line in text.splitlines():
+        print(f"{PROGRAM}: {line}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,251 @@
+"""The evaluation job without an engine: numbers by hand, and every wrong input in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayrl import evaluate
+from rayrl.data.references import load_captions, load_references
+from rayrl.eval_cli import load_config, parse
+
+REFERENCES = {
+    "7": ["A man rides a brown horse."],
+    "8": ["Three small birds"],
+    "9": ["a boat on a lake at sunset"],
+}
+CAPTIONS = {7: "a man rides a brown horse", 8: "three small birds", 9: "nothing alike"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with references.json (a COCO captions file) and results.json, to work in."""
+    monkeypatch.chdir(tmp_path)
+    coco = {
+        "images": [{"id": int(i), "file_name": f"{i}.jpg"} for i in REFERENCES],
+        "annotations": [
+            {"id": k, "image_id": int(i), "caption": text}
+            for k, (i, texts) in enumerate(REFERENCES.items())
+            for text in texts
+        ],
+    }
+    write("references.json", coco)
+    write("results.json", results())
+    return tmp_path
+
+
+def write(name: str, content: object) -> None:
+    Path(name).write_text(json.dumps(content))
+
+
+def results(captions: dict = CAPTIONS) -> list[dict]:
+    return [{"image_id": image, "caption": caption} for image, caption in captions.items()]
+
+
+def run(*flags: str) -> int:
+    """The exit code of the job."""
+    try:
+        evaluate.main(flags)
+    except SystemExit as stopped:
+        assert isinstance(stopped.code, int)
+        return stopped.code
+    return 0
+
+
+def test_a_results_file_is_scored_times_100_and_written_as_the_server_takes_it(folder, capsys):
+    flags = ("--results", "results.json", "--references", "references.json")
+    assert run(*flags, "--metrics", "cider_d", "health", "clip_score") == 0
+    out = capsys.readouterr().out
+    # Copies of a reference score 10, those of three words 7.5 (no 4-gram), the third 0.
+    want = 100 * (10 + 7.5 + 0) / 3
+    assert f"cider_d  {want:11.2f}".split() == next(
+        line.split() for line in out.splitlines() if line.startswith("cider_d")
+    )
+    assert "3 captions, x100" in out and "clip_score: left out" in out
+    metrics = json.loads(Path("results_eval_val/metrics.json").read_text())
+    assert metrics["scores"]["cider_d"] == pytest.approx(want, abs=1e-9)
+    assert metrics["scores"]["length"] == pytest.approx((6 + 3 + 2) / 3)
+    assert metrics["scores"]["bad_ending"] == 0
+    assert metrics["scale"].startswith("x100")
+    assert metrics["signature"].startswith("Cider-D[n4,s6.0]+eos:no+df:corpus[3]#")
+    assert (metrics["df"], metrics["num_captions"]) == ("corpus", 3)
+    assert list(metrics["left_out"]) == ["clip_score"]
+    assert (
+        metrics["data"]["fingerprint"]
+        == load_references(Path("references.json"), "val").fingerprint()
+    )
+    written = json.loads(Path("results_eval_val/captions_val_results.json").read_text())
+    assert written == results()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({7: "a", 8: "b"}, "1 of 3 images have no caption, such as ['9']"),
+        ({**CAPTIONS, 10: "c"}, "1 captions are of images without references, such as ['10']"),
+        ([*results(), {"image_id": 7, "caption": "again"}], "image 7 has two captions"),
+        ([{"image_id": 7, "caption": ["a list"]}], "image 7 has caption ['a list'], want one str"),
+        ([{"image_id": 1.5, "caption": "a"}], "entry 0 has image_id 1.5, want an int or a str"),
+        ([{"image": 7}], "entry 0 is {'image': 7}, want image_id and caption"),
+        ("text", "holds str, want a list of results"),
+    ],
+)
+def test_a_wrong_results_file_is_one_line_and_exit_code_2(folder, capsys, content, message):
+    write("results.json", results(content) if isinstance(content, dict) else content)
+    assert run("--results", "results.json", "--references", "references.json") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("eval_coco.py: ") and message in line
+    assert not Path("results_eval_val").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--results", "no.json", "--references", "references.json"), "no.json: No such file"),
+        (("--results", ".", "--references", "references.json"), ".: Is a directory"),
+        (("--results", "results.json", "--references", "no.json"), "no.json: no such file"),
+        (("--results", "results.json", "--references", "one.json"), "1 image: CIDEr-D counts"),
+        (("--results", "results.json", "--references", "broken"), "broken: not JSON"),
+        (("--results", "results.json", "--references", "results.json"), "want the references"),
+        (("--results", "results.json", "--references", "odd.json"), "image 7 has 'a', want a list"),
+        (("--results", "results.json", "--data.pth", "x"), "did you mean 'data.path'?"),
+        (("--results", "results.json", "--reference", "x"), "did you mean --references?"),
+        (("--results", "results.json", "--metrics", "cider"), "choose from"),
+        (("--results", "results.json", "--beam", "3"), "they need --checkpoint"),
+        (("--compare", "results.json"), "expected 2 arguments"),
+        (("--checkpoint", "no"), "no: no model folder (one with a config.json)"),
+        (("--checkpoint", ".", "--references", "x"), "holds no images to caption"),
+        (("--checkpoint", ".", "--samples", "1"), "at least 2 captions"),
+        (("--checkpoint", ".", "--beam", "0"), "0, want at least 1"),
+        (
+            ("--checkpoint", ".", "--beam", "3", "--engine.backend", "vllm"),
+            "needs --engine.backend",
+        ),
+        ((), "--checkpoint --results --compare --self-test is required"),
+    ],
+)
+def test_a_wrong_command_line_says_what_to_do(folder, capsys, flags, message):
+    write("one.json", {"7": ["a man"]})
+    write("odd.json", {"7": "a"})
+    write("config.json", {})
+    Path("broken").write_text("{")
+    assert run(*flags) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_two_files_are_compared_by_the_paired_bootstrap(folder, capsys):
+    write("worse.json", results(dict.fromkeys(CAPTIONS, "nothing alike")))
+    write("better.json", results({int(i): texts[0] for i, texts in REFERENCES.items()}))
+    assert run("--compare", "worse.json", "better.json", "--references", "references.json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "CIDEr-D x100 of 3 images"
+    assert lines[1].split() == ["worse.json", "0.00"]
+    assert lines[2].split() == ["better.json", "916.67"]
+    assert lines[3].startswith("difference +916.67, 95 % interval [+750.00, +1000.00], p = 0.0000")
+    run("--compare", "better.json", "better.json", "--references", "references.json")
+    assert "difference +0.00, 95 % interval [+0.00, +0.00], p = 1.0000" in capsys.readouterr().out
+
+
+def test_the_self_test_prints_the_golden_values(capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run("--self-test") == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("cider_d of the good"))
+    assert line.split()[-3:] == ["0.5637412592", "0.5637412592", "ok"]
+    assert "meteor: left out, no java on the PATH" in out
+
+
+def test_the_self_test_fails_with_one_wrong_value(capsys, monkeypatch):
+    from rayrl.rewards.selftest import Check
+
+    checks = [Check("one", 0.25, 0.25), Check("other", 0.25, 0.2500001)]
+    monkeypatch.setattr(evaluate, "selftest", lambda java: checks)
+    assert run("--self-test") == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].split() == ["one", "0.2500000000", "0.2500000000", "ok"]
+    assert out[2].split() == ["other", "0.2500000000", "0.2500001000", "WRONG"]
+    assert out[-1] == "1 of 2 values agree"
+
+
+def test_references_come_from_coco_karpathy_or_plain_files(folder):
+    sentences = {i: [{"raw": text} for text in texts] for i, texts in REFERENCES.items()}
+    images = [
+        {"filename": f"{i}.jpg", "cocoid": int(i), "split": "test", "sentences": sentences[i]}
+        for i in REFERENCES
+    ]
+    write("karpathy.json", {"images": images})
+    write("plain.json", REFERENCES)
+    found = [
+        load_references(Path(name), "test")
+        for name in ("references.json", "karpathy.json", "plain.json")
+    ]
+    for data in found:
+        assert dict(zip(data.ids, data.references(), strict=True)) == REFERENCES
+        assert data.fingerprint() == found[0].fingerprint()
+    with pytest.raises(ValueError, match="no image of split val; its splits are test"):
+        load_references(Path("karpathy.json"), "val")
+    with pytest.raises(ValueError, match="references of 8, not its image"):
+        found[0][1]
+
+
+def test_captions_of_an_annotated_folder_are_read_without_its_images(folder):
+    from rayrl.data.config import DataConfig
+
+    config = DataConfig(source="coco", path="references.json", images="nowhere")
+    assert load_captions(config, "train") == [
+        text for texts in REFERENCES.values() for text in texts
+    ]
+
+
+def test_a_checkpoint_brings_the_configuration_of_its_run(tmp_path, capsys):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint.parent / "latest").symlink_to("step_2")
+    text = "data: {instruction: Caption this.}\nsampling: {max_tokens: 9}\n"
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    flags = ["--checkpoint", str(checkpoint.parent / "latest"), "--sampling.max_tokens", "7"]
+    config = load_config(*parse(flags))
+    assert (config.data.instruction, config.sampling.max_tokens) == ("Caption this.", 7)
+    assert str(tmp_path / "run" / "config.yaml") in capsys.readouterr().out
+    (tmp_path / "other.yaml").write_text("seed: 4\n")
+    config = load_config(*parse([*flags, "--config", str(tmp_path / "other.yaml")]))
+    assert (config.seed, config.data.instruction) == (4, "Describe the image.")
+
+
+def test_beam_search_finds_the_best_of_all_captions_of_two_tokens(tiny_folder, prompts):
+    from rayrl.config import EngineConfig, Part
+    from rayrl.engine.base import EngineSetup
+    from rayrl.engine.hf import HfEngine
+    from rayrl.vlm import load_captioner, prompt_inputs
+    from rayrl.weights import pack
+
+    captioner = load_captioner(tiny_folder)
+    model, processor = captioner.model, captioner.processor
+    engine = HfEngine(
+        EngineSetup(folder=tiny_folder, config=EngineConfig(backend="hf"), group_size=1)
+    )
+    engine.load_weights(pack(model, 0), changed=Part.__args__)
+    assert engine.beam(prompts, 6, 1) == [c.text for c in engine.greedy(prompts, 6)]
+
+    inputs = prompt_inputs(processor, [prompts[0].image], [prompts[0].text])
+    vocabulary = model.config.text_config.vocab_size
+    banned, (end,) = list(captioner.banned_ids), captioner.eos_ids
+    tree = {name: torch.cat([value] * vocabulary) for name, value in inputs.items()}
+    tree["input_ids"] = torch.cat([tree["input_ids"], torch.arange(vocabulary)[:, None]], dim=1)
+    tree["attention_mask"] = torch.ones_like(tree["input_ids"])
+    with torch.inference_mode():
+        first = model(**inputs).logits[0, -1].float()
+        allowed = [i for i in range(vocabulary) if i not in banned]
+        # The image placeholder as a caption's token has no image feature.
+        second = model(**{k: v[allowed] for k, v in tree.items()}).logits[:, -1].float()
+    first, second = first.log_softmax(-1), second.log_softmax(-1)
+    second[:, banned] = -torch.inf
+    best = (first[allowed, None] + second) / 2
+    one, other = divmod(int(best.argmax()), vocabulary)
+    want = [allowed[one], other] if best.max() > first[end] else [end]
+    text = processor.tokenizer.decode(want, skip_special_tokens=True).strip()
+    assert engine.beam(prompts[:1], 2, vocabulary) == [text]
