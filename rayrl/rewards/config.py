@@ -1,29 +1,283 @@
-"""Configuration of the rewards."""
+"""Configuration of the rewards: which terms, with what weights, against which frequencies.
+
+A term is a weight (``cider_d: 1.0``) or a section (``cider_d: {weight: 1.0}``).  Its name is its
+kind unless ``kind`` says otherwise, so that one kind can serve twice:
+
+    reward:
+      terms:
+        cider_d: 1.0
+        bad_ending: 0.5
+        judge: {kind: chat, url: "http://judge:8000/v1/chat/completions", model: qwen, weight: 0.2}
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from rayrl.section import Section
+
+Need = Literal["gpu", "java", "network"]
+"""What a term may need beside a CPU; terms that need something are placed apart from cheap ones."""
+
+DF_MODES = ("train", "caption", "batch")
+DF_FILES = (".npz", ".p", ".pkl")
 
 
 class TermConfig(Section):
     """One reward term."""
 
     weight: float = 1.0
-    """Its factor in the sum."""
+    """Its factor in the sum; 0 only logs it."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it needs beside a CPU."""
+        return frozenset()
+
+
+class CiderConfig(TermConfig):
+    """CIDEr-D, 0..10."""
+
+    kind: Literal["cider_d"] = "cider_d"
+
+
+class BleuConfig(TermConfig):
+    """BLEU of each caption, 0..1."""
+
+    kind: Literal["bleu"] = "bleu"
+    n: Annotated[int, Field(ge=1, le=4)] = 4
+    """The longest n-grams."""
+
+
+class RougeConfig(TermConfig):
+    """ROUGE-L, 0..1."""
+
+    kind: Literal["rouge_l"] = "rouge_l"
+
+
+class MeteorConfig(TermConfig):
+    """METEOR, 0..1; about 1 ms a caption."""
+
+    kind: Literal["meteor"] = "meteor"
+    timeout_s: PositiveFloat = 60.0
+    """Longest wait for an answer."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"java"})
+
+
+class SpiceConfig(TermConfig):
+    """SPICE, 0..1; slow."""
+
+    kind: Literal["spice"] = "spice"
+    timeout_s: PositiveFloat = 600.0
+    """Longest wait for a batch."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"java"})
+
+
+class ClipScoreConfig(TermConfig):
+    """CLIPScore, 0..2.5, or RefCLIPScore."""
+
+    kind: Literal["clip_score"] = "clip_score"
+    folder: str
+    """A local CLIP model."""
+    device: str = "cpu"
+    """Where it runs: cpu, or cuda with a GPU for the reward worker."""
+    references: bool = False
+    """RefCLIPScore: the harmonic mean with the likeness to the closest reference."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset() if self.device == "cpu" else frozenset({"gpu"})
+
+
+class LengthConfig(TermConfig):
+    """Minus the words outside a range."""
+
+    kind: Literal["length"] = "length"
+    min_words: NonNegativeInt = 4
+    """Shorter captions are punished."""
+    max_words: PositiveInt = 20
+    """Longer captions are punished."""
+
+
+class RepetitionConfig(TermConfig):
+    """Minus the share of repeated n-grams."""
+
+    kind: Literal["repetition"] = "repetition"
+    n: PositiveInt = 2
+    """The length of the n-grams."""
+
+
+class BadEndingConfig(TermConfig):
+    """-1 for captions that end in "a", "with" and their like."""
+
+    kind: Literal["bad_ending"] = "bad_ending"
+
+
+class FunctionConfig(TermConfig):
+    """A user's function of the captions of an image and its prompt."""
+
+    kind: Literal["function"] = "function"
+    path: str
+    """package.module:function."""
+    retries: NonNegativeInt = 0
+    """How often a group is tried again for which it raises."""
+    needs_gpu: bool = False
+    """Whether it wants a GPU."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"gpu"}) if self.needs_gpu else frozenset()
+
+
+class ServerConfig(TermConfig):
+    """A term that asks a server."""
+
+    url: str
+    """Where to post."""
+    timeout_s: PositiveFloat = 30.0
+    """Longest wait for an answer."""
+    retries: NonNegativeInt = 2
+    """Further attempts for a request that failed."""
+    in_flight: PositiveInt = 16
+    """Most requests at a time."""
+    api_key_variable: str = ""
+    """The environment variable that holds the key."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"network"})
+
+
+class HttpConfig(ServerConfig):
+    """A reward server; ``rayrl.rewards.http.HttpTerm`` says what is posted."""
+
+    kind: Literal["http"] = "http"
+    items_per_request: PositiveInt = 8
+    """Images in a request."""
+
+
+class ChatConfig(ServerConfig):
+    """An LLM judge behind an OpenAI-compatible chat endpoint."""
+
+    kind: Literal["chat"] = "chat"
+    model: str
+    """The name the server knows it by."""
+    question: str = (
+        "Rate from 0 to 10 how well this caption describes the image: {caption}\n"
+        "Answer with the number alone."
+    )
+    """What to ask; {caption} and {references} are filled in."""
+    scale: PositiveFloat = 10.0
+    """What the number is divided by."""
+
+
+class EnsembleConfig(TermConfig):
+    """Several terms as one; a member's weight brings it to the common scale."""
+
+    kind: Literal["ensemble"] = "ensemble"
+    members: dict[str, AnyTermConfig]
+    """The members by name."""
+    rule: Literal["worst_case", "uncertainty"] = "worst_case"
+    """The least of the members, or their mean minus the penalty times their variance."""
+    penalty: PositiveFloat = 1.0
+    """Of the variance, under "uncertainty"."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset().union(*(member.needs for member in self.members.values()))
+
+    _complete = field_validator("members", mode="before")(lambda value: complete_terms(value))
+
+
+AnyTermConfig = Annotated[
+    CiderConfig
+    | BleuConfig
+    | RougeConfig
+    | MeteorConfig
+    | SpiceConfig
+    | ClipScoreConfig
+    | LengthConfig
+    | RepetitionConfig
+    | BadEndingConfig
+    | FunctionConfig
+    | HttpConfig
+    | ChatConfig
+    | EnsembleConfig,
+    Field(discriminator="kind"),
+]
+
+KINDS = tuple(kind.model_fields["kind"].default for kind in get_args(get_args(AnyTermConfig)[0]))
+
+
+def complete_terms(terms: Any) -> Any:
+    """Terms by name with a number for a weight, or without a kind, spelled out."""
+    if not isinstance(terms, dict):
+        return terms
+    return {name: _complete_term(name, term) for name, term in terms.items()}
+
+
+def _complete_term(name: str, term: Any) -> Any:
+    if isinstance(term, TermConfig):
+        return term
+    fields = {"weight": term} if isinstance(term, int | float | str) else term
+    if not isinstance(fields, dict):
+        raise ValueError(f"term {name}: {term!r}, want a weight or a section")
+    kind = fields.get("kind", name)
+    if kind not in KINDS:
+        near = get_close_matches(str(kind), KINDS, n=3)
+        raise ValueError(
+            f"term {name}: kind {kind!r}, want one of {', '.join(near or KINDS)}; a term of "
+            "another name says which it is with kind"
+        )
+    return {**fields, "kind": kind}
 
 
 class RewardConfig(Section):
     """What a caption is rewarded for: a weighted sum of terms."""
 
-    terms: dict[str, TermConfig] = Field(default_factory=lambda: {"cider_d": TermConfig()})
+    terms: dict[str, AnyTermConfig] = Field(default={"cider_d": CiderConfig()})
     """The terms by name."""
     eos: bool = True
     """Whether CIDEr-D counts the end of the caption as a word, so that stopping in the middle of
     a sentence costs something."""
-    df: Literal["train", "corpus", "batch", "captions"] = "train"
-    """Where the document frequencies come from: the training references, another corpus, the
-    images of the batch, or the training references with every caption a document of its own."""
+    df: str = "train"
+    """Where document frequencies come from.  train: the training references, an image each;
+    caption: the same, every caption a document of its own; batch: the images of each batch; or a
+    file, .npz of DocumentFrequency.save or .p of self-critical.pytorch."""
+
+    _complete = field_validator("terms", mode="before")(complete_terms)
+
+    @field_validator("terms")
+    @classmethod
+    def _some(cls, terms: dict[str, TermConfig]) -> dict[str, TermConfig]:
+        if not any(term.weight for term in terms.values()):
+            raise ValueError("no term has a weight, want at least one")
+        return terms
+
+    @field_validator("df")
+    @classmethod
+    def _known(cls, df: str) -> str:
+        if df not in DF_MODES and not df.endswith(DF_FILES):
+            near = get_close_matches(df, DF_MODES, n=1)
+            raise ValueError(
+                f"df {df!r}, want one of {', '.join(near or DF_MODES)} or a file that ends in "
+                f"{' or '.join(DF_FILES)}"
+            )
+        return df
+
+    def by_needs(self) -> dict[frozenset[Need], RewardConfig]:
+        """The same rewards in parts, one for each combination of needs, to be placed apart; the
+        part without needs comes first."""
+        parts: dict[frozenset[Need], dict[str, AnyTermConfig]] = {}
+        for name, term in sorted(self.terms.items(), key=lambda item: sorted(item[1].needs)):
+            parts.setdefault(term.needs, {})[name] = term
+        return {needs: self.model_copy(update={"terms": part}) for needs, part in parts.items()}

@@ -1,0 +1,67 @@
+"""A user's function as a reward term."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rayrl.rewards.term import Failure, Item, Scores
+from rayrl.types import Prompt
+
+RewardFunction = Callable[[list[str], Prompt], Sequence[float]]
+"""Raw captions of one image [G] and its prompt (image bytes, text, references) to scores [G]."""
+
+# What a function may raise to say that it cannot score a group.  Other exceptions (a wrong name or
+# type) are mistakes in the function and end the run.
+_FAILURES = (ValueError, ArithmeticError, LookupError, OSError, RuntimeError)
+
+
+class FunctionTerm:
+    """Scores with ``package.module:function``, an image at a time; a group for which it raises is
+    tried again ``retries`` times and then dropped."""
+
+    def __init__(self, path: str, retries: int) -> None:
+        self._path = path
+        self._function = load_function(path)
+        self._retries = retries
+
+    def score(self, items: Sequence[Item]) -> list[Scores | Failure]:
+        return [self._score(item) for item in items]
+
+    def _score(self, item: Item) -> Scores | Failure:
+        reason = ""
+        for _ in range(self._retries + 1):
+            try:
+                values = self._function(list(item.captions), item.prompt)
+            except _FAILURES as error:
+                reason = f"{self._path} raised {type(error).__name__}: {error}"
+                continue
+            scores = np.asarray(values, dtype=np.float64)
+            if scores.shape == (len(item.captions),):
+                return scores
+            return Failure(
+                f"{self._path} gave scores of shape {scores.shape} for "
+                f"{len(item.captions)} captions"
+            )
+        return Failure(reason)
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The function at ``package.module:function``; ValueError says which part is wrong."""
+    module_name, colon, name = path.partition(":")
+    if not (module_name and colon and name):
+        raise ValueError(f"function {path!r}, want package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"function {path!r}: no module {error.name!r}; is its folder on PYTHONPATH, on every "
+            "worker too (ray job submit --working-dir)?"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"function {path!r}: {module_name} has no function {name!r}")
+    return function  # type: ignore[no-any-return]

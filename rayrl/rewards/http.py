@@ -1,0 +1,180 @@
+"""Terms that ask a server: a reward model, or an LLM that judges.
+
+Requests are retried, bounded in number at any time, and each has its time limit.  What fails for
+good drops its image's group; it is never a score of 0.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any, TypeVar
+
+import numpy as np
+
+from rayrl.rewards.term import Failure, Item, Scores
+
+T = TypeVar("T")
+_RETRIED_STATUS = frozenset({408, 425, 429})
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+class RequestFailed(RuntimeError):
+    """A server did not answer, or not usefully, after every retry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Posts JSON.  ``api_key_variable`` names the environment variable that holds the key ("" for
+    none), so that no key is in a configuration file."""
+
+    url: str
+    timeout_s: float
+    retries: int
+    in_flight: int
+    api_key_variable: str = ""
+    first_pause_s: float = 0.5
+    """The pause before the first retry; it doubles with each further one."""
+
+    def __post_init__(self) -> None:
+        if self.api_key_variable and self.api_key_variable not in os.environ:
+            raise ValueError(
+                f"{self.url}: no environment variable {self.api_key_variable} with the key"
+            )
+
+    def map(self, function: Callable[[T], Scores | Failure], jobs: Iterable[T]) -> list[Any]:
+        """``function`` of each job, at most ``in_flight`` at a time."""
+        with ThreadPoolExecutor(max_workers=self.in_flight) as pool:
+            return list(pool.map(function, jobs))
+
+    def post(self, body: object, read: Callable[[Any], T]) -> T:
+        """What ``read`` makes of the answer.  An answer that it refuses with ValueError, KeyError,
+        TypeError or IndexError is retried like a failed request.  RequestFailed in the end."""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.first_pause_s * 2 ** (attempt - 1))
+            try:
+                return read(self._post(body))
+            except urllib.error.HTTPError as error:
+                reason = f"status {error.code}: {error.read(200).decode(errors='replace')}"
+                if error.code < 500 and error.code not in _RETRIED_STATUS:
+                    break
+            except (OSError, HTTPException) as error:
+                reason = f"{type(error).__name__}: {error}"
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                reason = f"answer not understood, {type(error).__name__}: {error}"
+        raise RequestFailed(f"{self.url} after {attempt + 1} attempt(s): {reason}")
+
+    def _post(self, body: object) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.api_key_variable:
+            headers["Authorization"] = f"Bearer {os.environ[self.api_key_variable]}"
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+            return json.load(response)
+
+
+class HttpTerm:
+    """A reward server.  It gets ``{"items": [{"prompt_id", "prompt", "image" (base64), "captions",
+    "references"}, ...]}`` with up to ``items_per_request`` images, and answers ``{"scores":
+    [[one number a caption], ...]}``."""
+
+    def __init__(self, client: Client, items_per_request: int) -> None:
+        self._client = client
+        self._items_per_request = items_per_request
+
+    def score(self, items: Sequence[Item]) -> list[Scores | Failure]:
+        size = self._items_per_request
+        batches = [items[i : i + size] for i in range(0, len(items), size)]
+        return [result for batch in self._client.map(self._score, batches) for result in batch]
+
+    def _score(self, items: Sequence[Item]) -> Any:
+        body = {"items": [_as_json(item) for item in items]}
+        try:
+            return self._client.post(body, lambda answer: _read_scores(answer, items))
+        except RequestFailed as error:
+            return [Failure(str(error))] * len(items)
+
+
+class ChatTerm:
+    """An LLM judge behind an OpenAI-compatible ``/chat/completions``, asked about every caption
+    with its image; the last number of its answer, divided by ``scale``, is the score."""
+
+    def __init__(self, client: Client, model: str, question: str, scale: float) -> None:
+        self._client = client
+        self._model = model
+        self._question = question
+        self._scale = scale
+
+    def score(self, items: Sequence[Item]) -> list[Scores | Failure]:
+        jobs = [(item, caption) for item in items for caption in dict.fromkeys(item.captions)]
+        answers = dict(
+            zip(
+                ((item.prompt.prompt_id, caption) for item, caption in jobs),
+                self._client.map(self._ask, jobs),
+                strict=True,
+            )
+        )
+        return [
+            _collect([answers[item.prompt.prompt_id, caption] for caption in item.captions])
+            for item in items
+        ]
+
+    def _ask(self, job: tuple[Item, str]) -> Any:
+        item, caption = job
+        text = self._question.replace("{caption}", caption)
+        text = text.replace("{references}", "\n".join(item.prompt.references))
+        content = [
+            {"type": "image_url", "image_url": {"url": _data_url(item.prompt.image)}},
+            {"type": "text", "text": text},
+        ]
+        messages = [{"role": "user", "content": content}]
+        body = {"model": self._model, "messages": messages, "temperature": 0, "max_tokens": 256}
+        try:
+            return self._client.post(body, self._read)
+        except RequestFailed as error:
+            return Failure(str(error))
+
+    def _read(self, answer: Any) -> float:
+        text = answer["choices"][0]["message"]["content"]
+        numbers = _NUMBER.findall(text)
+        if not numbers:
+            raise ValueError(f"no number in {text[:100]!r}")
+        return float(numbers[-1]) / self._scale
+
+
+def _data_url(image: bytes) -> str:
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def _as_json(item: Item) -> dict[str, object]:
+    return {
+        "prompt_id": item.prompt.prompt_id,
+        "prompt": item.prompt.text,
+        "image": base64.b64encode(item.prompt.image).decode(),
+        "captions": item.captions,
+        "references": item.prompt.references,
+    }
+
+
+def _read_scores(answer: Any, items: Sequence[Item]) -> list[Scores]:
+    scores = [np.asarray(row, dtype=np.float64) for row in answer["scores"]]
+    got, want = [row.shape for row in scores], [(len(item.captions),) for item in items]
+    if got != want:
+        raise ValueError(f"scores of shapes {got}, want {want}")
+    return scores
+
+
+def _collect(answers: list[float | Failure]) -> Scores | Failure:
+    failure = next((answer for answer in answers if isinstance(answer, Failure)), None)
+    return failure if failure is not None else np.array(answers, dtype=np.float64)

@@ -1,0 +1,204 @@
+"""Remote terms against a real server on this machine: what is posted, retried, bounded."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayrl.rewards.http import ChatTerm, Client, HttpTerm
+from rayrl.rewards.term import Failure, Item
+from rayrl.types import Prompt
+
+Answer = Callable[[dict[str, Any]], tuple[int, object]]
+
+
+class Server:
+    """Answers every post with ``answer(body)``; remembers bodies, keys and the most at a time."""
+
+    def __init__(self) -> None:
+        self.answer: Answer = lambda body: (200, {})
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.bodies.append(body)
+                    outer.keys.append(self.headers["Authorization"])
+                    outer.now += 1
+                    outer.most = max(outer.most, outer.now)
+                status, answer = outer.answer(body)
+                with outer.lock:
+                    outer.now -= 1
+                data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    self.send_response(status)
+                    self.end_headers()
+                    self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/score"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def client(server: Server, **fields: Any) -> Client:
+    settings = {"timeout_s": 5.0, "retries": 2, "in_flight": 4, "first_pause_s": 0.001, **fields}
+    return Client(server.url, **settings)
+
+
+def item(i: int, *captions: str) -> Item:
+    image = b"\x89PNG pixels"
+    prompt = Prompt(prompt_id=f"p{i}", image=image, text="Describe.", references=("a dog", "dogs"))
+    return Item(prompt, captions, (True,) * len(captions))
+
+
+def lengths(body: dict[str, Any]) -> tuple[int, object]:
+    return 200, {"scores": [[len(c) for c in item["captions"]] for item in body["items"]]}
+
+
+def test_a_batch_is_posted_and_scored_in_order(server: Server) -> None:
+    server.answer = lengths
+    items = [item(i, "x" * i, "yy") for i in range(5)]
+    results = HttpTerm(client(server), items_per_request=2).score(items)
+    assert [list(scores) for scores in results] == [[float(i), 2.0] for i in range(5)]
+    assert sorted(len(body["items"]) for body in server.bodies) == [1, 2, 2]
+    sent = next(e for body in server.bodies for e in body["items"] if e["prompt_id"] == "p3")
+    assert sent == {
+        "prompt_id": "p3",
+        "prompt": "Describe.",
+        "image": base64.b64encode(b"\x89PNG pixels").decode(),
+        "captions": ["xxx", "yy"],
+        "references": ["a dog", "dogs"],
+    }
+
+
+def test_a_busy_server_is_asked_again(server: Server) -> None:
+    statuses = iter([503, 429])
+
+    def busy(body: dict[str, Any]) -> tuple[int, object]:
+        status = next(statuses, 200)
+        return lengths(body) if status == 200 else (status, "busy")
+
+    server.answer = busy
+    (scores,) = HttpTerm(client(server), 8).score([item(0, "abc")])
+    assert isinstance(scores, np.ndarray) and scores.tolist() == [3.0]
+    assert len(server.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "requests", "reason"),
+    [
+        (500, "out of memory", 3, "after 3 attempt(s): status 500: \"out of memory\""),
+        (404, "no such path", 1, "after 1 attempt(s): status 404"),
+        (200, b"<html>", 3, "answer not understood, JSONDecodeError"),
+        (200, {"score": []}, 3, "answer not understood, KeyError: 'scores'"),
+        (200, {"scores": [[1.0]]}, 3, "scores of shapes [(1,)], want [(2,)]"),
+        (200, {"scores": [["good", "bad"]]}, 3, "answer not understood, ValueError"),
+    ],
+)  # fmt: skip
+def test_what_fails_for_good_is_a_failure_with_the_reason(
+    server: Server, status: int, answer: object, requests: int, reason: str
+) -> None:
+    server.answer = lambda body: (status, answer)
+    (result,) = HttpTerm(client(server), 8).score([item(0, "a", "b")])
+    assert isinstance(result, Failure)
+    assert reason in result.reason and server.url in result.reason
+    assert len(server.bodies) == requests
+
+
+def test_one_failing_request_does_not_take_the_others_with_it(server: Server) -> None:
+    server.answer = lambda body: (
+        (500, "") if body["items"][0]["prompt_id"] == "p1" else lengths(body)
+    )
+    results = HttpTerm(client(server, retries=0), 1).score([item(i, "ab") for i in range(3)])
+    assert [isinstance(result, Failure) for result in results] == [False, True, False]
+
+
+def test_a_slow_server_times_out(server: Server) -> None:
+    done = threading.Event()
+    server.answer = lambda body: (done.wait(5), lengths(body))[1]
+    (result,) = HttpTerm(client(server, timeout_s=0.1, retries=1), 8).score([item(0, "a")])
+    done.set()
+    assert isinstance(result, Failure)
+    assert "after 2 attempt(s): TimeoutError" in result.reason
+
+
+def test_no_server_is_a_failure() -> None:
+    nowhere = Client("http://127.0.0.1:9/x", 1.0, 1, 2, first_pause_s=0.001)
+    (result,) = HttpTerm(nowhere, 8).score([item(0, "a")])
+    assert isinstance(result, Failure) and "after 2 attempt(s)" in result.reason
+
+
+def test_requests_in_flight_are_bounded(server: Server) -> None:
+    def slow(body: dict[str, Any]) -> tuple[int, object]:
+        time.sleep(0.02)
+        return lengths(body)
+
+    server.answer = slow
+    HttpTerm(client(server, in_flight=3), 1).score([item(i, "a") for i in range(12)])
+    assert 2 <= server.most <= 3
+    assert len(server.bodies) == 12
+
+
+def chat(server: Server, answer: Callable[[str], str], **fields: Any) -> ChatTerm:
+    def reply(body: dict[str, Any]) -> tuple[int, object]:
+        text = body["messages"][0]["content"][1]["text"]
+        return 200, {"choices": [{"message": {"content": answer(text)}}]}
+
+    server.answer = reply
+    question = "Rate: {caption}\nRight are: {references}"
+    return ChatTerm(client(server, **fields), "judge", question, scale=10.0)
+
+
+def test_a_judge_is_asked_about_each_distinct_caption(server: Server) -> None:
+    term = chat(server, lambda text: "On 0 to 10 I say 7.5" if "a cat" in text else "3")
+    results = term.score([item(0, "a cat", "a dog", "a cat"), item(1, "a cat")])
+    assert [list(scores) for scores in results] == [[0.75, 0.3, 0.75], [0.75]]
+    assert len(server.bodies) == 3
+    body = next(b for b in server.bodies if "a dog\n" in b["messages"][0]["content"][1]["text"])
+    image, text = body["messages"][0]["content"]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
+    assert text["text"] == "Rate: a dog\nRight are: a dog\ndogs"
+    assert (body["model"], body["temperature"]) == ("judge", 0)
+
+
+def test_a_judge_who_will_not_say_drops_the_image(server: Server) -> None:
+    term = chat(server, lambda text: "I cannot" if "a cat" in text else "9", retries=0)
+    results = term.score([item(0, "a cat", "a dog"), item(1, "a dog")])
+    assert isinstance(results[0], Failure) and "no number in 'I cannot'" in results[0].reason
+    assert list(results[1]) == [0.9]
+
+
+def test_the_key_comes_from_the_environment(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    server.answer = lengths
+    HttpTerm(client(server, api_key_variable="JUDGE_KEY"), 8).score([item(0, "a")])
+    assert server.keys == ["Bearer secret"]
+    with pytest.raises(ValueError, match="no environment variable OTHER_KEY"):
+        client(server, api_key_variable="OTHER_KEY")

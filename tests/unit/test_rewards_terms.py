@@ -1,0 +1,405 @@
+"""Reward terms one by one, their sum, and what happens when one fails."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from rayrl.rewards import model_terms, ptb
+from rayrl.rewards.build import build_terms
+from rayrl.rewards.cider import CiderD, DocumentFrequency, ReferenceIndex
+from rayrl.rewards.cider_term import BatchCiderTerm
+from rayrl.rewards.config import RewardConfig
+from rayrl.rewards.ensemble import EnsembleTerm, uncertainty_weighted, worst_case
+from rayrl.rewards.function import FunctionTerm, load_function
+from rayrl.rewards.penalties import bad_ending_penalty, length_penalty, repetition_penalty
+from rayrl.rewards.score import (
+    Dropped,
+    Scorer,
+    combine,
+    corpus_cider_d,
+    reward_document_frequency,
+)
+from rayrl.rewards.term import Failure, Item, Scores
+from rayrl.types import Completion, Prompt, RolloutGroup, ScoredGroup
+
+REFERENCES = [
+    ("A man rides a horse.", "A man on a brown horse"),
+    ("Two dogs run in the grass.", "Dogs are running"),
+    ("A red boat on a lake.",),
+]
+
+
+def completion(text: str, finish_reason: str = "stop") -> Completion:
+    return Completion(
+        token_ids=np.array([1, 2], dtype=np.int32),
+        logprobs=np.zeros(2, dtype=np.float32),
+        text=text,
+        finish_reason=finish_reason,
+        weight_version=0,
+    )
+
+
+def group(
+    i: int, *captions: str, greedy: str | None = None, finish_reason: str = "stop"
+) -> RolloutGroup:
+    prompt = Prompt(prompt_id=f"p{i}", image=b"image", text="Describe.", references=REFERENCES[i])
+    return RolloutGroup(
+        prompt=prompt,
+        prompt_token_ids=np.array([1], dtype=np.int32),
+        completions=tuple(completion(text, finish_reason) for text in captions),
+        group_size=len(captions),
+        greedy=None if greedy is None else completion(greedy),
+    )
+
+
+GROUPS = [
+    group(0, "A man rides a horse.", "a man with a", greedy="A man."),
+    group(1, "two dogs", "two dogs", greedy="grass"),
+    group(2, "a boat a boat a boat", "", greedy="A red boat on a lake!"),
+]
+
+
+def item(*captions: str, i: int = 0) -> Item:
+    return Item(GROUPS[i].prompt, captions, (True,) * len(captions))
+
+
+def training_df(config: RewardConfig) -> DocumentFrequency:
+    return reward_document_frequency(REFERENCES, config)
+
+
+def scorer(**fields: object) -> Scorer:
+    config = RewardConfig.model_validate(fields)
+    return Scorer(config, training_df(config))
+
+
+def only_scored(results: Sequence[ScoredGroup | Dropped]) -> list[ScoredGroup]:
+    assert all(isinstance(result, ScoredGroup) for result in results)
+    return [result for result in results if isinstance(result, ScoredGroup)]
+
+
+def test_cider_d_with_eos_is_the_default() -> None:
+    results = only_scored(scorer().score(GROUPS))
+    words = [[ptb.tokenize(text) for text in some] for some in REFERENCES]
+    cider = CiderD(DocumentFrequency.from_references(words, eos=True))
+    for i, result in enumerate(results):
+        texts = [*result.group.captions, result.group.greedy.text if result.group.greedy else ""]
+        expected = cider.score([ptb.tokenize(text) for text in texts], [words[i]] * 3)
+        np.testing.assert_allclose(result.rewards, expected[:2], rtol=1e-6)
+        assert result.greedy_reward == pytest.approx(expected[2])
+        assert result.terms["cider_d"].tolist() == result.rewards.tolist()
+        assert result.rewards.dtype == np.float32
+    assert results[2].greedy_reward == pytest.approx(10.0)
+    assert results[1].rewards[0] == results[1].rewards[1] > 0
+
+
+def test_a_caption_cut_at_the_limit_has_no_eos() -> None:
+    ended, cut = (
+        only_scored(scorer().score([group(0, "A man rides a horse", finish_reason=reason)]))[0]
+        for reason in ("stop", "length")
+    )
+    assert cut.rewards[0] < ended.rewards[0]
+    without = scorer(eos=False)
+    ended, cut = (
+        only_scored(without.score([group(0, "A man rides a horse", finish_reason=reason)]))[0]
+        for reason in ("stop", "length")
+    )
+    assert cut.rewards[0] == ended.rewards[0]
+
+
+def test_document_frequencies_by_mode(tmp_path: Path) -> None:
+    by_image = training_df(RewardConfig())
+    by_caption = training_df(RewardConfig(df="caption"))
+    assert (by_image.num_documents, by_image.eos, by_image.source) == (3, True, "train")
+    assert (by_caption.num_documents, by_caption.source) == (5, "caption")
+    by_image.save(tmp_path / "coco.npz")
+    config = RewardConfig(df=str(tmp_path / "coco.npz"))
+    assert reward_document_frequency([], config).content_hash == by_image.content_hash
+    with pytest.raises(ValueError, match=r"train were counted with eos=True.*eos=False"):
+        Scorer(RewardConfig(eos=False), by_image)
+
+
+def test_the_frequencies_of_the_batch_change_the_reward() -> None:
+    frozen, batch = scorer(), scorer(df="batch")
+    whole = only_scored(batch.score(GROUPS))
+    for mine, theirs in zip(whole, only_scored(frozen.score(GROUPS)), strict=True):
+        np.testing.assert_allclose(mine.rewards, theirs.rewards, rtol=1e-6)
+    some = only_scored(batch.score(GROUPS[:2]))
+    assert some[0].rewards.tolist() != whole[0].rewards.tolist()
+    with pytest.raises(ValueError, match=r"batch: document frequencies over 1 image"):
+        batch.score(GROUPS[:1])
+
+
+def test_a_shared_index_gives_the_same_rewards() -> None:
+    config = RewardConfig()
+    df = training_df(config)
+    words = [[" ".join(ptb.tokenize(text)) for text in some] for some in REFERENCES[:2]]
+    index = ReferenceIndex.build(df, words)
+    own = only_scored(Scorer(config, df).score(GROUPS))
+    shared = only_scored(Scorer(config, df, index).score(GROUPS))
+    for mine, theirs in zip(own, shared, strict=True):
+        np.testing.assert_allclose(mine.rewards, theirs.rewards, rtol=1e-6)
+    assert len(index) == 2
+
+
+def test_terms_are_weighted_and_logged() -> None:
+    results = only_scored(
+        scorer(
+            terms={
+                "rouge_l": 2.0,
+                "bad_ending": {"weight": 0.5},
+                "bleu": {"weight": 0.0, "n": 1},
+                "short": {"kind": "length", "weight": 0.1, "min_words": 3, "max_words": 4},
+            }
+        ).score(GROUPS)
+    )
+    first = results[0]
+    assert set(first.terms) == {"rouge_l", "bad_ending", "bleu", "short"}
+    assert first.terms["bad_ending"].tolist() == [0.0, -1.0]
+    assert first.terms["short"].tolist() == [-1.0, 0.0]
+    assert first.terms["bleu"][0] == pytest.approx(1.0)
+    assert first.terms["rouge_l"][0] == pytest.approx(1.0)
+    np.testing.assert_allclose(
+        first.rewards,
+        2 * first.terms["rouge_l"] + 0.5 * first.terms["bad_ending"] + 0.1 * first.terms["short"],
+        rtol=1e-6,
+    )
+
+
+def test_penalties_by_hand() -> None:
+    captions = ["a b c", "a", "a b c d e f", ""]
+    assert length_penalty(captions, 2, 4).tolist() == [0.0, -1.0, -2.0, -2.0]
+    np.testing.assert_allclose(repetition_penalty(["a b a b", "a b"], 2), [-1 / 3, 0.0])
+    assert bad_ending_penalty(["a dog", "a dog in the"]).tolist() == [0.0, -1.0]
+
+
+def test_ensembles_by_hand() -> None:
+    members = np.array([[1.0, 2.0], [3.0, 2.0], [2.0, 8.0]])
+    assert worst_case(members).tolist() == [1.0, 2.0]
+    np.testing.assert_allclose(uncertainty_weighted(0.5)(members), [2 - 0.5 * 2 / 3, 4 - 0.5 * 8])
+
+
+class Fixed:
+    """A term with given scores, or a failure, for every item."""
+
+    def __init__(self, value: float | Failure) -> None:
+        self.value = value
+
+    def score(self, items: Sequence[Item]) -> list[Scores | Failure]:
+        value = self.value
+        if isinstance(value, Failure):
+            return [value] * len(items)
+        return [np.full(len(item.captions), value) for item in items]
+
+
+def test_ensembles_scale_their_members_and_fail_with_them() -> None:
+    good = EnsembleTerm({"a": (Fixed(1.0), 3.0), "b": (Fixed(2.0), 1.0)}, worst_case)
+    (scores,) = good.score([item("x", "y")])
+    assert isinstance(scores, np.ndarray) and scores.tolist() == [2.0, 2.0]
+    bad = EnsembleTerm({"a": (Fixed(1.0), 3.0), "b": (Fixed(Failure("no")), 1.0)}, worst_case)
+    assert bad.score([item("x")]) == [Failure("b: no")]
+
+
+def test_an_ensemble_from_the_configuration() -> None:
+    members = {"rouge_l": 1.0, "one": {"kind": "bleu", "n": 1, "weight": 0.5}}
+    terms = {"cautious": {"kind": "ensemble", "rule": "worst_case", "members": members}}
+    result = only_scored(scorer(terms=terms).score(GROUPS))[0]
+    assert result.rewards[0] == pytest.approx(0.5)
+
+
+def count_words(captions: list[str], prompt: Prompt) -> list[float]:
+    if prompt.prompt_id == "p1":
+        raise ValueError("I cannot judge dogs")
+    return [float(len(caption.split())) for caption in captions]
+
+
+def wrong_size(captions: list[str], prompt: Prompt) -> list[float]:
+    return [1.0]
+
+
+def not_finite(captions: list[str], prompt: Prompt) -> list[float]:
+    return [float("nan") for _ in captions]
+
+
+def broken(captions: list[str], prompt: Prompt) -> list[float]:
+    return captions.no_such_attribute  # type: ignore[attr-defined]
+
+
+def path_of(function: object) -> str:
+    return f"{__name__}:{function.__name__}"  # type: ignore[attr-defined]
+
+
+def test_a_users_function_scores_or_drops_a_group() -> None:
+    terms = {"cider_d": 1.0, "words": {"kind": "function", "path": path_of(count_words)}}
+    results = scorer(terms=terms).score(GROUPS)
+    assert isinstance(results[0], ScoredGroup) and isinstance(results[2], ScoredGroup)
+    assert results[0].terms["words"].tolist() == [5.0, 4.0]
+    assert results[1] == Dropped(
+        "p1", f"words: {path_of(count_words)} raised ValueError: I cannot judge dogs"
+    )
+
+
+def test_a_users_function_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def flaky(captions: list[str], prompt: Prompt) -> list[float]:
+        calls.append(prompt.prompt_id)
+        if len(calls) < 3:
+            raise OSError("not yet")
+        return [1.0 for _ in captions]
+
+    monkeypatch.setattr(sys.modules[__name__], "broken", flaky)
+    (scores,) = FunctionTerm(f"{__name__}:broken", retries=2).score([item("x")])
+    assert isinstance(scores, np.ndarray) and scores.tolist() == [1.0]
+    assert len(calls) == 3
+
+
+def test_wrong_scores_of_a_users_function_drop_the_group_and_mistakes_stop() -> None:
+    for function, reason in (
+        (wrong_size, r"gave scores of shape (1,) for 2 captions"),
+        (not_finite, "scores [nan, nan], want finite ones"),
+    ):
+        terms = {"mine": {"kind": "function", "path": path_of(function)}}
+        results = scorer(terms=terms).score(GROUPS[:1])
+        assert isinstance(results[0], Dropped) and reason in results[0].reason
+    terms = {"mine": {"kind": "function", "path": path_of(broken)}}
+    with pytest.raises(AttributeError, match="no_such_attribute"):
+        scorer(terms=terms).score(GROUPS[:1])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("rayrl.types", "want package.module:function"),
+        ("no_such_package.rewards:score", "no module 'no_such_package'.*PYTHONPATH"),
+        ("rayrl.types:no_such", "rayrl.types has no function 'no_such'"),
+    ],
+)
+def test_a_path_to_no_function_says_which_part_is_wrong(path: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_function(path)
+
+
+def test_a_greedy_caption_that_fails_drops_the_group() -> None:
+    scores = scorer().score_terms(GROUPS)
+    term = scores["cider_d"]
+    broken_greedy = type(term)(term.groups, (Failure("down"), *term.greedy[1:]), term.seconds)
+    results = combine(GROUPS, {"cider_d": broken_greedy}, RewardConfig())
+    assert results[0] == Dropped("p0", "cider_d: down")
+    assert isinstance(results[1], ScoredGroup)
+
+
+def test_terms_scored_apart_are_combined_as_one() -> None:
+    config = RewardConfig.model_validate(
+        {"terms": {"meteor": 0.0, "cider_d": 1.0, "rouge_l": 0.5, "judge": {"kind": "function",
+         "path": path_of(count_words), "needs_gpu": True}}}
+    )  # fmt: skip
+    parts = config.by_needs()
+    assert list(parts) == [frozenset(), frozenset({"gpu"}), frozenset({"java"})]
+    assert set(parts[frozenset()].terms) == {"cider_d", "rouge_l"}
+    whole = RewardConfig.model_validate({"terms": {"cider_d": 1.0, "rouge_l": 0.5}})
+    df = training_df(whole)
+    apart: dict = {}
+    for name, term in whole.terms.items():
+        part = whole.model_copy(update={"terms": {name: term}})
+        apart |= Scorer(part, df).score_terms(GROUPS)
+    together = Scorer(whole, df).score(GROUPS)
+    for mine, theirs in zip(combine(GROUPS, apart, whole), together, strict=True):
+        assert isinstance(mine, ScoredGroup) and isinstance(theirs, ScoredGroup)
+        assert mine.rewards.tolist() == theirs.rewards.tolist()
+    assert all(scores.seconds > 0 for scores in apart.values())
+
+
+class FlakyMeteor:
+    """A process that dies on its first ``failures`` calls."""
+
+    failures = 0
+    started = 0
+
+    def __init__(self, timeout_s: float) -> None:
+        type(self).started += 1
+
+    def score(self, captions: list[str], references: list[list[str]]) -> tuple[float, Scores]:
+        if type(self).failures:
+            type(self).failures -= 1
+            raise ChildProcessError("Java ended with status 137")
+        return 0.5, np.full(len(captions), 0.25)
+
+    def close(self) -> None:
+        pass
+
+
+def test_meteor_is_started_again_once_and_then_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_terms, "Meteor", FlakyMeteor)
+    FlakyMeteor.failures, FlakyMeteor.started = 1, 0
+    results = only_scored(scorer(terms={"meteor": 1.0}).score(GROUPS))
+    assert FlakyMeteor.started == 2
+    assert results[0].rewards.tolist() == [0.25, 0.25]
+    FlakyMeteor.failures = 2
+    dropped = scorer(terms={"meteor": 1.0}).score(GROUPS)
+    assert dropped[0] == Dropped("p0", "meteor: Java ended with status 137")
+
+
+def test_batch_cider_wants_two_images() -> None:
+    assert len(BatchCiderTerm(eos=True).score([item("x"), item("y", i=1)])) == 2
+    with pytest.raises(ValueError, match="over 1 image"):
+        BatchCiderTerm(eos=True).score([item("x"), item("y")])
+
+
+def test_nothing_to_score_is_nothing() -> None:
+    assert scorer(terms={"cider_d": 1.0, "rouge_l": 1.0}).score([]) == []
+
+
+def test_every_kind_can_be_built_or_says_what_is_missing() -> None:
+    from rayrl.rewards.config import KINDS
+    from rayrl.rewards.java import MetricUnavailable
+
+    needed = {
+        "clip_score": {"folder": "/nowhere"},
+        "function": {"path": path_of(count_words)},
+        "http": {"url": "http://localhost"},
+        "chat": {"url": "http://localhost", "model": "m"},
+        "ensemble": {"members": {"bleu": 1.0}},
+    }
+    df = training_df(RewardConfig())
+    for kind in KINDS:
+        config = RewardConfig.model_validate({"terms": {kind: needed.get(kind, 1.0)}})
+        try:
+            terms = build_terms(config, df)
+        except MetricUnavailable as reason:
+            assert kind in ("clip_score", "spice"), reason
+        else:
+            assert list(terms) == [kind]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"terms": {"cider": 1.0}}, "kind 'cider', want one of cider_d"),
+        ({"terms": {"cider_d": [1]}}, r"term cider_d: \[1\], want a weight or a section"),
+        ({"terms": {"cider_d": 0.0}}, "no term has a weight"),
+        ({"terms": {}}, "no term has a weight"),
+        ({"terms": {"bleu": {"n": 5}}}, "less than or equal to 4"),
+        ({"terms": {"bleu": {"m": 1}}}, "Extra inputs are not permitted"),
+        ({"df": "trian"}, "df 'trian', want one of train or a file"),
+        ({"terms": {"e": {"kind": "ensemble", "members": {"x": 1}}}}, "term x: kind 'x'"),
+    ],
+)
+def test_wrong_configurations_are_named(fields: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RewardConfig.model_validate(fields)
+
+
+def test_held_out_score_is_that_of_the_coco_evaluation() -> None:
+    captions = ["A man rides a horse!", "dogs", "a red boat on a lake"]
+    score = corpus_cider_d(captions, REFERENCES)
+    words = [[ptb.tokenize(text) for text in some] for some in REFERENCES]
+    cider = CiderD(DocumentFrequency.from_references(words))
+    expected = cider.score([ptb.tokenize(caption) for caption in captions], words).mean()
+    assert score == pytest.approx(float(expected), abs=1e-15)
+    assert 5.0 < score < 10.0
