@@ -20,6 +20,7 @@ import numpy as np
 import ray
 import ray.data
 import ray.train
+import torch
 from ray.train.torch import TorchTrainer
 
 from rayrl import cli
@@ -136,6 +137,8 @@ def _train_worker(setup: dict[str, Any]) -> None:
     from rayrl.learner.xe import XeTrainer
 
     config: Config = setup["config"]
+    # Ray Train's workers run in placement groups, where Ray leaves a single thread.
+    torch.set_num_threads(max(1, int(config.learner.cpus)))
     files: ModelFiles = ray.get(setup["files"][0])
     context = ray.train.get_context()
     world, rank = context.get_world_size(), context.get_world_rank()
