@@ -37,6 +37,11 @@ class LossTerms:
         for values in self._channels:
             losses = self._call(surrogate, values)
             for part in (*self._compiled.slots["weights"], *self._compiled.slots["mismatch"]):
+                if losses.ndim != 3:
+                    raise ValueError(
+                        f"{part.slot} {part.name} weighs tokens, but the loss {surrogate.name} is "
+                        f"one of captions or groups, {tuple(losses.shape)}; empty the slot"
+                    )
                 losses = losses * self._call(part, values)
             total = total + self._reduced(losses)
         return total

@@ -145,6 +145,11 @@ def test_token_credit_in_front_of_a_loss_of_captions_is_refused() -> None:
         loss_of(objective)
 
 
+def test_weights_of_tokens_on_a_loss_of_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"mismatch token_truncated weighs tokens, but the loss"):
+        loss_of("online_dpo", overrides={"mismatch": "token_truncated"})
+
+
 def test_a_part_says_what_it_cannot_read() -> None:
     def needy(rewards: torch.Tensor, greedy_reward: torch.Tensor) -> torch.Tensor:
         return rewards - greedy_reward
