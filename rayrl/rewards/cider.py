@@ -49,6 +49,7 @@ class CiderD:
         self.df = df
         self._shared = index
         self._own = ReferenceIndex(df, index.word_ids if index is not None else None)
+        self._compute = _components()
 
     def score(
         self,
@@ -100,7 +101,7 @@ class CiderD:
     ) -> Scores:
         images = index.images(references)
         tokens = encode(captions, index.word_ids)
-        return _components()(self.df, index, tokens, images, self._plain)
+        return self._compute(self.df, index, tokens, images, self._plain)
 
 
 class Cider(CiderD):

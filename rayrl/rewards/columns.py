@@ -11,7 +11,7 @@ import numpy.typing as npt
 class Column:
     """Rows in one block of memory; ``values`` is what it holds so far.
 
-    Appending is amortised: the block grows by half.  Integers that the type cannot hold widen it.
+    Appending is amortised: the block grows by a quarter.  Integers too large for its type widen it.
     """
 
     def __init__(self, dtype: npt.DTypeLike, rows: npt.ArrayLike = ()) -> None:
@@ -27,10 +27,10 @@ class Column:
         """Add rows at the end."""
         end = self._size + len(rows)
         dtype = self._block.dtype
-        if dtype.kind in "iu" and len(rows):
+        if dtype.kind in "iu" and len(rows) and rows.max() > np.iinfo(dtype).max:
             dtype = np.promote_types(dtype, np.min_scalar_type(rows.max()))
         if end > len(self._block) or dtype != self._block.dtype:
-            grown = np.empty((end + end // 2, *self._block.shape[1:]), dtype=dtype)
+            grown = np.empty((end + end // 4, *self._block.shape[1:]), dtype=dtype)
             grown[: self._size] = self.values
             self._block = grown
         self._block[self._size : end] = rows

@@ -89,8 +89,9 @@ class DocumentFrequency:
         for level in levels(tokens, np.zeros(len(captions), dtype=np.int64)):
             keys.append(level.keys + (base << WORD_BITS))
             base = np.int64(sum(map(len, keys[:-1])))
-            pairs = np.unique(level.nodes * len(documents) + document_of[level.positions])
-            counts.append(np.bincount(pairs // max(1, len(documents)), minlength=len(level.keys)))
+            pairs = np.sort(level.nodes * len(documents) + document_of[level.positions])
+            once = pairs[np.diff(pairs, prepend=-1) > 0]
+            counts.append(np.bincount(once // max(1, len(documents)), minlength=len(level.keys)))
         return cls(
             vocabulary=np.frombuffer("\n".join(words).encode(), dtype=np.uint8),
             keys=np.concatenate(keys),

@@ -8,6 +8,8 @@ since the list has ``!`` alone; ``dog.,`` gives ``dog.``.
 What remains different, by comparison over 300,000 adversarial strings: the reference looks beyond
 the end of a caption (``plan B.`` loses its period when the next caption of the file begins with
 "A") and runs tokens together where its 8192-character buffer ends; here a caption stands alone.
+It takes carriage returns and the other line ends of Unicode for the end of a caption, which then
+shifts all that follow; here they are spaces, as a newline is in both.
 The letters \u017f, \u0130, \u0131 and \u212a, which equal s, i and k without regard to case, and
 abbreviations in odd mixtures of case (``ptE.``) may keep or lose a period.
 """

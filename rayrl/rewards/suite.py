@@ -7,7 +7,7 @@ papers do.  A metric whose needs are missing is left out with the reason, never 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 
@@ -24,17 +24,19 @@ from rayrl.rewards.signature import PTB_SIGNATURE, cider_signature
 from rayrl.rewards.spice import Spice
 
 Array = npt.NDArray[np.float64]
-Result = tuple[float, Array]
-"""A score of the corpus, and of each caption [N]."""
+Result = tuple[float, Array | None]
+"""A score of the corpus, and of each caption [N] where there is one."""
 
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """One raw caption for each image, its raw references, and, for CLIPScore, its encoded image."""
+    """One raw caption for each image, and its raw references; for CLIPScore its encoded image and
+    a local CLIP folder; for the share of novel captions the raw training captions."""
 
     captions: Sequence[str]
     references: Sequence[Sequence[str]]
     images: Sequence[bytes] | None = None
+    training: Collection[str] = ()
     clip_folder: str | None = None
     device: str = "cpu"
 
@@ -94,11 +96,20 @@ def _clip_score(data: CaptionSet) -> dict[str, Result]:
 
 
 def _health(data: CaptionSet) -> dict[str, Result]:
-    return (
-        _mean("bad_ending", diversity.bad_ending(data.tokens))
-        | _mean("repetition", diversity.repetition(data.tokens))
-        | _mean("length", np.array([len(words) for words in data.tokens], dtype=np.float64))
-    )
+    results: dict[str, Result] = {
+        **_mean("bad_ending", diversity.bad_ending(data.tokens)),
+        **_mean("repetition", diversity.repetition(data.tokens)),
+        **_mean("length", np.array([len(words) for words in data.tokens], dtype=np.float64)),
+        "vocabulary": (float(diversity.vocabulary_size(data.tokens)), None),
+    }
+    if data.training:
+        results["novel"] = (_novel_share(data.tokens, data.training), None)
+    return results
+
+
+def _novel_share(tokens: Sequence[Sequence[str]], training: Collection[str]) -> float:
+    known = {" ".join(ptb.tokenize(caption)) for caption in training}
+    return diversity.novel_share(tokens, known)
 
 
 def _mean(name: str, scores: Array) -> dict[str, Result]:
@@ -116,26 +127,27 @@ METRICS: Mapping[str, Callable[[CaptionSet], dict[str, Result]]] = {
 }
 
 
+_IN_WORDS = ("length", "vocabulary")
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a corpus; of each of its captions [N]; why metrics are missing; and what the
-    CIDEr-D means (``rayrl.rewards.signature``)."""
+    """The scores of a corpus; of each of its captions [N], where a metric has such; why metrics are
+    missing; and what the CIDEr-D means (``rayrl.rewards.signature``)."""
 
     scores: Mapping[str, float]
     captions: Mapping[str, Array]
     left_out: Mapping[str, str]
     signature: str
     num_captions: int
-    samples: Mapping[str, float] = field(default_factory=dict)
 
     def table(self) -> str:
-        """Rows of name and value x100 (length in words), then what was left out, and why."""
-        rows = {**self.scores, **self.samples}
-        width = max(map(len, rows), default=0)
-        plain = ("length", "vocabulary")
+        """Rows of name and value x100 (length and vocabulary in words), then what was left out,
+        and why."""
+        width = max(map(len, self.scores), default=0)
         lines = [
-            f"{name:<{width}}  {value if name in plain else 100 * value:8.2f}"
-            for name, value in rows.items()
+            f"{name:<{width}}  {value if name in _IN_WORDS else 100 * value:8.2f}"
+            for name, value in self.scores.items()
         ]
         lines += [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
         return "\n".join([f"{self.num_captions} captions, x100", *lines, self.signature])
@@ -159,7 +171,7 @@ def evaluate(data: CaptionSet, metrics: Collection[str] = tuple(METRICS)) -> Eva
             left_out[name] = str(reason)
     return Evaluation(
         scores={name: corpus for name, (corpus, _) in results.items()},
-        captions={name: each for name, (_, each) in results.items()},
+        captions={name: each for name, (_, each) in results.items() if each is not None},
         left_out=left_out,
         signature=cider_signature(data.df) if "cider_d" in results else PTB_SIGNATURE,
         num_captions=len(data.captions),
@@ -187,6 +199,5 @@ def sample_diversity(
         "vocabulary": float(diversity.vocabulary_size(flat)),
     }
     if training:
-        known = {" ".join(ptb.tokenize(caption)) for caption in training}
-        scores["novel"] = diversity.novel_share(flat, known)
+        scores["novel"] = _novel_share(flat, training)
     return scores

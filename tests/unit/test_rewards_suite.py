@@ -140,7 +140,15 @@ def test_evaluation_is_a_table_with_what_was_left_out(monkeypatch: pytest.Monkey
     assert "2 captions, x100" in table
     assert "cider_d       750.00" in table
     assert "meteor: left out, no java on the PATH" in table
+    assert evaluation.scores["length"] == 3.5
+    assert evaluation.scores["vocabulary"] == 5
+    assert "vocabulary" not in evaluation.captions and "novel" not in evaluation.scores
     assert "+eos:no+df:corpus[2]#" in evaluation.signature
+
+
+def test_novel_captions_are_counted_where_training_captions_are_given() -> None:
+    data = CaptionSet(["A boat!", "a dog"], [["a"], ["b"]], training=["a boat .", "x"])
+    assert evaluate(data, ("health",)).scores["novel"] == 0.5
 
 
 def test_unknown_metrics_and_wrong_sizes_are_refused() -> None:
