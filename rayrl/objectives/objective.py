@@ -26,6 +26,7 @@ from rayrl.objectives.loss import LossTerms
 from rayrl.objectives.plan import Plan
 from rayrl.objectives.prepare import Preparation
 from rayrl.objectives.reduce import Normalizer
+from rayrl.objectives.stats import center, masked_mean
 
 State = Mapping[str, Any]
 
@@ -68,6 +69,19 @@ class Prepared:
         keep = self.fields["caption_weights"]
         tokens = (self.fields["token_weights"].sum(-1) * keep).sum()
         return Normalizer(float(tokens), float(keep.sum()), float(self.fields["active"].sum()))
+
+    def caption_advantages(self) -> Tensor:
+        """One number a caption [P,G] that says, for people, where the objective pushes it: its
+        advantage, averaged over its tokens; without advantages its pairs, better minus worse; and
+        without those its reward over the group's mean."""
+        if "advantages" in self.fields:
+            mask = self.batch.mask
+            per_token = self.fields["advantages"].sum(1).expand_as(mask)
+            return masked_mean(per_token, mask)
+        if "pair_weights" in self.fields:
+            weights = self.fields["pair_weights"]
+            return weights.sum(2) - weights.sum(1)
+        return center(self.batch.rewards, self.batch.valid)
 
     def with_old_logprobs(self, old_logprobs: Tensor) -> Prepared:
         """The same with other log-probs [P,G,T] for the start of the step."""

@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from objectives_toy import F64, TinyPolicy, close, loss_of, prepared, synthetic_batch, toy_batch
+from objectives_toy import (
+    F64,
+    REWARDS,
+    TinyPolicy,
+    close,
+    loss_of,
+    prepared,
+    synthetic_batch,
+    toy_batch,
+)
 
 from rayrl.objectives import preset, presets
 from rayrl.objectives.batch import GroupBatch
@@ -295,3 +304,15 @@ def test_other_old_logprobs() -> None:
 def test_a_step_without_any_kept_caption_has_loss_zero_and_no_gradient() -> None:
     batch = toy_batch(truncated=torch.ones(1, 4, dtype=torch.bool))
     assert loss_of("dapo", batch) == 0.0
+
+
+def test_where_an_objective_pushes_a_caption() -> None:
+    deviation = REWARDS - 0.7
+    close(prepared(preset("dr_grpo"), toy_batch()).caption_advantages(), deviation)
+    # Credit of single tokens is averaged over those that are there, two in the third caption.
+    ready = prepared(preset("tempo_prefix_tree"), toy_batch())
+    tokens = ready.fields["advantages"][0, 0]
+    close(ready.caption_advantages()[0, 2], tokens[2, :2].mean())
+    pairs = prepared(preset("online_dpo"), toy_batch()).caption_advantages()
+    close(pairs, [[-1.0, 0.0, 0.0, 1.0]])
+    close(prepared(preset("pacs"), toy_batch()).caption_advantages(), deviation)
