@@ -11,7 +11,8 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rayrl.data.config import DataConfig
-from rayrl.objectives.config import ObjectiveConfig
+from rayrl.objectives.config import ObjectiveConfig, plan_with
+from rayrl.objectives.plan import Plan
 from rayrl.rewards.config import RewardConfig
 from rayrl.section import Section
 
@@ -236,6 +237,19 @@ class Config(Section):
             raise ValueError(
                 f"xe.images_per_step {self.xe.images_per_step} does not divide into "
                 f"xe.num_workers {self.xe.num_workers}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _group_compares(self) -> Config:
+        if self.train.group_size > 1:
+            return self
+        plan = plan_with(self.objective.preset, self.objective.set)
+        first = plan.advantage[0].name if isinstance(plan, Plan) and plan.advantage else ""
+        if first not in ("raw_reward", "greedy_baseline", "reference_value_baseline"):
+            raise ValueError(
+                f"train.group_size 1: objective {self.objective.preset} compares the captions of "
+                "a group, so one caption teaches it nothing; want at least 2"
             )
         return self
 

@@ -54,6 +54,9 @@ def test_the_resolved_file_reads_back_as_the_same_configuration(tmp_path):
         (["--model.trainable", "[]"], "name at least one of vision, connector, language"),
         (["--model.tiny.text_width", "100"], "text_width 100: want a multiple of 32"),
         (["--model.tiny.patch_size", "7"], "do not tile it"),
+        (["--train.group_size", "1"], "objective grpo compares the captions of a group"),
+        (["--objective.preset", "grop"], "'grop'"),
+        (["--objective.set", "kl_coeff=0"], "kl_coef"),
         (["--engine.max_model_len", "32"], "leave no room for the instruction within 32"),
     ],
 )
@@ -113,6 +116,11 @@ def test_a_dry_run_says_the_sizes_in_words():
     text = cli.describe(config)
     assert "64 images x 8 captions = 512 captions" in text
     assert "2 optimizer steps a step, each of 32 images in 2 micro-batches" in text
+
+
+def test_a_single_caption_is_enough_where_the_baseline_is_not_the_group():
+    config = cli.load(None, ["--train.group_size", "1", "--objective.preset", "scst"])
+    assert config.train.group_size == 1
 
 
 def test_a_configuration_cannot_be_changed_afterwards():
