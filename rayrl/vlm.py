@@ -211,7 +211,7 @@ def build_tiny_captioner(
             "tie_word_embeddings": True,
             "initializer_range": config.text_width**-0.5,
         },
-        initializer_range=config.text_width**-0.5,
+        initializer_range=config.text_width**-0.5,  # type: ignore[call-arg]
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

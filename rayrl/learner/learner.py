@@ -37,7 +37,6 @@ from rayrl.types import StepReport, TrainBatch
 from rayrl.vlm import choose_trainable, load_captioner
 from rayrl.weights import Weights, pack, read_model_files, write_model_files
 
-
 PROVIDES = frozenset({"ref_logprobs", "greedy_rewards", "entropy", "old_logprobs"})
 """What this learner can give an objective beyond tokens, log-probs and rewards."""
 

@@ -110,8 +110,16 @@ def test_help_lists_every_key(capsys):
 def test_a_dry_run_says_the_sizes_in_words():
     config = cli.load(
         None,
-        ["--train.images_per_step", "64", "--train.group_size", "8"]
-        + ["--learner.minibatches", "2", "--learner.micro_batch_images", "16"],
+        [
+            "--train.images_per_step",
+            "64",
+            "--train.group_size",
+            "8",
+            "--learner.minibatches",
+            "2",
+            "--learner.micro_batch_images",
+            "16",
+        ],
     )
     text = cli.describe(config)
     assert "64 images x 8 captions = 512 captions" in text

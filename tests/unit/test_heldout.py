@@ -46,5 +46,5 @@ def test_the_first_captions_stay_beside_the_newest_also_after_a_resume(tmp_path,
 
 
 def test_a_single_image_is_refused_with_the_reason(tmp_path, two):
-    with pytest.raises(ValueError, match="1 held-out image.*0 by definition"):
+    with pytest.raises(ValueError, match=r"1 held-out image.*0 by definition"):
         Heldout(two[:1], tmp_path)

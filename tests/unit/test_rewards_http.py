@@ -179,7 +179,8 @@ def test_a_judge_is_asked_about_each_distinct_caption(server: Server) -> None:
     results = term.score([item(0, "a cat", "a dog", "a cat"), item(1, "a cat")])
     assert [list(scores) for scores in results] == [[0.75, 0.3, 0.75], [0.75]]
     assert len(server.bodies) == 3
-    body = next(b for b in server.bodies if "Rate: a dog\n" in b["messages"][0]["content"][1]["text"])
+    asked = {b["messages"][0]["content"][1]["text"].splitlines()[0]: b for b in server.bodies}
+    body = asked["Rate: a dog"]
     image, text = body["messages"][0]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
     assert text["text"] == "Rate: a dog\nRight are: a dog\ndogs"

@@ -73,7 +73,7 @@ def test_a_part_of_the_parameters_can_be_published_alone():
 
 
 def test_weights_of_another_model_are_refused_by_name():
-    with pytest.raises(ValueError, match="no parameter 'embed.weight'"):
+    with pytest.raises(ValueError, match=r"no parameter 'embed\.weight'"):
         load_into(torch.nn.Linear(4, 4), pack(Tied(), 0))
 
 
