@@ -108,19 +108,9 @@ def test_help_lists_every_key(capsys):
 
 
 def test_a_dry_run_says_the_sizes_in_words():
-    config = cli.load(
-        None,
-        [
-            "--train.images_per_step",
-            "64",
-            "--train.group_size",
-            "8",
-            "--learner.minibatches",
-            "2",
-            "--learner.micro_batch_images",
-            "16",
-        ],
-    )
+    flags = ["--train.images_per_step", "64", "--train.group_size", "8"]
+    flags += ["--learner.minibatches", "2", "--learner.micro_batch_images", "16"]
+    config = cli.load(None, flags)
     text = cli.describe(config)
     assert "64 images x 8 captions = 512 captions" in text
     assert "2 optimizer steps a step, each of 32 images in 2 micro-batches" in text
