@@ -7,7 +7,6 @@ model, starts the workers, evaluates on held-out images and writes the run folde
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -16,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from rayrl import cli
-from rayrl.actors.cluster import connect
+from rayrl.actors.cluster import connect, failing_in_one_line
 from rayrl.actors.fleet import Fleet, Pending
 from rayrl.actors.learner import LearnerActor
 from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
@@ -39,8 +37,6 @@ from rayrl.vlm import load_captioner
 from rayrl.weights import pack, read_model_files
 from rayrl.xe import Snapshot, run_stage1, train_xe
 
-log = logging.getLogger(__name__)
-
 
 @dataclass
 class Run:
@@ -56,6 +52,7 @@ class Run:
     log: RunLog
     phases: Phases = field(default_factory=Phases)
     stop: StopRequest = field(default_factory=StopRequest)
+    saved_step: int = -1
 
     def prompts(self, step: int) -> list[Prompt]:
         """The prompts of a step: a function of (seed, step), so that a resumed run continues."""
@@ -96,6 +93,9 @@ def train(run: Run, start: int) -> int:
             time.perf_counter() - started
         )
         _after_step(run, report, metrics, groups)
+    if run.saved_step != version > start:
+        # The request to stop came after the step had decided that it was not the last.
+        save(run)
     return version
 
 
@@ -140,6 +140,7 @@ def evaluate(run: Run, version: int) -> float:
 def save(run: Run) -> None:
     """Write a checkpoint; a full disk costs this one, not the run."""
     checkpoint: Checkpoint = ray.get(run.learner.checkpoint.remote())
+    run.saved_step = checkpoint.step
     meta = {**checkpoint.meta, "data": run.train_data.fingerprint(), "seed": run.config.seed}
     whole = Checkpoint(
         step=checkpoint.step,
@@ -176,13 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if invocation.dry_run:
         print(cli.describe(invocation.config))
         return
-    try:
+    with failing_in_one_line("grpo_coco.py"):
         finished = run_job(invocation.config, resume=invocation.resume)
-    except (OSError, ValueError, RuntimeError, RayError) as error:
-        # An actor's error brings its stack along; the last line of a job's log is read first.
-        reason = str(error).strip().splitlines()
-        print(*reason[:-1], sep="\n", file=sys.stderr)
-        raise SystemExit(f"grpo_coco.py: failed: {reason[-1]}") from None
     if not finished:
         raise SystemExit(130)
 
@@ -279,9 +275,8 @@ def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) 
     weights = run.learner.weights.remote
     run.fleet.publish(start, weights(trained_only=True), frozen=weights(trained_only=False))
     run.fleet.confirm(start)
-    score = evaluate(run, start)
     if not resume:
-        run.log.step(0, {"eval/cider_d": score})
+        run.log.step(0, {"eval/cider_d": evaluate(run, 0)})
     run.phases.take()
     end = train(run, start)
     finished = end == run.config.train.steps

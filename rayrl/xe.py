@@ -24,7 +24,7 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from rayrl import cli
-from rayrl.actors.cluster import connect
+from rayrl.actors.cluster import connect, failing_in_one_line
 from rayrl.config import Config
 from rayrl.data import load_split
 from rayrl.data.order import prompt_indices
@@ -193,8 +193,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if invocation.dry_run:
         print(cli.describe(config))
         return
-    connect(config.learner.cpus * config.xe.num_workers + 2)
-    final = run_stage1(config, Path(config.run_folder))[-1]
+    with failing_in_one_line("xe_coco.py"):
+        connect(config.learner.cpus * config.xe.num_workers + 2)
+        final = run_stage1(config, Path(config.run_folder))[-1]
     print(f"{final.steps} steps in {final.seconds:.0f} s; model: {final.folder}")
 
 

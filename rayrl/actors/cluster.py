@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 
 
 def connect(num_cpus: float) -> bool:
@@ -34,3 +38,18 @@ def connect(num_cpus: float) -> bool:
         runtime_env={"env_vars": {"PYTHONPATH": package_root}},
     )
     return True
+
+
+@contextmanager
+def failing_in_one_line(program: str) -> Iterator[None]:
+    """End the process with status 1 and the reason as the last line of its log, which is read
+    first; an actor's error brings its stack along, above that line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if lines[:-1]:
+            print(*lines[:-1], sep="\n", file=sys.stderr)
+        raise SystemExit(f"{program}: failed: {lines[-1]}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -75,12 +75,6 @@ def wait_for_step(folder, step, process, timeout=180):
     raise AssertionError(f"no step {step}: {process.communicate()[0]}")
 
 
-def ray_processes(folder_hint):
-    """Worker processes of actors whose driver was given ``folder_hint``; none must survive it."""
-    out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
-    return [line for line in out.splitlines() if folder_hint in line]
-
-
 def test_ctrl_c_then_resume_equals_an_undisturbed_run_bit_for_bit(small_job, environment, tmp_path):
     straight = small_job(run_folder=tmp_path / "straight", train__steps=6)
     assert run_script("grpo_coco.py", straight, environment).returncode == 0
@@ -104,7 +98,7 @@ def test_ctrl_c_then_resume_equals_an_undisturbed_run_bit_for_bit(small_job, env
     for row in other:
         if row["step"] == stopped and stopped % 2:
             # Stopping evaluated at a step that the undisturbed run did not.
-            row.pop("eval/cider_d")
+            row.pop("eval/cider_d", None)
     assert without_time(one) == without_time(other)
 
 
