@@ -192,23 +192,22 @@ def extremes(batch: GroupBatch) -> dict[str, tuple[GroupBatch, torch.Tensor]]:
     flat = replace(batch, rewards=torch.full_like(batch.rewards, 0.3), terms=constant)
     one = torch.zeros_like(mask)
     one[..., 0] = True
+    far = torch.where(mask, old - 50, 0.0)
     nobody = replace(
         batch,
+        rewards=-batch.rewards,
         truncated=torch.ones_like(batch.truncated),
         judge_ok=torch.zeros_like(batch.judge_ok),
     )
     return {
         "flat groups": (flat, old),
         "one token": (_masked(batch, one), torch.where(one, old, 0.0)),
-        "log-ratio +50": (batch, torch.where(mask, old + 50, 0.0)),
-        "log-ratio -50": (batch, torch.where(mask, old - 50, 0.0)),
-        "all clipped": (batch, torch.where(mask, old + 50 * sign, 0.0)),
-        "engine far off": (
-            replace(batch, rollout_logprobs=torch.where(mask, old - 50, 0.0)),
-            old,
+        "log-ratios of +-50": (batch, torch.where(mask, old + 50 * sign, 0.0)),
+        "log-ratios of -+50, engine far off": (
+            replace(batch, rollout_logprobs=far),
+            torch.where(mask, old - 50 * sign, 0.0),
         ),
-        "nothing passes": (nobody, old),
-        "negative rewards": (replace(batch, rewards=-batch.rewards), old),
+        "negative rewards, nothing passes": (nobody, old),
     }
 
 
