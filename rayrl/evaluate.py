@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -140,55 +140,77 @@ def _report(
     described: dict[str, Any],
 ) -> None:
     """Score, print the table, and write metrics.json and the results file."""
-    evaluation = _scored(options, config, data, captions)
+    training, missing = _training(options, config)
+    evaluation = _scored(options, data, captions, training)
+    evaluation = replace(evaluation, left_out={**evaluation.left_out, **missing})
     print(evaluation.table())
+    samples = {}
+    if options.samples:
+        samples = _scaled(sample_diversity(captions.samples, data.references(), training))
+        print(f"{options.samples} samples an image, x100", *_rows(samples), sep="\n")
     source = options.subject.resolve()
     name = source.name.removesuffix(".json")
     folder = options.output or source.with_name(f"{name}_eval_{options.split}")
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / f"captions_{options.split}_results.json"
     write_results(results, dict(zip(data.ids, captions.best, strict=True)))
-    metrics = _metrics(evaluation) | described | {"data": _described_data(options, config, data)}
+    metrics = {
+        **_metrics(evaluation),
+        "samples": samples,
+        **described,
+        "data": _described_data(options, config, data),
+    }
     write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     print(f"written: {folder / 'metrics.json'}, {results}")
 
 
-def _scored(options: Options, config: Config, data: Dataset, captions: Captions) -> Evaluation:
+def _training(options: Options, config: Config) -> tuple[list[str], dict[str, str]]:
+    """The training captions, of which novel captions are none; or why there are none."""
+    if options.references or not (options.samples or "health" in options.metrics):
+        return [], {}
+    try:
+        return load_captions(config.data, "train"), {}
+    except (OSError, ValueError) as reason:
+        return [], {"novel": f"no training captions ({reason})"}
+
+
+def _scored(
+    options: Options, data: Dataset, captions: Captions, training: Sequence[str]
+) -> Evaluation:
     wants_images = options.clip is not None
-    evaluation = evaluate(
+    return evaluate(
         CaptionSet(
             captions.best,
             data.references(),
             images=[prompt.image for prompt in data] if wants_images else None,
+            training=training,
             clip_folder=options.clip,
             device=_device() if wants_images else "cpu",
         ),
         options.metrics,
     )
-    if not options.samples:
-        return evaluation
-    left_out = dict(evaluation.left_out)
-    training: list[str] = []
-    try:
-        training = load_captions(config.data, "train")
-    except (OSError, ValueError) as reason:
-        left_out["novel"] = f"no training captions ({reason})"
-    samples = sample_diversity(captions.samples, data.references(), training)
-    return replace(evaluation, samples=samples, left_out=left_out)
 
 
 def _metrics(evaluation: Evaluation) -> dict[str, Any]:
     """What metrics.json says of the scores: the table's numbers, and what they mean."""
-    rows = {**evaluation.scores, **evaluation.samples}
     return {
         "scale": f"x100, except {' and '.join(NOT_SCALED)}, which count words",
-        "scores": {n: value if n in NOT_SCALED else 100 * value for n, value in rows.items()},
+        "scores": _scaled(evaluation.scores),
         "left_out": dict(evaluation.left_out),
         "signature": evaluation.signature,
         "df": "corpus",
         "num_captions": evaluation.num_captions,
         "rayrl": __version__,
     }
+
+
+def _scaled(scores: Mapping[str, float]) -> dict[str, float]:
+    return {n: value if n in NOT_SCALED else 100 * value for n, value in scores.items()}
+
+
+def _rows(scores: Mapping[str, float]) -> list[str]:
+    width = max(map(len, scores))
+    return [f"{name:<{width}}  {value:8.2f}" for name, value in scores.items()]
 
 
 def _described_data(options: Options, config: Config, data: Dataset) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
@@ -46,11 +48,14 @@ def caption_split(
 ) -> Captions:
     """Caption a split with ``config.rollout.num_workers`` engines.  Needs a running Ray."""
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     rollout = config.rollout
     size = min(config.engine.max_concurrency, -(-num_images // rollout.num_workers))
     threads = str(max(1, int(rollout.cpus)))
+    # Blocks that exist already: reading an index range would take whole CPUs from the engines.
+    indices = [np.arange(i, min(i + size, num_images)) for i in range(0, num_images, size)]
     batches: Any = (
-        ray.data.range(num_images, override_num_blocks=-(-num_images // size))
+        ray.data.from_numpy(indices)
         .map_batches(
             _Reader,
             fn_constructor_args=(config.data, split),
@@ -111,7 +116,7 @@ class _Reader:
         self._prompts = load_split(config, split)
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
-        indices = [int(index) for index in batch["id"]]
+        indices = [int(index) for index in batch["data"]]
         prompts = [self._prompts[index] for index in indices]
         return pa.table(
             {
