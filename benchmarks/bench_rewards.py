@@ -148,9 +148,7 @@ def measure_index(references: list[list[str]], images: int) -> dict[str, float]:
     start = time.perf_counter()
     df = DocumentFrequency.from_references(made)
     middle = time.perf_counter()
-    index = ReferenceIndex(df)
-    for i in range(0, images, 4096):
-        index.images(made[i : i + 4096])
+    index = ReferenceIndex.build(df, made)
     end = time.perf_counter()
     arrays = (df.vocabulary, df.keys, df.counts, df.first_child)
     return {

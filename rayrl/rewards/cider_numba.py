@@ -27,20 +27,24 @@ def components(
     """CIDEr-D per n [B, 4] of ``captions`` (B) against the references of ``images`` [B]; CIDEr if
     ``plain``."""
     scores = np.zeros((len(images), ORDER))
-    arrays: list[Array] = [captions.ids, captions.lengths, images]
-    arrays += [df.keys, df.first_child, df.counts, df.idf_of_count]
-    arrays += [column.values for column in index.columns.values()]
-    penalties = np.ones(1) if plain else PENALTIES
-    _compiled()(*map(_read_only, (*arrays, penalties)), plain, scores)
+    _compiled()(
+        _read_only(captions.ids, captions.lengths, images),
+        _read_only(df.keys, df.first_child, df.counts, df.idf_of_count),
+        _read_only(*(column.values for column in index.columns.values())),
+        np.ones(1) if plain else PENALTIES,
+        plain,
+        scores,
+    )
     return scores
 
 
-def _read_only(array: Array) -> Array:
-    """A view that is read-only whether or not the array is (Ray's are), so that one compiled
+def _read_only(*arrays: Array) -> tuple[Array, ...]:
+    """Views that are read-only whether or not the arrays are (Ray's are), so that one compiled
     version serves all."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
+    views = tuple(array.view() for array in arrays)
+    for view in views:
+        view.flags.writeable = False
+    return views
 
 
 @cache
@@ -87,27 +91,32 @@ def _first_occurrence(ids: Array, below: Array, here: Array, i: int, k: int) -> 
     return i
 
 
+@numba.extending.register_jitable
+def _mean_similarity(
+    dots: Array, norm: float, norms: Array, num_words: int, lengths: Array, penalties: Array
+) -> float:
+    """The penalized cosines with the references, averaged."""
+    total = 0.0
+    for r in range(len(norms)):
+        scale = norm * norms[r]
+        cosine = dots[r] / scale if scale != 0.0 else dots[r]
+        delta = abs(max(num_words - 1, 0) - max(lengths[r] - 1, 0))
+        total += cosine * penalties[min(delta, len(penalties) - 1)]
+    return total / len(norms)
+
+
 def _kernel(
-    all_ids: Array,
-    all_lengths: Array,
-    images: Array,
-    df_keys: Array,
-    df_first_child: Array,
-    df_counts: Array,
-    idf_of_count: Array,
-    keys: Array,
-    first_child: Array,
-    first_posting: Array,
-    posting_reference: Array,
-    posting_tf: Array,
-    roots: Array,
-    first_reference: Array,
-    norms: Array,
-    lengths: Array,
+    captions: tuple[Array, ...],
+    df: tuple[Array, ...],
+    index: tuple[Array, ...],
     penalties: Array,
     plain: bool,
     scores: Array,
 ) -> None:
+    all_ids, all_lengths, images = captions
+    df_keys, df_first_child, df_counts, idf_of_count = df
+    keys, first_child, first_posting, posting_reference, posting_tf = index[:5]
+    roots, first_reference, norms, lengths = index[5:]
     longest = max(1, all_lengths.max()) if len(all_lengths) else 1
     first = np.zeros((2, longest), dtype=np.int64)
     tf = np.zeros(longest, dtype=np.int64)
@@ -119,8 +128,7 @@ def _kernel(
         start, end = end, end + all_lengths[b]
         ids = all_ids[start:end]
         image = images[b]
-        begin = first_reference[image]
-        num_references = first_reference[image + 1] - begin
+        num_references = first_reference[image + 1] - first_reference[image]
         if num_references > len(dots):
             dots = np.zeros(num_references)
         for k in range(min(ORDER, len(ids))):
@@ -150,13 +158,7 @@ def _kernel(
                         ref_weight = posting_tf[p] * idf
                         clipped = weight if plain else min(weight, ref_weight)
                         dots[posting_reference[p]] += clipped * ref_weight
-            norm = np.sqrt(norm)
-            total = 0.0
-            for r in range(num_references):
-                value = dots[r]
-                scale = norm * norms[begin + r, k]
-                if scale != 0.0:
-                    value /= scale
-                delta = abs(max(len(ids) - 1, 0) - max(lengths[begin + r] - 1, 0))
-                total += value * penalties[min(delta, len(penalties) - 1)]
-            scores[b, k] = total / num_references * 10.0
+            rows = slice(first_reference[image], first_reference[image + 1])
+            scores[b, k] = 10.0 * _mean_similarity(
+                dots, np.sqrt(norm), norms[rows, k], len(ids), lengths[rows], penalties
+            )

@@ -27,7 +27,9 @@ from rayrl.rewards.ngrams import (
 References = Sequence[Caption]
 
 MAX_IMAGES = 1_000_000
-"""About 2 GB of five captions each; a pass over more starts the index afresh."""
+"""3 GB at five captions each; beyond it the index starts afresh."""
+
+_IMAGES_AT_ONCE = 4096
 
 
 class ReferenceIndex:
@@ -48,7 +50,8 @@ class ReferenceIndex:
     def build(cls, df: DocumentFrequency, references: Sequence[References]) -> ReferenceIndex:
         """The index of a whole data set, to be shared."""
         index = cls(df)
-        index.images(references)
+        for start in range(0, len(references), _IMAGES_AT_ONCE):
+            index.images(references[start : start + _IMAGES_AT_ONCE])
         return index
 
     def clear(self) -> None:

@@ -245,8 +245,9 @@ def test_wrong_shapes_are_named() -> None:
     assert scorer.score([], []).shape == (0,)
 
 
+@pytest.mark.parametrize("path", ["numpy"], indirect=True)
 def test_more_than_255_references_and_repetitions() -> None:
-    """Counts are kept in a byte until one does not fit."""
+    """Counts are kept in a byte until one does not fit.  (For wider ones numba compiles anew.)"""
     references = [[f"w{i} x" for i in range(300)], ["y " * 400], ["z"]]
     captions = ["w7 x", "y " * 350, "z"]
     df = DocumentFrequency.from_references(references)
