@@ -26,7 +26,7 @@ from rayrl.data import Dataset, load_split
 from rayrl.data.order import prompt_indices
 from rayrl.heldout import Heldout
 from rayrl.interrupt import StopRequest
-from rayrl.learner.learner import PROVIDES
+from rayrl.learner.learner import provided
 from rayrl.metrics import Phases, RunLog, write_summary
 from rayrl.objectives import build
 from rayrl.report import write_report
@@ -187,7 +187,7 @@ def run_job(config: Config, *, resume: bool) -> bool:
     """From data to report; returns whether all steps were done (a stop between steps is not)."""
     folder = Path(config.run_folder)
     # What an objective lacks is said before hours of stage 1, not after.
-    build(config.objective).check(PROVIDES)
+    build(config.objective).check(provided(config.learner, config.train.images_per_step))
     train_data, val_data = load_split(config.data, "train"), load_split(config.data, "val")
     _prepare_folder(folder, config, resume=resume)
     count = min(len(val_data), config.train.eval_images)

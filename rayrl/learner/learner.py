@@ -32,13 +32,18 @@ from rayrl.learner.optimizer import (
     restore_optimizer,
 )
 from rayrl.objectives.batch import GroupBatch
+from rayrl.objectives.compile import PROVIDED
 from rayrl.objectives.objective import Objective, Prepared
 from rayrl.types import StepReport, TrainBatch
 from rayrl.vlm import choose_trainable, load_captioner
 from rayrl.weights import Weights, pack, read_model_files, write_model_files
 
-PROVIDES = frozenset({"ref_logprobs", "greedy_rewards", "entropy", "old_logprobs"})
-"""What this learner can give an objective beyond tokens, log-probs and rewards."""
+
+def provided(config: LearnerConfig, images_per_step: int) -> frozenset[str]:
+    """What a learner of these settings can give an objective beyond tokens and rewards: losses
+    over whole minibatches only where one goes through the model at once."""
+    whole = images_per_step // config.minibatches <= config.micro_batch_images
+    return PROVIDED | {"whole_minibatch"} if whole else frozenset(PROVIDED)
 
 
 class Learner:
@@ -68,7 +73,7 @@ class Learner:
         )
         self._model = self._captioner.model
         self._config = config
-        objective.check(PROVIDES)
+        objective.check(PROVIDED | {"whole_minibatch"})
         self._objective = objective
         self._objective_state = objective.initial_state()
         self._model_config = model
@@ -117,7 +122,7 @@ class Learner:
                 break
         self.step += 1
         metrics = {**_named(sums.means()), "learner/lr": rate}
-        advantages = prepared.fields["advantages"].mean(dim=(1, 3)).cpu().numpy()
+        advantages = prepared.caption_advantages().cpu().numpy()
         return StepReport(
             step=self.step,
             weight_version=self.weight_version,
