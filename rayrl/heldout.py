@@ -31,7 +31,7 @@ class Heldout:
         self.prompts = list(prompts)
         references = [list(prompt.references) for prompt in prompts]
         self._references = [[ptb.tokenize(text) for text in texts] for texts in references]
-        self._cider = CiderD(DocumentFrequency.from_references(references))
+        self._cider = CiderD(DocumentFrequency.from_references(self._references))
         self._file = folder / "eval_captions.json"
         self._before: list[tuple[str, float]] = []
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from pycocoevalcap.cider.cider import Cider
 
 from rayrl.heldout import Heldout
+from rayrl.rewards import ptb
 from rayrl.types import Prompt
 from tests.conftest import encoded_picture
 
@@ -28,6 +30,22 @@ def test_a_copy_of_a_single_reference_scores_1000(tmp_path):
     prompts = [prompt("a", "a man is speaking loudly"), prompt("b", "the rain falls down")]
     corpus, each = Heldout(prompts, tmp_path).score(["a man is speaking loudly", "a dog"])
     assert each == pytest.approx([1000.0, 0.0]) and corpus == pytest.approx(500.0)
+
+
+def test_punctuation_and_case_cost_nothing_as_in_pycocoevalcap(tmp_path):
+    prompts = [
+        prompt("a", "A man, two dogs.", "Two dogs and a man", "a man's dog"),
+        prompt("b", "Rain falls on a roof!", "The rain falls."),
+        prompt("c", "It's a red-hot stove", "a hot stove"),
+    ]
+    captions = ["a man and two dogs", "rain falls.", "A Stove"]
+    _, each = Heldout(prompts, tmp_path).score(captions)
+    tokenize = ptb.tokenize
+    references = {i: [" ".join(tokenize(r)) for r in p.references] for i, p in enumerate(prompts)}
+    candidates = {i: [" ".join(tokenize(c))] for i, c in enumerate(captions)}
+    _, expected = Cider().compute_score(references, candidates)
+    assert each == pytest.approx((100 * expected).tolist(), abs=1e-9)
+    assert min(each) > 0
 
 
 def test_the_first_captions_stay_beside_the_newest_also_after_a_resume(tmp_path, two):
