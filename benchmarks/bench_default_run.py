@@ -3,8 +3,10 @@
     .venv/bin/python benchmarks/bench_default_run.py --seeds 0 1 2
 
 Every run ends with a control that continues stage 1 for as long as the objective trained, so that
-both had the same images, the same start and the same training time.  Writes
-benchmarks/results/default-run-<date>-<hardware>.json.
+both had the same images, the same start and the same training time.  The three models of a run
+are then captioned and scored once more, with the transformers engine; these scores count, and must
+agree with those that the run itself wrote down.  ``--reuse`` scores run folders that are there.
+Writes benchmarks/results/default-run-<date>-<hardware>.json.
 """
 
 from __future__ import annotations
@@ -17,22 +19,57 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
+
+from rayrl import cli
+from rayrl.data import load_split
+from rayrl.engine.base import EngineSetup
+from rayrl.engine.hf import HfEngine
+from rayrl.heldout import Heldout
+from rayrl.vlm import load_captioner
+from rayrl.weights import pack
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(seed: int, folder: Path, extra: list[str]) -> dict[str, object]:
-    """One run of the job; its summary and how long it took from start to end."""
+def run(seed: int, folder: Path, extra: list[str]) -> float:
+    """One run of the job; seconds from start to end."""
     shutil.rmtree(folder, ignore_errors=True)
     flags = ["--seed", str(seed), "--run_folder", str(folder), *extra]
     started = time.perf_counter()
     subprocess.run([sys.executable, "jobs/grpo_coco.py", *flags], cwd=ROOT, check=True)
-    wall = time.perf_counter() - started
-    summary: dict[str, object] = json.loads((folder / "summary.json").read_text())
-    return {**summary, "wall_seconds": wall}
+    return time.perf_counter() - started
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The run's own summary, its scores replaced by those of a second evaluation.
+
+    Raises ValueError where the two differ by more than a caption or two among hundreds can."""
+    config = cli.load(folder / "config.yaml")
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    data = load_split(config.data, "val")
+    prompts = [data[i] for i in range(min(len(data), config.train.eval_images))]
+    controls = (folder / "control" / "xe").glob("snapshot_*")
+    models = {
+        "cider_d_start": folder / "stage1" / "final",
+        "cider_d_end": folder / "checkpoints" / "latest",
+        "cider_d_xe_control": max(controls, key=lambda place: int(place.name.split("_")[1])),
+    }
+    for name, model in models.items():
+        engine = HfEngine(EngineSetup(folder=model, config=config.engine, group_size=1))
+        parts = config.model.trainable
+        engine.load_weights(pack(load_captioner(model).model, 0), changed=parts)
+        captions = [c.text for c in engine.greedy(prompts, config.sampling.max_tokens)]
+        with tempfile.TemporaryDirectory() as scratch:
+            score, _ = Heldout(prompts, Path(scratch)).score(captions)
+        if abs(score - summary[name]) > 1.0:
+            raise ValueError(f"{model}: {score:.2f} here, {summary[name]:.2f} in the run")
+        summary[name] = score
+    return summary
 
 
 def hardware() -> str:
@@ -45,7 +82,7 @@ def hardware() -> str:
     return names[0] if names else platform.machine()
 
 
-def table(runs: list[dict[str, float]]) -> str:
+def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: one line a quantity, mean and range over the seeds."""
     rows = [
         ("after cross-entropy (start)", "cider_d_start"),
@@ -64,9 +101,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench_default_run")
+    parser.add_argument("--reuse", action="store_true", help="run nothing, score what is there")
     parser.add_argument("extra", nargs="*", help="flags for the job, after --")
     args = parser.parse_args()
-    runs = [run(seed, args.folder / f"seed_{seed}", args.extra) for seed in args.seeds]
+    folders = {seed: args.folder / f"seed_{seed}" for seed in args.seeds}
+    if not args.reuse:
+        walls = {seed: run(seed, folder, args.extra) for seed, folder in folders.items()}
+        (args.folder / "wall_seconds.json").write_text(json.dumps(walls))
+    walls = json.loads((args.folder / "wall_seconds.json").read_text())
+    runs = [{**read(folder), "wall_seconds": walls[str(seed)]} for seed, folder in folders.items()]
     print(table(runs))
     name = f"default-run-{date.today().isoformat()}-{os.cpu_count()}-cores.json"
     result = {
