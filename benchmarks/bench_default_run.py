@@ -122,6 +122,7 @@ def main() -> None:
         "runs": runs,
     }
     out = ROOT / "benchmarks" / "results" / name
+    out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(out.relative_to(ROOT))
 

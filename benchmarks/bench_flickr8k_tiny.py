@@ -56,6 +56,7 @@ def main() -> None:
     }
     name = f"flickr8k-tiny-{date.today().isoformat()}-{os.cpu_count()}-cores.json"
     out = ROOT / "benchmarks" / "results" / name
+    out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(out.relative_to(ROOT))
 
