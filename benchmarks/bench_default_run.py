@@ -105,11 +105,11 @@ def main() -> None:
     parser.add_argument("extra", nargs="*", help="flags for the job, after --")
     args = parser.parse_args()
     folders = {seed: args.folder / f"seed_{seed}" for seed in args.seeds}
+    walls: dict[int, float] = {}
     if not args.reuse:
         walls = {seed: run(seed, folder, args.extra) for seed, folder in folders.items()}
-        (args.folder / "wall_seconds.json").write_text(json.dumps(walls))
-    walls = json.loads((args.folder / "wall_seconds.json").read_text())
-    runs = [{**read(folder), "wall_seconds": walls[str(seed)]} for seed, folder in folders.items()]
+    # A run that is only scored again does not know how long it took.
+    runs = [{**read(folder), "wall_seconds": walls.get(seed)} for seed, folder in folders.items()]
     print(table(runs))
     name = f"default-run-{date.today().isoformat()}-{os.cpu_count()}-cores.json"
     result = {
