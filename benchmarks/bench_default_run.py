@@ -116,6 +116,7 @@ def main() -> None:
         "command": "python benchmarks/bench_default_run.py --seeds "
         + " ".join(str(seed) for seed in args.seeds)
         + "".join(f" {flag}" for flag in (["--", *args.extra] if args.extra else [])),
+        "scored_again_later": args.reuse,
         "date": date.today().isoformat(),
         "hardware": f"{os.cpu_count()} x {hardware()}",
         "unit": "CIDEr-D x100, held-out, greedy",
