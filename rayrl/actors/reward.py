@@ -1,22 +1,161 @@
-"""The reward actor: a scorer behind Ray."""
+"""Reward actors: cheap terms are scored in the reward worker, each other one in its own actor.
+
+A term with needs of its own (Java, a GPU, a server) that is slow or dies is tried again, and then
+drops the groups of its batch; the terms beside it go on.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from rayrl.rewards.cider import DocumentFrequency
-from rayrl.rewards.config import RewardConfig
-from rayrl.rewards.score import Dropped, Scorer
+from rayrl.rewards.config import Need, RewardConfig
+from rayrl.rewards.score import Dropped, Scorer, TermScores, combine
+from rayrl.rewards.term import Failure
 from rayrl.types import RolloutGroup, ScoredGroup
+
+ATTEMPTS = 2
+RESOURCES: Mapping[Need, Mapping[str, float]] = {
+    "java": {"num_cpus": 0.5},
+    "gpu": {"num_gpus": 1},
+    "network": {},  # it waits
+}
+"""What the actor of a term asks Ray for, by what the term needs."""
+
+
+def placements(config: RewardConfig) -> dict[str, dict[str, float]]:
+    """The terms that get an actor of their own, and what it asks Ray for; by default none."""
+    return {
+        name: {"num_cpus": 0.0} | {k: v for need in term.needs for k, v in RESOURCES[need].items()}
+        for name, term in config.terms.items()
+        if term.needs
+    }
 
 
 @ray.remote
 class RewardActor:
-    """Scores whole batches of groups; the document frequencies are shared by the node's actors."""
+    """Scores whole batches of groups.
+
+    ``timeout_s`` bounds a batch: a term apart that has not answered after 0.4 of it is started
+    again and has as long once more.
+    """
+
+    def __init__(
+        self, config: RewardConfig, df: DocumentFrequency, timeout_s: float = 120.0
+    ) -> None:
+        self._config = config
+        # The rest is for the other terms and the way.
+        self._limit_s = 0.8 * timeout_s / ATTEMPTS
+        apart = placements(config)
+        near = [name for name in config.terms if name not in apart]
+        self._near = Scorer(_part(config, near), df)
+        shared = ray.put(df) if apart else None
+        self._apart = {
+            name: _TermApart(name, _part(config, [name]), shared, asked)
+            for name, asked in apart.items()
+        }
+        self._seconds: dict[str, float] = {}
+
+    def score(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Dropped]:
+        """One result a group, in order: scored, or dropped with the reason.
+
+        RuntimeError where a term cannot start at all.
+        """
+        shared = ray.put(groups) if self._apart else None
+        for term in self._apart.values():
+            term.submit(shared)
+        scores = self._near.score_terms(groups)
+        scores |= self._collect(groups, shared)
+        for name, result in scores.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + result.seconds
+        return combine(groups, scores, self._config)
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds that each term has taken since the last call."""
+        taken, self._seconds = self._seconds, {}
+        return taken
+
+    def _collect(self, groups: Sequence[RolloutGroup], shared: Any) -> dict[str, TermScores]:
+        """What the terms apart answer; they are waited for at the same time."""
+        started = time.monotonic()
+        scores: dict[str, TermScores] = {}
+        waiting, failures = dict(self._apart), dict[str, Failure]()
+        for left in reversed(range(ATTEMPTS)):
+            deadline = time.monotonic() + self._limit_s
+            for name, term in waiting.items():
+                answer = term.answer(deadline)
+                if isinstance(answer, Failure):
+                    failures[name] = answer
+                else:
+                    scores[name] = answer
+            waiting = {name: term for name, term in waiting.items() if name not in scores}
+            for term in waiting.values():
+                # After the last attempt too: the next batch must not queue behind this one.
+                term.restart()
+                if left:
+                    term.submit(shared)
+        seconds = time.monotonic() - started
+        return scores | {name: _failed(groups, failures[name], seconds) for name in waiting}
+
+
+class _TermApart:
+    """A term in an actor of its own, and its answer to the batch that was last submitted."""
+
+    def __init__(
+        self, name: str, config: RewardConfig, df: Any, asked: Mapping[str, float]
+    ) -> None:
+        self._name, self._config, self._df, self._asked = name, config, df, asked
+        self._actor = self._start()
+        self._answer: Any = None
+
+    def submit(self, groups: Any) -> None:
+        self._answer = self._actor.score.remote(groups)
+
+    def answer(self, deadline: float) -> TermScores | Failure:
+        """RuntimeError where the term cannot start: another attempt would not mend that."""
+        left = max(0.0, deadline - time.monotonic())
+        try:
+            return ray.get(self._answer, timeout=left)  # type: ignore[no-any-return]
+        except GetTimeoutError:
+            return Failure(f"no answer in time from its actor, which asks for {dict(self._asked)}")
+        except RayActorError as error:
+            if error.actor_init_failed:
+                reason = str(error).strip().splitlines()[-1]
+                raise RuntimeError(f"reward term {self._name} does not start: {reason}") from error
+            return Failure("its actor died")
+
+    def restart(self) -> None:
+        ray.kill(self._actor)
+        self._actor = self._start()
+
+    def _start(self) -> Any:
+        return TermActor.options(**self._asked).remote(self._config, self._df)  # type: ignore[attr-defined]
+
+
+@ray.remote
+class TermActor:
+    """One term of ``config``."""
 
     def __init__(self, config: RewardConfig, df: DocumentFrequency) -> None:
         self._scorer = Scorer(config, df)
 
-    def score(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Dropped]:
-        """One result a group, in order: scored, or dropped with the reason."""
-        return self._scorer.score(groups)
+    def score(self, groups: list[RolloutGroup]) -> TermScores:
+        (scores,) = self._scorer.score_terms(groups).values()
+        return scores
+
+
+def _part(config: RewardConfig, names: Sequence[str]) -> RewardConfig:
+    return config.model_copy(update={"terms": {name: config.terms[name] for name in names}})
+
+
+def _failed(groups: Sequence[RolloutGroup], failure: Failure, seconds: float) -> TermScores:
+    return TermScores(
+        groups=(failure,) * len(groups),
+        greedy=tuple(failure if group.greedy else None for group in groups),
+        seconds=seconds,
+    )
