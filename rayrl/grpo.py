@@ -88,6 +88,7 @@ def train(run: Run, start: int) -> int:
             if ahead == 0:
                 run.fleet.confirm(version)
         metrics = {**report.metrics, **group_metrics(groups, version - 1)}
+        metrics.update(run.fleet.reward_seconds())
         metrics["groups/dropped"] = float(len(dropped))
         metrics["captions_per_second"] = run.config.captions_per_step / (
             time.perf_counter() - started

@@ -166,6 +166,20 @@ class Fleet:
                     self._recover(share, pending, error)
         return results
 
+    def reward_seconds(self) -> dict[str, float]:
+        """Seconds that each reward term has taken since the last call, over all reward workers;
+        a worker that died in between took its count along."""
+        seconds: dict[str, float] = {}
+        for ref in [worker.take_seconds.remote() for worker in self._reward]:
+            try:
+                taken = ray.get(ref, timeout=self._config.train.reward_timeout_s)
+            except _LOST:
+                continue
+            for term, value in taken.items():
+                name = f"reward_seconds/{term}"
+                seconds[name] = seconds.get(name, 0.0) + value
+        return seconds
+
     def _recover(self, share: _Share, pending: Pending, error: Exception) -> None:
         """Redo what was lost of a share: its groups, or only their scores."""
         try:
@@ -238,7 +252,7 @@ class Fleet:
     def _start_reward(self) -> Any:
         return RewardActor.options(  # type: ignore[attr-defined]
             num_cpus=self._config.train.reward_cpus
-        ).remote(self._config.reward, self._df)
+        ).remote(self._config.reward, self._df, self._config.train.reward_timeout_s)
 
     def _replace_rollout(self, i: int, cause: Exception) -> None:
         """A new worker, without weights yet, in place of a lost one."""

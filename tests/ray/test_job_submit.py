@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,9 @@ def cluster():
 
 def submit(flags, environment, timeout=400):
     command = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "jobs/grpo_coco.py"]
-    for _ in range(30):
+    # A head takes a while until it answers, and a while more until its agent takes jobs.
+    not_yet = ("Failed to connect to Ray", "No available agent", "Connection refused")
+    for _ in range(60):
         done = subprocess.run(
             [*command, *flags],
             cwd=ROOT,
@@ -56,8 +59,9 @@ def submit(flags, environment, timeout=400):
             text=True,
             timeout=timeout,
         )
-        if "Failed to connect to Ray" not in done.stdout + done.stderr:
+        if not any(text in done.stdout + done.stderr for text in not_yet):
             return done
+        time.sleep(2)
     raise AssertionError(f"no Ray head: {done.stderr}")
 
 
