@@ -65,7 +65,7 @@ def caption_split(
         )
         .map_batches(
             _Captioner,
-            fn_constructor_args=(config, decoding, *_shared_model(config, checkpoint)),
+            fn_constructor_args=(config, decoding, *share_model(config, checkpoint)),
             batch_size=size,
             batch_format="pyarrow",
             num_cpus=rollout.cpus,
@@ -90,8 +90,9 @@ def caption_split(
     )
 
 
-def _shared_model(config: Config, checkpoint: Path) -> tuple[list[Any], list[Any]]:
-    """A checkpoint in the object store, in lists, in which references travel as references."""
+def share_model(config: Config, checkpoint: Path) -> tuple[list[Any], list[Any]]:
+    """A model's small files and its weights in the object store, each in a list, in which
+    references travel as references.  ValueError where the weights are damaged."""
     try:
         captioner = load_captioner(
             checkpoint,

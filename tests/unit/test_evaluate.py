@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,17 @@ def test_a_checkpoint_brings_the_configuration_of_its_run(tmp_path, capsys):
     (tmp_path / "other.yaml").write_text("seed: 4\n")
     config = load_config(*parse([*flags, "--config", str(tmp_path / "other.yaml")]))
     assert (config.seed, config.data.instruction) == (4, "Describe the image.")
+
+
+def test_damaged_weights_are_named_with_their_folder(tiny_folder, tmp_path):
+    from rayrl.actors.captioner import share_model
+    from rayrl.config import Config
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="damaged: damaged weights: "):
+        share_model(Config(), folder)
 
 
 def test_beam_search_finds_the_best_of_all_captions_of_two_tokens(tiny_folder, prompts):
