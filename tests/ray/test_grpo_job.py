@@ -31,7 +31,7 @@ def test_a_run_with_vllm_leaves_everything_a_person_needs(small_job, environment
     assert summary["cider_d_start"] == rows[0]["eval/cider_d"] > 0
     assert summary["cider_d_end"] == rows[-1]["eval/cider_d"]
     # Engine and learner agree, step by step, whatever the updates moved.
-    assert all(row["mismatch_kl"] < 1e-9 for row in rows[1:])
+    assert all(row["mismatch_kl"] < 1e-7 for row in rows[1:])
     assert all(row["groups/dropped"] == 0 for row in rows[1:])
     sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
     assert len(sample["captions"]) == 4 and {"text", "reward", "advantage"} <= set(
