@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from rayrl import __version__
 from rayrl.actors.captioner import Captions, Decoding, caption_split
-from rayrl.actors.cluster import connect
+from rayrl.actors.cluster import connect, failing_in_one_line
 from rayrl.config import Config
 from rayrl.data import Dataset, load_split
 from rayrl.data.references import load_captions, load_references
@@ -39,24 +39,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`jobs/eval_coco.py`: exits with 2 and a line where the input is wrong, with 1 where a check
     or a worker fails."""
     options, overrides = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        if options.self_test:
-            raise SystemExit(0 if self_test() else 1)
-        config = load_config(options, overrides)
-        if options.compare:
-            compare(options.compare, _references(options, config))
-        elif options.results:
-            evaluate_results(options, config)
-        else:
-            evaluate_checkpoint(options, config)
-    except (RayError, RuntimeError) as error:
-        *stack, reason = str(error).strip().splitlines()
-        print(*stack, sep="\n", file=sys.stderr)
-        raise SystemExit(f"{PROGRAM}: failed: {reason}") from None
-    except OSError as error:
-        _refuse(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
-    except ValueError as error:
-        _refuse(str(error))
+    with failing_in_one_line(PROGRAM):
+        try:
+            _run(options, overrides)
+        except RayError:
+            raise
+        except OSError as error:
+            _refuse(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
+        except ValueError as error:
+            _refuse(str(error))
+
+
+def _run(options: Options, overrides: Sequence[str]) -> None:
+    if options.self_test:
+        raise SystemExit(0 if self_test() else 1)
+    config = load_config(options, overrides)
+    if options.compare:
+        compare(options.compare, _references(options, config))
+    elif options.results:
+        evaluate_results(options, config)
+    else:
+        evaluate_checkpoint(options, config)
 
 
 def evaluate_checkpoint(options: Options, config: Config) -> None:

@@ -37,7 +37,8 @@ def placements(config: RewardConfig) -> dict[str, dict[str, float]]:
     }
 
 
-@ray.remote
+# A batch waits here until it is sampled; questions about an earlier one must not wait behind it.
+@ray.remote(allow_out_of_order_execution=True)  # type: ignore[call-overload]
 class RewardActor:
     """Scores whole batches of groups.
 

@@ -91,6 +91,12 @@ def groups(text: str = "Describe the image.") -> list[RolloutGroup]:
     ]
 
 
+def groups_when_there(file: Path) -> list[RolloutGroup]:
+    while not file.exists():
+        time.sleep(0.05)
+    return groups()
+
+
 def apart(name: str, **more: object) -> dict[str, object]:
     """A function term that asks for a GPU, so that it gets an actor of its own."""
     path = f"tests.ray.test_reward_actors:{name}"
@@ -145,6 +151,19 @@ def test_terms_apart_give_the_rewards_of_one_scorer_bit_for_bit():
     seconds = ray.get(actor.take_seconds.remote())
     assert set(seconds) == set(terms) and all(value > 0 for value in seconds.values())
     assert ray.get(actor.take_seconds.remote()) == {}
+
+
+def test_the_seconds_of_a_batch_do_not_wait_for_the_next_one_to_be_sampled(tmp_path):
+    # Under the name by which a worker can import it.
+    from tests.ray.test_reward_actors import groups_when_there
+
+    sampled = tmp_path / "sampled"
+    actor, scorer = start({"cider_d": 1.0})
+    ray.get(actor.score.remote(groups()), timeout=120)
+    following = actor.score.remote(ray.remote(groups_when_there).remote(sampled))
+    assert list(ray.get(actor.take_seconds.remote(), timeout=30)) == ["cider_d"]
+    sampled.touch()
+    assert same(ray.get(following, timeout=120), scorer.score(groups()))
 
 
 @pytest.mark.parametrize("name", ["words_after_dying_once", "words_after_hanging_once"])
