@@ -1,8 +1,8 @@
 """Fine-tune a captioner with GRPO (or another objective) on CIDEr-D.
 
-    python jobs/grpo_coco.py                                  the embedded default, on this machine
-    python jobs/grpo_coco.py --config jobs/coco.yaml --learner.lr 1e-5
-    ray job submit --working-dir . -- python jobs/grpo_coco.py
+python jobs/grpo_coco.py                                  the embedded default, on this machine
+python jobs/grpo_coco.py --config jobs/coco.yaml --learner.lr 1e-5
+ray job submit --working-dir . -- python jobs/grpo_coco.py
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Stage 1: train a captioner with cross-entropy on its reference captions (Ray Train).
 
-    python jobs/xe_coco.py --config jobs/coco.yaml --xe.steps 2000
-    ray job submit --working-dir . -- python jobs/xe_coco.py
+python jobs/xe_coco.py --config jobs/coco.yaml --xe.steps 2000
+ray job submit --working-dir . -- python jobs/xe_coco.py
 """
 
 import sys

@@ -20,6 +20,7 @@ from rayrl import cli
 from rayrl.actors.cluster import connect, failing_in_one_line
 from rayrl.actors.fleet import Fleet, Pending
 from rayrl.actors.learner import LearnerActor
+from rayrl.actors.reward import placements
 from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from rayrl.config import Config
 from rayrl.data import Dataset, load_split
@@ -212,7 +213,9 @@ def run_job(config: Config, *, resume: bool) -> bool:
 def _cpus(config: Config) -> float:
     """CPUs of all actors together, and two for Ray Data while stage 1 trains."""
     train, rollout = config.train, config.rollout
-    workers = rollout.num_workers * rollout.cpus + train.reward_workers * train.reward_cpus
+    apart = sum(asked["num_cpus"] for asked in placements(config.reward).values())
+    workers = rollout.num_workers * rollout.cpus
+    workers += train.reward_workers * (train.reward_cpus + apart)
     return max(workers + config.learner.cpus, config.xe.num_workers * config.learner.cpus + 2)
 
 

@@ -36,9 +36,10 @@ def read_results(path: str | Path) -> dict[ImageId, str]:
 
 
 def write_results(path: str | Path, captions: Mapping[ImageId, str]) -> None:
-    """The file that the COCO server takes; ids that are numbers are written as numbers."""
+    """The file that the COCO server takes; ids that read back as the same number are written as
+    numbers (`007` is a name)."""
     entries = [
-        {"image_id": int(image) if str(image).isdigit() else image, "caption": caption}
+        {"image_id": int(image) if _is_number(str(image)) else image, "caption": caption}
         for image, caption in captions.items()
     ]
     Path(path).write_text(json.dumps(entries))
@@ -68,3 +69,7 @@ def match(
     if len(by_text) != len(captions):
         raise ValueError("an image has two captions, once by number and once by text")
     return [by_text[image] for image in wanted], list(wanted.values())
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and str(int(text)) == text
