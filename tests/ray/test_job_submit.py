@@ -36,7 +36,9 @@ def cluster():
     environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
     command = [RAY, "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=6"]
-    command += [f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--disable-usage-stats"]
+    # Every port is its own: another Ray on the machine holds the usual ones.
+    command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
+    command += [f"--temp-dir={folder}", "--disable-usage-stats"]
     head = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
