@@ -109,14 +109,8 @@ def prefix_shared_outputs(
     # Fused kernels on CUDA want the mask's rows aligned, and else copy it in every layer.
     tree = build_tree(prompt_mask, ids, mask, align=8 if device.type == "cuda" else 1).to(device)
     ids = ids.to(device)
-    if image_features is None:
-        image_features = encode_images(bare, prompt_inputs)
-    else:
-        wanted = placeholder_counts(bare, prompt_inputs)
-        given = [features.shape[1] for features in image_features]
-        if wanted != given:
-            raise ValueError(f"image features for {given} placeholder ids, prompts have {wanted}")
-    hidden = _decode(bare, prompt_inputs, ids, tree, image_features)
+    features = _features(bare, prompt_inputs, image_features)
+    hidden = _decode(bare, prompt_inputs, ids, tree, features)
     picked, entropy = token_logprobs(
         hidden.flatten(0, 1).index_select(0, tree.rows),
         bare.get_output_embeddings(),
@@ -138,6 +132,16 @@ def prefix_shared_outputs(
     if entropy is not None:
         entropy = zeros.index_put(where, entropy[tree.row])
     return LogprobOutput(logprobs, entropy)
+
+
+def _features(model: Any, inputs: Inputs, given: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    """The image features that were given, if they fit the prompts, or freshly computed ones."""
+    if given is None:
+        return encode_images(model, inputs)
+    wanted, counts = placeholder_counts(model, inputs), [part.shape[1] for part in given]
+    if wanted != counts:
+        raise ValueError(f"image features for {counts} placeholder ids, prompts have {wanted}")
+    return given
 
 
 def _decode(
