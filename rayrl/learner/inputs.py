@@ -1,4 +1,4 @@
-"""The processor's output, once per image and run."""
+"""The processor's output, once per image and run, and what a step takes of it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import BatchFeature
 
+from rayrl.types import TrainBatch
 from rayrl.vlm import prompt_inputs
 
 
@@ -67,3 +69,36 @@ def _collate(entries: Sequence[dict[str, torch.Tensor]], pad_id: int) -> BatchFe
             ]
         data[name] = torch.cat(rows)
     return BatchFeature(data)
+
+
+class StepInputs:
+    """The processor's output for any of a step's P prompts, on the model's device."""
+
+    def __init__(self, cache: InputCache, model: Any, batch: TrainBatch, instruction: str) -> None:
+        self._cache = cache
+        self._model = model
+        self._images = batch.images
+        self._instruction = instruction
+        self._expected = batch.prompt_token_ids
+        self._prompt_ids = batch.prompt_ids
+
+    def select(self, indices: Sequence[int]) -> BatchFeature:
+        """Inputs of these prompts.  Raises ValueError naming the prompt where the engine used
+        other prompt ids."""
+        inputs = self._cache.batch([self._images[i] for i in indices], self._instruction)
+        self._check(inputs, indices)
+        inputs = inputs.to(self._model.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
+        return inputs
+
+    def _check(self, inputs: BatchFeature, indices: Sequence[int]) -> None:
+        """The learner must see the very ids that the engine sampled after."""
+        for row, i in enumerate(indices):
+            got = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].numpy()
+            if not np.array_equal(got, self._expected[i]):
+                raise ValueError(
+                    f"prompt {self._prompt_ids[i]}: the engine used {len(self._expected[i])} "
+                    f"prompt ids, the learner has {len(got)} or other ones; both must load the "
+                    "same processor"
+                )

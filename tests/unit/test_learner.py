@@ -8,6 +8,8 @@ import torch
 
 from rayrl.checkpoint import load_checkpoint, save_checkpoint
 from rayrl.config import LearnerConfig, ModelConfig, TinyConfig
+from rayrl.learner.batches import group_batch
+from rayrl.learner.inputs import StepInputs
 from rayrl.learner.learner import Learner
 from rayrl.objectives import preset
 from rayrl.types import TrainBatch
@@ -98,9 +100,8 @@ def test_the_step_raises_the_probability_of_what_was_rewarded(tiny_folder, batch
     subject = learner(tiny_folder, objective="nsc", lr=3e-4)
 
     def mean_logprob(good):
-        groups = subject._group_batch(batch)
-        inputs = _inputs(subject, batch)
-        out = subject._frozen_logprobs(subject._model, groups, inputs).numpy()
+        inputs = StepInputs(subject._cache, subject._model, batch, INSTRUCTION)
+        out = subject._forward.frozen(subject._model, group_batch(batch, "cpu"), inputs).numpy()
         per_caption = out.sum(-1) / batch.mask.sum(-1)
         better = batch.rewards > batch.rewards.mean(axis=1, keepdims=True)
         return float(per_caption[better == good].mean())
@@ -109,12 +110,6 @@ def test_the_step_raises_the_probability_of_what_was_rewarded(tiny_folder, batch
     for _ in range(3):
         subject.update(batch)
     assert mean_logprob(True) - mean_logprob(False) > before + 0.01
-
-
-def _inputs(subject, batch):
-    from rayrl.learner.learner import _Inputs
-
-    return _Inputs(subject._cache, subject._model, batch, INSTRUCTION)
 
 
 def test_frozen_parts_stay_and_are_not_published_again(tiny_folder, batch):

@@ -1,0 +1,55 @@
+"""A step's groups as tensors, and the order in which they go through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from rayrl.config import LearnerConfig
+from rayrl.objectives.batch import GroupBatch
+from rayrl.types import TrainBatch
+
+
+def group_batch(batch: TrainBatch, device: str | torch.device) -> GroupBatch:
+    """The step's groups on ``device``, every caption valid."""
+
+    def tensor(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(array), dtype=dtype, device=device)
+
+    rollout = tensor(batch.rollout_logprobs)
+    return GroupBatch(
+        image_ids=batch.prompt_ids,
+        token_ids=tensor(batch.token_ids, torch.long),
+        mask=tensor(batch.mask, torch.bool),
+        rollout_logprobs=rollout,
+        # Replaced by the learner's own where more than one update reads them.
+        old_logprobs=rollout,
+        terms={name: tensor(values) for name, values in batch.terms.items()},
+        rewards=tensor(batch.rewards),
+        valid=torch.ones(batch.rewards.shape, dtype=torch.bool, device=device),
+        truncated=tensor(batch.truncated, torch.bool),
+        greedy_rewards=None if batch.greedy_rewards is None else tensor(batch.greedy_rewards),
+    )
+
+
+def minibatches(
+    images: int, config: LearnerConfig, order: np.random.Generator
+) -> Iterator[list[int]]:
+    """Image indices of every optimizer step of a step; ``order`` shuffles each epoch."""
+    size = images // config.minibatches
+    for _ in range(config.inner_epochs):
+        if config.minibatches == 1:
+            yield list(range(images))
+            continue
+        shuffled = order.permutation(images).tolist()
+        for start in range(0, size * config.minibatches, size):
+            yield shuffled[start : start + size]
+
+
+def micro_batches(indices: Sequence[int], config: LearnerConfig) -> Iterator[list[int]]:
+    """The images of a minibatch in the parts that go through the model at once."""
+    size = config.micro_batch_images
+    for start in range(0, len(indices), size):
+        yield list(indices[start : start + size])

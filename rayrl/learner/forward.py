@@ -1,0 +1,51 @@
+"""Log-probs of a step's groups: which computation, at which temperature, in which parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rayrl.config import LearnerConfig
+from rayrl.learner.batches import micro_batches
+from rayrl.learner.inputs import StepInputs
+from rayrl.learner.logprobs import LogprobOutput, naive_outputs, prefix_shared_outputs
+from rayrl.objectives.batch import GroupBatch
+
+
+class Forward:
+    """Computes log-probs the way the captions were sampled: ``temperature`` divides the logits,
+    ``banned_ids`` are never sampled.  The model is an argument: policy and reference share all
+    else."""
+
+    def __init__(
+        self, config: LearnerConfig, *, temperature: float, banned_ids: tuple[int, ...]
+    ) -> None:
+        self._config = config
+        self._temperature = temperature
+        self._banned_ids = banned_ids
+        self._outputs = prefix_shared_outputs if config.prefix_shared else naive_outputs
+
+    def __call__(
+        self, model: Any, groups: GroupBatch, inputs: Any, *, with_entropy: bool = False
+    ) -> LogprobOutput:
+        """Log-probs [P, G, T] of one micro-batch, with gradient; ``inputs`` are the processor's
+        for its P prompts."""
+        return self._outputs(
+            model,
+            inputs,
+            groups.token_ids,
+            groups.mask,
+            temperature=self._temperature,
+            banned_ids=self._banned_ids,
+            with_entropy=with_entropy,
+        )
+
+    @torch.no_grad()
+    def frozen(self, model: Any, groups: GroupBatch, inputs: StepInputs) -> torch.Tensor:
+        """Log-probs [P, G, T] of a whole step, without gradient."""
+        parts = [
+            self(model, groups.select(part), inputs.select(part)).logprobs
+            for part in micro_batches(range(len(groups.image_ids)), self._config)
+        ]
+        return torch.cat(parts)
