@@ -21,6 +21,7 @@ import torch
 from rayrl.checkpoint import Checkpoint, join_state, split_state
 from rayrl.config import LearnerConfig, ModelConfig
 from rayrl.learner.batches import group_batch, micro_batches, minibatches
+from rayrl.learner.decisions import Decisions
 from rayrl.learner.forward import Forward
 from rayrl.learner.inputs import InputCache, StepInputs
 from rayrl.learner.means import Means, short_names
@@ -90,6 +91,7 @@ class Learner:
         parameters = dict(self._model.named_parameters())
         self._named = {name: parameters[name] for name in self._trainable}
         self._optimizer = make_optimizer(self._named, config)
+        self._decisions = Decisions(self._named, extrapolates="extrapolate" in objective.needs)
         self._forward = Forward(
             config, temperature=temperature, banned_ids=self._captioner.banned_ids
         )
@@ -111,20 +113,21 @@ class Learner:
         groups = self._with_frozen_logprobs(groups, inputs)
         self._objective_state, prepared = self._objective.prepare(self._objective_state, groups)
         rate = learning_rate(self.step, self._total_steps, self._config)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
         sums = Means()
         # The order is a function of (seed, step), so that a resumed run continues.
         order = np.random.default_rng((self._seed, self.step, 1))
         for indices in minibatches(len(batch.images), self._config, order):
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate * self._decisions.lr_scale
             self._minibatch(prepared, inputs, indices, sums)
             self._objective_state, decisions = self._objective.control(
                 self._objective_state, sums.means()
             )
-            if decisions.get("stop_epoch"):
+            if not self._decisions.take(decisions):
                 break
+        self._decisions.end_step()
         self.step += 1
-        metrics = {**short_names(sums.means()), "learner/lr": rate}
+        metrics = {**short_names(sums.means()), "learner/lr": self._optimizer.param_groups[0]["lr"]}
         advantages = prepared.caption_advantages().cpu().numpy()
         return StepReport(
             step=self.step,
@@ -179,6 +182,7 @@ class Learner:
         """Everything a resumed run needs of the learner."""
         arrays, state = split_state(self._objective_state)
         arrays.update(optimizer_arrays(self._optimizer, self._named))
+        arrays.update(self._decisions.arrays())
         return Checkpoint(
             step=self.step,
             model_files=model_files(self._model, self._captioner.processor),
@@ -192,6 +196,7 @@ class Learner:
         Raises ValueError naming the first parameter when it is one of another model."""
         load_model_files(self._model, checkpoint.model_files, self._model_config)
         restore_optimizer(self._optimizer, self._named, checkpoint.arrays)
+        self._decisions.restore(checkpoint.arrays)
         self._objective_state = join_state(checkpoint.meta["objective_state"], checkpoint.arrays)
         self.step = checkpoint.step
         return self.step

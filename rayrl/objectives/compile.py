@@ -49,7 +49,9 @@ SERVICES: Mapping[str, str] = {
 _NEED_OF = {"total": "whole_minibatch"}
 """Needs that go by another name than the input that shows them."""
 
-PROVIDED = frozenset({"ref_logprobs", "greedy_rewards", "old_logprobs", "entropy", "terms"})
+PROVIDED = frozenset(
+    {"ref_logprobs", "greedy_rewards", "old_logprobs", "entropy", "terms", "extrapolate"}
+)
 """Needs that the driver and the learner of this package always can bring."""
 
 _ROOTS = frozenset(

@@ -1,7 +1,8 @@
 """Controllers: decisions after an optimizer step, from the step's metrics so far.
 
 They return ``coefficients`` (parameters for the steps to come), ``stop_epoch`` (no further update
-in this step) or ``extrapolate`` (weights move on by this factor of the step's change).
+in this step), ``scale_lr`` (the scheduled learning rate is multiplied by this until another
+decision) or ``extrapolate`` (weights move on by this factor of the step's change).
 ``parameters`` holds the plan's, as controllers have changed them.
 """
 
@@ -39,8 +40,8 @@ def adaptive_entropy(
 
 
 def momentum(extrapolate: bool, *, momentum_factor: float) -> dict[str, Any]:
-    """Continue from w + a (w - w_before) (accelerated preference optimization, 2410.06293, read
-    in its abstract), for a learner that can ``extrapolate``."""
+    """Continue from w + a (w - v), v what the step before trained (accelerated preference
+    optimization, 2410.06293, read in its abstract), for a learner that can ``extrapolate``."""
     return {"extrapolate": momentum_factor} if extrapolate else {}
 
 
