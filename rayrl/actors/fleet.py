@@ -9,14 +9,13 @@ same groups again (seeds belong to prompts), and then catches up.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
 
+from rayrl.actors.pool import LOST, Pool, RestartBudget
 from rayrl.actors.reward import RewardActor
 from rayrl.actors.rollout import RolloutActor
 from rayrl.config import Config
@@ -25,19 +24,6 @@ from rayrl.rewards.cider import DocumentFrequency
 from rayrl.rewards.score import Dropped
 from rayrl.types import Completion, Prompt, ScoredGroup
 from rayrl.weights import ModelFiles
-
-log = logging.getLogger(__name__)
-
-_LOST = (RayActorError, GetTimeoutError)
-
-
-def _raise_unless_lost(actor: Any, error: Exception) -> None:
-    """Raise what replacing ``actor`` would not mend: an error in its construction, which would
-    come again, or the loss of another actor whose result it was waiting for."""
-    if isinstance(error, RayActorError):
-        other = error.actor_id is not None and error.actor_id != actor._actor_id.hex()
-        if error.actor_init_failed or other:
-            raise error
 
 
 @dataclass
@@ -89,13 +75,21 @@ class Fleet:
             max_tokens=config.sampling.max_tokens,
             greedy_baseline=greedy_baseline,
         )
-        self._rollout = [self._start_rollout() for _ in range(config.rollout.num_workers)]
-        self._reward = [self._start_reward() for _ in range(config.train.reward_workers)]
+        self._budget = RestartBudget(config.rollout.max_restarts)
+        self._rollout = Pool(
+            "rollout worker", self._start_rollout, config.rollout.num_workers, self._budget
+        )
+        self._reward = Pool(
+            "reward worker", self._start_reward, config.train.reward_workers, self._budget
+        )
         self._frozen: Any = None
         self._versions: dict[int, Any] = {}
         self._loads: list[_Load] = []
-        self._first_cause: Exception | None = None
-        self.restarts = 0
+
+    @property
+    def restarts(self) -> int:
+        """Workers that were replaced so far."""
+        return self._budget.spent
 
     def publish(self, version: int, trained: Any, *, frozen: Any = None) -> None:
         """Have every rollout worker pull a version before its next batch.
@@ -110,7 +104,7 @@ class Fleet:
         for old in sorted(self._versions)[: -self._config.train.max_staleness - 2]:
             del self._versions[old]
         changed = self._config.model.trainable
-        for i, worker in enumerate(self._rollout):
+        for i, worker in enumerate(self._rollout.actors):
             refs = (self._frozen, trained) if frozen is not None else (trained,)
             self._loads.append(_Load(i, worker, version, worker.load.remote(changed, *refs)))
 
@@ -120,12 +114,12 @@ class Fleet:
         due = [load for load in self._loads if load.version <= version]
         self._loads = [load for load in self._loads if load.version > version]
         for load in due:
-            if load.actor is not self._rollout[load.worker]:
+            if load.actor is not self._rollout.actors[load.worker]:
                 continue
             try:
                 held = ray.get(load.ref, timeout=self._config.rollout.timeout_s)
-            except _LOST as error:
-                self._replace_rollout(load.worker, error)
+            except LOST as error:
+                self._rollout.replace(load.worker, error)
                 self._load(load.worker, max(self._versions))
                 continue
             if held != load.version:
@@ -162,7 +156,7 @@ class Fleet:
                 try:
                     results += ray.get(share.scored, timeout=self._config.train.reward_timeout_s)
                     break
-                except _LOST as error:
+                except LOST as error:
                     self._recover(share, pending, error)
         return results
 
@@ -170,10 +164,10 @@ class Fleet:
         """Seconds that each reward term has taken since the last call, over all reward workers;
         a worker that died in between took its count along."""
         seconds: dict[str, float] = {}
-        for ref in [worker.take_seconds.remote() for worker in self._reward]:
+        for ref in [worker.take_seconds.remote() for worker in self._reward.actors]:
             try:
                 taken = ray.get(ref, timeout=self._config.train.reward_timeout_s)
-            except _LOST:
+            except LOST:
                 continue
             for term, value in taken.items():
                 name = f"reward_seconds/{term}"
@@ -184,10 +178,11 @@ class Fleet:
         """Redo what was lost of a share: its groups, or only their scores."""
         try:
             ray.get(share.rollout, timeout=self._config.rollout.timeout_s)
-        except _LOST as lost:
+        except LOST as lost:
             self._sample_again(share, pending, lost)
         else:
-            self._replace_reward(pending.step, share, error)
+            actor = self._reward.replace(self._scorer(share, pending), error)
+            share.scored = actor.score.remote(share.rollout)
 
     def greedy(self, prompts: Sequence[Prompt], version: int) -> list[Completion]:
         """The arg-max captions of held-out prompts, in order."""
@@ -195,7 +190,7 @@ class Fleet:
         tokens = self._config.sampling.max_tokens
         refs = [
             worker.greedy.remote(part, tokens, version)
-            for worker, part in zip(self._rollout, parts, strict=True)
+            for worker, part in zip(self._rollout.actors, parts, strict=True)
         ]
         captions: list[Completion] = []
         for i, part in enumerate(parts):
@@ -203,35 +198,39 @@ class Fleet:
                 try:
                     captions += ray.get(refs[i], timeout=self._config.rollout.timeout_s)
                     break
-                except _LOST as error:
-                    self._replace_rollout(i, error)
+                except LOST as error:
+                    actor = self._rollout.replace(i, error)
                     self._load(i, version)
-                    refs[i] = self._rollout[i].greedy.remote(part, tokens, version)
+                    refs[i] = actor.greedy.remote(part, tokens, version)
         return captions
 
     def shutdown(self) -> None:
         """End every worker."""
-        for worker in [*self._rollout, *self._reward]:
-            ray.kill(worker)
+        self._rollout.shutdown()
+        self._reward.shutdown()
 
     def _send(self, share: _Share, pending: Pending) -> None:
-        share.actor = self._rollout[share.worker]
+        share.actor = self._rollout.actors[share.worker]
         share.rollout = share.actor.generate.remote(
             share.prompts, self._sampling, share.seeds, pending.version
         )
-        reward = self._reward[(pending.step + share.worker) % len(self._reward)]
+        reward = self._reward.actors[self._scorer(share, pending)]
         share.scored = reward.score.remote(share.rollout)
+
+    def _scorer(self, share: _Share, pending: Pending) -> int:
+        """Which reward worker scores a share: they take turns."""
+        return (pending.step + share.worker) % len(self._reward)
 
     def _sample_again(self, share: _Share, pending: Pending, cause: Exception) -> None:
         """Sample a lost share with its own version; the worker then returns to the newest."""
-        if share.actor is self._rollout[share.worker]:
-            self._replace_rollout(share.worker, cause)
+        if share.actor is self._rollout.actors[share.worker]:
+            self._rollout.replace(share.worker, cause)
         self._load(share.worker, pending.version)
         self._send(share, pending)
         self._load(share.worker, max(self._versions))
 
     def _load(self, i: int, version: int) -> None:
-        actor = self._rollout[i]
+        actor = self._rollout.actors[i]
         ref = actor.load.remote(self._config.model.trainable, self._frozen, self._versions[version])
         self._loads.append(_Load(i, actor, version, ref))
 
@@ -253,32 +252,6 @@ class Fleet:
         return RewardActor.options(  # type: ignore[attr-defined]
             num_cpus=self._config.train.reward_cpus
         ).remote(self._config.reward, self._df, self._config.train.reward_timeout_s)
-
-    def _replace_rollout(self, i: int, cause: Exception) -> None:
-        """A new worker, without weights yet, in place of a lost one."""
-        _raise_unless_lost(self._rollout[i], cause)
-        self._count_restart(f"rollout worker {i}", cause)
-        ray.kill(self._rollout[i])
-        self._rollout[i] = self._start_rollout()
-
-    def _replace_reward(self, step: int, share: _Share, cause: Exception) -> None:
-        index = (step + share.worker) % len(self._reward)
-        _raise_unless_lost(self._reward[index], cause)
-        self._count_restart(f"reward worker {index}", cause)
-        ray.kill(self._reward[index])
-        self._reward[index] = self._start_reward()
-        share.scored = self._reward[index].score.remote(share.rollout)
-
-    def _count_restart(self, who: str, cause: Exception) -> None:
-        self._first_cause = self._first_cause or cause
-        self.restarts += 1
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        log.warning("%s was lost and is replaced: %s", who, reason)
-        if self.restarts > self._config.rollout.max_restarts:
-            raise RuntimeError(
-                f"{self.restarts} workers were lost, rollout.max_restarts allows "
-                f"{self._config.rollout.max_restarts}; the first cause follows"
-            ) from self._first_cause
 
 
 def _split(items: list[Prompt], parts: int) -> list[list[Prompt]]:
