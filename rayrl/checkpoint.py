@@ -59,13 +59,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    link = folder / ".latest.partial"
-    link.unlink(missing_ok=True)
-    link.symlink_to(place.name)
-    os.replace(link, folder / "latest")
+    point_latest_at(place)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(folder / f"step_{old}", ignore_errors=True)
     return place
+
+
+def point_latest_at(place: Path) -> None:
+    """Let the link ``latest`` beside ``place`` name it, in one move."""
+    link = place.parent / ".latest.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(place.name)
+    os.replace(link, place.parent / "latest")
 
 
 def _write(file: Path, content: bytes) -> None:

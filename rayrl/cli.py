@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
 from rayrl.config import Config
+from rayrl.credentials import redacted
 
 
 class Invocation(NamedTuple):
@@ -193,7 +194,7 @@ def _message(error: Any) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     given = error.get("input")
     shown = "" if isinstance(given, dict | BaseModel) else f" (got {given!r})"
-    return message + shown
+    return redacted(message + shown)
 
 
 def _fail(program: str, text: str) -> NoReturn:

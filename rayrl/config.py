@@ -8,8 +8,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
+from rayrl.credentials import refuse_credentials
 from rayrl.data.config import DataConfig
 from rayrl.objectives.config import ObjectiveConfig, plan_with
 from rayrl.objectives.plan import Plan
@@ -193,7 +201,10 @@ class TrainConfig(Section):
     checkpoint_every: PositiveInt = 30
     """Steps between checkpoints; the last step is always one."""
     keep_checkpoints: PositiveInt = 2
-    """Checkpoints that stay on disk."""
+    """Checkpoints that stay on disk, and at `checkpoint_uri`."""
+    checkpoint_uri: str = ""
+    """Copy checkpoints there too, so that `--resume` works on a fresh machine: `s3://…`, `gs://…`,
+    `file:///…` or an absolute path, one a run; empty: nowhere."""
     samples_every: PositiveInt = 10
     """Steps between logged groups."""
     reward_workers: PositiveInt = 1
@@ -204,6 +215,13 @@ class TrainConfig(Section):
     """Longest wait for a batch of rewards."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+
+    @field_validator("checkpoint_uri")
+    @classmethod
+    def _remote_place(cls, uri: str) -> str:
+        if uri and "://" not in uri and not uri.startswith("/"):
+            raise ValueError("want s3://…, gs://…, file:///… or an absolute path")
+        return refuse_credentials(uri)
 
 
 class Config(Section):

@@ -21,6 +21,7 @@ from rayrl.actors.cluster import connect, failing_in_one_line
 from rayrl.actors.fleet import Fleet, Pending
 from rayrl.actors.learner import LearnerActor
 from rayrl.actors.reward import placements
+from rayrl.backup import Backup
 from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from rayrl.config import Config
 from rayrl.data import Dataset, load_split
@@ -30,7 +31,9 @@ from rayrl.interrupt import StopRequest
 from rayrl.learner.learner import provided
 from rayrl.metrics import Phases, RunLog, write_summary
 from rayrl.objectives import build
+from rayrl.remote import RemoteCopies, open_copies
 from rayrl.report import write_report
+from rayrl.resume import open_run_folder
 from rayrl.rewards.score import Dropped, reward_document_frequency
 from rayrl.rollout_metrics import group_metrics, sample_records, summarize
 from rayrl.types import Prompt, ScoredGroup, StepReport
@@ -51,6 +54,7 @@ class Run:
     fleet: Fleet
     learner: Any
     log: RunLog
+    backup: Backup
     phases: Phases = field(default_factory=Phases)
     stop: StopRequest = field(default_factory=StopRequest)
     saved_step: int = -1
@@ -65,8 +69,9 @@ class Run:
 def train(run: Run, start: int) -> int:
     """The loop, from step ``start``; returns the step that it ended after.
 
-    Batch k is sampled with version max(0, k - max_staleness): exactly so, because everything is
-    submitted from here and workers keep the order.
+    Batch k is sampled with version max(start, k - max_staleness): exactly so, because everything
+    is submitted from here and workers keep the order.  A resumed run thus samples each prompt that
+    was not trained on, and no other; ahead of the learner it catches up as a new run does.
     """
     steps, ahead = run.config.train.steps, run.config.train.max_staleness
     pending: list[Pending] = []
@@ -150,10 +155,13 @@ def save(run: Run) -> None:
         arrays=checkpoint.arrays,
         meta=meta,
     )
+    run.backup.wait()
     try:
         save_checkpoint(run.folder / "checkpoints", whole, keep=run.config.train.keep_checkpoints)
     except OSError as error:
         run.log.message(f"checkpoint of step {checkpoint.step} failed: {error}; going on")
+        return
+    run.backup.checkpoint(checkpoint.step)
 
 
 def restore(run: Run) -> int:
@@ -191,19 +199,22 @@ def run_job(config: Config, *, resume: bool) -> bool:
     # What an objective lacks is said before hours of stage 1, not after.
     build(config.objective).check(provided(config.learner, config.train.images_per_step))
     train_data, val_data = load_split(config.data, "train"), load_split(config.data, "val")
-    _prepare_folder(folder, config, resume=resume)
+    copies = open_copies(config.train.checkpoint_uri)
+    open_run_folder(folder, config, copies, resume=resume, say=print)
     count = min(len(val_data), config.train.eval_images)
     heldout = Heldout([val_data[i] for i in range(count)], folder)
     local = connect(_cpus(config))
     try:
         snapshots = run_stage1(config, folder)
-        run = _start(config, folder, train_data, heldout, snapshots[-1], resume=resume)
+        run = _start(config, folder, train_data, heldout, snapshots[-1], copies, resume=resume)
+        run.backup.base(resumed=resume)
         try:
             with run.stop.listening(run.log.message):
                 return _train_and_report(run, snapshots, resume=resume)
         finally:
             run.fleet.shutdown()
             ray.kill(run.learner)
+            run.backup.close()
             run.log.close()
     finally:
         if local:
@@ -219,26 +230,13 @@ def _cpus(config: Config) -> float:
     return max(workers + config.learner.cpus, config.xe.num_workers * config.learner.cpus + 2)
 
 
-def _prepare_folder(folder: Path, config: Config, *, resume: bool) -> None:
-    """Refuse to mix runs in one folder; save the resolved configuration."""
-    done = list_checkpoints(folder / "checkpoints")
-    if resume and not done:
-        raise FileNotFoundError(f"--resume: no checkpoint in {folder / 'checkpoints'}")
-    if done and not resume:
-        raise ValueError(
-            f"{folder} holds a run of {done[-1]} steps: continue it with --resume, or choose "
-            "another --run_folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(cli.dump(config), encoding="utf-8")
-
-
 def _start(
     config: Config,
     folder: Path,
     train_data: Dataset,
     heldout: Heldout,
     stage1: Snapshot,
+    copies: RemoteCopies | None,
     *,
     resume: bool,
 ) -> Run:
@@ -253,6 +251,12 @@ def _start(
     needs = build(config.objective).needs
     df = reward_document_frequency(train_data.references(), config.reward)
     last = list_checkpoints(folder / "checkpoints")[-1] if resume else None
+    log = RunLog(
+        folder,
+        total_steps=config.train.steps,
+        tensorboard=config.train.tensorboard,
+        resume_from=last,
+    )
     return Run(
         config=config,
         folder=folder,
@@ -260,12 +264,8 @@ def _start(
         heldout=heldout,
         fleet=Fleet(config, files, df, greedy_baseline="greedy_rewards" in needs),
         learner=learner,
-        log=RunLog(
-            folder,
-            total_steps=config.train.steps,
-            tensorboard=config.train.tensorboard,
-            resume_from=last,
-        ),
+        log=log,
+        backup=Backup(copies, folder, keep=config.train.keep_checkpoints, say=log.message),
     )
 
 
@@ -292,6 +292,7 @@ def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) 
         summary["cider_d_xe_control"] = _control(run, snapshots[-1], seconds)
         write_summary(run.folder, summary)
     run.log.message(f"report: {write_report(run.folder)}")
+    run.backup.report()
     return finished
 
 

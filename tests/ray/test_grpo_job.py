@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,58 @@ def test_killed_workers_are_replaced_and_the_run_ends_as_if_nothing_had_happened
     assert "rollout worker 0 was lost and is replaced" in output
     assert "reward worker 0 was lost and is replaced" in output
     assert weights(tmp_path / "killed") == weights(tmp_path / "quiet")
+
+
+def test_a_run_whose_machine_is_lost_goes_on_elsewhere_with_no_prompt_twice_and_none_skipped(
+    small_job, environment, tmp_path
+):
+    remote, run = tmp_path / "remote", tmp_path / "run"
+    flags = small_job(
+        train__steps=6,
+        train__max_staleness=1,
+        train__images_per_step=4,
+        train__samples_every=1,
+        train__checkpoint_uri=f"file://{remote}",
+    )
+    process = start(flags, environment)
+    wait_for_step(run, 5, process)
+    process.kill()
+    process.communicate(timeout=60)
+    shutil.rmtree(run)
+    again = run_script("grpo_coco.py", [*flags, "--resume"], environment)
+    assert again.returncode == 0, again.stderr
+    assert "fetched step" in again.stdout
+    resumed = int(again.stdout.partition("fetched step ")[2].split()[0])
+    assert resumed in (2, 4)
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == list(range(7))
+    for row in rows[1:]:
+        begun = resumed if row["step"] > resumed else 0
+        assert row["staleness/max"] == row["staleness/mean"] == min(row["step"] - 1 - begun, 1)
+    assert trained_prompts(run) == planned_prompts(steps=6, images=4, count=60)
+    assert sorted(p.name for p in remote.iterdir()) == ["report", "run", "step_4", "step_6"]
+
+
+def trained_prompts(folder) -> list[list[str]]:
+    """The prompt ids of each step, from samples of every step."""
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [
+        [sample["prompt_id"] for sample in samples if sample["step"] == step]
+        for step in range(1, 1 + max(sample["step"] for sample in samples))
+    ]
+
+
+def planned_prompts(steps: int, images: int, count: int) -> list[list[str]]:
+    from rayrl.config import Config
+    from rayrl.data import load_split
+    from rayrl.data.order import prompt_indices
+
+    scenes = {"num_train": count, "num_val": 8}
+    data = load_split(Config.model_validate({"data": {"scenes": scenes}}).data, "train")
+    return [
+        [data[index].prompt_id for _, index in prompt_indices(step, images, count, 0)]
+        for step in range(steps)
+    ]
 
 
 def children(driver: int, name: str) -> list[int]:

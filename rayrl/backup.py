@@ -1,0 +1,143 @@
+"""A run's checkpoints in remote storage, for a machine that does not come back.
+
+    <uri>/run/      config.yaml, stage1/…                     what the run started from
+    <uri>/step_40/  checkpoints/step_40/…, metrics.jsonl, …   a checkpoint and the history until it
+    <uri>/report/   report.html, summary.json, …              how it ended
+
+The paths inside a copy are those of the run folder, so an empty one that fetches ``run`` and the
+newest step is the run folder again.  Copies are made in the background: a slow or failing storage
+costs copies, never steps.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from rayrl.checkpoint import point_latest_at
+from rayrl.remote import STORAGE_ERRORS, RemoteCopies
+
+_BASE = "run"
+_BASE_FILES = ("config.yaml", "stage1/stage1.json", "stage1/final/**/*")
+_HISTORY_FILES = ("metrics.jsonl", "samples.jsonl", "eval_captions.json", "xe/metrics.jsonl")
+_REPORT_FILES = ("report.html", "summary.json", "config.yaml", "metrics.jsonl")
+_STEP = re.compile(r"step_(\d+)")
+
+Say = Callable[[str], None]
+
+
+class Backup:
+    """Copies a run folder's checkpoints to ``copies``, one at a time, in the background; nowhere
+    where that is None.
+
+    ``keep`` checkpoints stay there.  A copy that fails is said through ``say`` and left out.
+    """
+
+    def __init__(self, copies: RemoteCopies | None, folder: Path, *, keep: int, say: Say) -> None:
+        self._copies, self._folder, self._keep, self._say = copies, folder, keep, say
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="backup")
+        self._running: tuple[str, Future[None]] | None = None
+
+    def base(self, *, resumed: bool) -> None:
+        """Copy what the run started from, unless the run that was resumed did: stage 1 is never
+        trained twice for one run."""
+        self._submit(_BASE, lambda copies: self._copy_base(copies, resumed))
+
+    def checkpoint(self, step: int) -> None:
+        """Copy the local checkpoint of ``step``."""
+        self._submit(f"step_{step}", lambda copies: self._copy_step(copies, step))
+
+    def report(self) -> None:
+        """Copy what a person reads of a run that has ended."""
+        self._submit(
+            "report",
+            lambda copies: copies.put("report", self._folder, _files(self._folder, _REPORT_FILES)),
+        )
+
+    def wait(self) -> None:
+        """Wait for the copy that is being made; before the next local save, which may remove the
+        files that it reads."""
+        if self._running is None:
+            return
+        name, future = self._running
+        self._running = None
+        try:
+            future.result()
+        except STORAGE_ERRORS as error:
+            self._say(f"the remote copy of {name} failed: {error}; going on")
+
+    def close(self) -> None:
+        """Wait, then end the thread.  A second call does nothing."""
+        self.wait()
+        self._worker.shutdown()
+
+    def _submit(self, name: str, job: Callable[[RemoteCopies], None]) -> None:
+        self.wait()
+        if self._copies is not None:
+            self._running = (name, self._worker.submit(job, self._copies))
+
+    def _copy_base(self, copies: RemoteCopies, resumed: bool) -> None:
+        if not (resumed and _BASE in copies.names()):
+            copies.put(_BASE, self._folder, _files(self._folder, _BASE_FILES))
+
+    def _copy_step(self, copies: RemoteCopies, step: int) -> None:
+        patterns = (f"checkpoints/step_{step}/**/*", *_HISTORY_FILES)
+        copies.put(f"step_{step}", self._folder, _files(self._folder, patterns))
+        for old in remote_steps(copies)[: -self._keep]:
+            copies.remove(f"step_{old}")
+
+
+def remote_steps(copies: RemoteCopies) -> list[int]:
+    """Steps whose checkpoints are whole there, ascending."""
+    return sorted(int(match[1]) for name in copies.names() if (match := _STEP.fullmatch(name)))
+
+
+def fetch_newest(copies: RemoteCopies, folder: Path, *, say: Say, after: int = -1) -> int | None:
+    """Make ``folder`` the run folder of the newest whole checkpoint later than step ``after``.
+
+    Returns its step, or None where there is none.  One whose files are not what was written is
+    said and passed over for the one before.
+    """
+    for step in reversed(remote_steps(copies)):
+        if step <= after:
+            break
+        partial = folder / ".fetched.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            files = copies.fetch(f"step_{step}", partial)
+            if _BASE in copies.names() and not (folder / "stage1" / "stage1.json").is_file():
+                files += copies.fetch(_BASE, partial)
+            _move(partial, folder, files, f"checkpoints/step_{step}/")
+        except ValueError as error:
+            say(f"the remote copy of step {step} is damaged and passed over: {error}")
+            continue
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        point_latest_at(folder / "checkpoints" / f"step_{step}")
+        return step
+    return None
+
+
+def _move(source: Path, target: Path, files: list[str], checkpoint: str) -> None:
+    """Move fetched files into the run folder, the checkpoint last and whole."""
+    if not any(file.startswith(checkpoint) for file in files):
+        raise ValueError(f"it holds no file of {checkpoint}")
+    for file in files:
+        if not file.startswith(checkpoint):
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source / file, target / file)
+    place = target / checkpoint
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(source / checkpoint, place)
+
+
+def _files(folder: Path, patterns: tuple[str, ...]) -> Iterator[str]:
+    for pattern in patterns:
+        for file in folder.glob(pattern):
+            if file.is_file():
+                yield file.relative_to(folder).as_posix()

@@ -1,0 +1,29 @@
+"""Keeping credentials out of the configuration, and with it out of run folders and logs.
+
+A run folder holds config.yaml and a report, both made to be shown around.  Keys therefore live in
+environment variables; addresses that carry one are refused and never repeated in a message.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit
+
+_USER_INFO = re.compile(r"(?<=://)[^/?#\s'\"]+@")
+_SECRET_NAME = r"[\w.-]*(?:key|secret|token|password|passwd|signature|credential)[\w.-]*"
+_SECRET_IN_QUERY = re.compile(rf"([?&]{_SECRET_NAME}=)[^&#\s'\"]+", re.IGNORECASE)
+
+
+def refuse_credentials(address: str) -> str:
+    """The address itself; ValueError, which does not repeat it, where it carries a credential."""
+    if "@" in urlsplit(address).netloc or _SECRET_IN_QUERY.search(address):
+        raise ValueError(
+            "the address carries a credential, which would be written into the run folder: "
+            "put it into the environment"
+        )
+    return address
+
+
+def redacted(text: str) -> str:
+    """The text with the credentials of every address in it replaced by ``***``."""
+    return _SECRET_IN_QUERY.sub(r"\1***", _USER_INFO.sub("***@", text))

@@ -1,0 +1,67 @@
+"""Opening a run folder: for a new run, or to continue one, here or from its remote copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayrl import cli
+from rayrl.backup import Say, fetch_newest, remote_steps
+from rayrl.checkpoint import list_checkpoints
+from rayrl.config import Config
+from rayrl.remote import RemoteCopies
+
+
+def open_run_folder(
+    folder: Path, config: Config, copies: RemoteCopies | None, *, resume: bool, say: Say
+) -> None:
+    """Refuse to mix runs in one folder, or at one remote place; fetch the newest remote checkpoint
+    if it is later than what is here; save the resolved configuration.
+
+    FileNotFoundError where there is nothing to resume, ValueError where a run would be
+    overwritten.
+    """
+    checkpoints = folder / "checkpoints"
+    done = list_checkpoints(checkpoints)
+    if not resume:
+        _refuse_to_mix(str(folder), done, "--run_folder")
+        if copies is not None:
+            _refuse_to_mix(
+                config.train.checkpoint_uri, remote_steps(copies), "--train.checkpoint_uri"
+            )
+    elif copies is not None:
+        newest = done[-1] if done else -1
+        step = fetch_newest(copies, folder, say=say, after=newest)
+        if step is not None:
+            say(f"fetched step {step} from {config.train.checkpoint_uri}")
+    if resume and not list_checkpoints(checkpoints):
+        also = f" or {config.train.checkpoint_uri}" if copies is not None else ""
+        raise FileNotFoundError(f"--resume: no checkpoint in {checkpoints}{also}")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "config.yaml"
+    text = cli.dump(config)
+    if resume and file.is_file():
+        for line in changes(yaml.safe_load(file.read_text("utf-8")), yaml.safe_load(text)):
+            say(f"resuming with another {line}")
+    file.write_text(text, encoding="utf-8")
+
+
+def _refuse_to_mix(place: str, done: list[int], flag: str) -> None:
+    if done:
+        raise ValueError(
+            f"{place} holds a run of {done[-1]} steps: continue it with --resume, or choose "
+            f"another {flag}"
+        )
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """``learner.lr: 0.001, was 0.002`` for every leaf in which two configurations differ."""
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from changes(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name}: {new}, was {old}"

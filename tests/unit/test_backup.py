@@ -1,0 +1,188 @@
+"""A run folder that is lost comes back from remote storage as it was at its last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from rayrl import cli
+from rayrl.backup import Backup, fetch_newest, remote_steps
+from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from rayrl.config import Config
+from rayrl.remote import RemoteCopies, open_copies
+from rayrl.resume import changes, open_run_folder
+
+
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(
+        step=step,
+        model_files={"config.json": np.frombuffer(b"{}", np.uint8)},
+        arrays={"optimizer/w/exp_avg": np.full((2, 3), step, np.float32)},
+        meta={"weight_version": step},
+    )
+
+
+class Machine:
+    """A run folder with ``steps`` done, as the driver leaves and copies it."""
+
+    def __init__(self, folder: Path, copies: RemoteCopies | None, *, keep: int = 2) -> None:
+        self.folder, self.said = folder, []
+        (folder / "stage1/final").mkdir(parents=True, exist_ok=True)
+        (folder / "stage1/stage1.json").write_text("{}")
+        (folder / "stage1/final/model.safetensors").write_bytes(b"stage1")
+        (folder / "config.yaml").write_text(cli.dump(Config()))
+        self.backup = Backup(copies, folder, keep=keep, say=self.said.append)
+
+    def save(self, step: int, *, keep: int = 1) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as out:
+            out.write(json.dumps({"step": step}) + "\n")
+        self.backup.wait()
+        save_checkpoint(self.folder / "checkpoints", checkpoint(step), keep=keep)
+        self.backup.checkpoint(step)
+
+
+@pytest.fixture
+def copies(tmp_path):
+    return open_copies(f"file://{tmp_path}/remote")
+
+
+def test_a_lost_run_folder_comes_back_with_its_history_and_stage_1(tmp_path, copies):
+    machine = Machine(tmp_path / "lost", copies)
+    machine.backup.base(resumed=False)
+    for step in (2, 4, 6):
+        machine.save(step)
+    machine.backup.close()
+    machine.backup.close()
+    assert remote_steps(copies) == [4, 6], "keep 2 there, though only 1 stays here"
+    shutil.rmtree(tmp_path / "lost")
+    fresh = tmp_path / "fresh"
+    assert fetch_newest(copies, fresh, say=machine.said.append) == 6
+    loaded = load_checkpoint(fresh / "checkpoints/latest")
+    assert loaded.step == 6 and loaded.arrays["optimizer/w/exp_avg"].tolist() == [[6] * 3] * 2
+    assert set(loaded.model_files) == {"config.json"}
+    lines = [json.loads(line)["step"] for line in (fresh / "metrics.jsonl").open()]
+    assert lines == [2, 4, 6]
+    assert (fresh / "stage1/final/model.safetensors").read_bytes() == b"stage1"
+    assert machine.said == []
+    assert not list(fresh.glob(".*partial"))
+
+
+def test_a_damaged_newest_copy_is_said_and_the_one_before_is_taken(tmp_path, copies):
+    machine = Machine(tmp_path / "lost", copies)
+    machine.save(2)
+    machine.save(4)
+    machine.backup.close()
+    (tmp_path / "remote/step_4/checkpoints/step_4/trainer.json").write_text("{}")
+    fresh = tmp_path / "fresh"
+    assert fetch_newest(copies, fresh, say=machine.said.append) == 2
+    assert list_checkpoints(fresh / "checkpoints") == [2]
+    assert len(machine.said) == 1
+    assert "step 4 is damaged and passed over: step_4/checkpoints/step_4" in machine.said[0]
+
+
+def test_a_copy_without_a_checkpoint_in_it_is_passed_over(tmp_path, copies):
+    machine = Machine(tmp_path / "lost", copies)
+    machine.save(2)
+    machine.backup.close()
+    copies.put("step_4", tmp_path / "lost", ["metrics.jsonl"])
+    assert fetch_newest(copies, tmp_path / "fresh", say=machine.said.append) == 2
+    assert "it holds no file of checkpoints/step_4/" in machine.said[0]
+
+
+class Unreachable(RemoteCopies):
+    def put(self, name, folder, files):
+        raise OSError(f"no route to {name}")
+
+
+def test_a_failed_copy_costs_that_copy_and_says_so(tmp_path, copies):
+    machine = Machine(tmp_path / "run", Unreachable(copies._filesystem, copies._root))
+    machine.save(2)
+    machine.save(4)
+    assert machine.said == ["the remote copy of step_2 failed: no route to step_2; going on"]
+    machine.backup.close()
+    assert len(machine.said) == 2 and "step_4" in machine.said[1]
+    assert list_checkpoints(tmp_path / "run/checkpoints") == [4]
+
+
+def test_without_a_remote_place_nothing_is_copied(tmp_path):
+    machine = Machine(tmp_path / "run", None)
+    machine.backup.base(resumed=False)
+    machine.save(2)
+    machine.backup.report()
+    machine.backup.close()
+    assert machine.said == [] and sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_what_a_resumed_run_started_from_is_not_copied_again(tmp_path, copies):
+    machine = Machine(tmp_path / "run", copies)
+    machine.backup.base(resumed=False)
+    machine.backup.wait()
+    (tmp_path / "run/stage1/final/model.safetensors").write_bytes(b"other")
+    machine.backup.base(resumed=True)
+    machine.backup.close()
+    copy = tmp_path / "remote/run/stage1/final/model.safetensors"
+    assert copy.read_bytes() == b"stage1"
+
+
+def with_uri(tmp_path, **train) -> Config:
+    return Config.model_validate(
+        {"train": {"checkpoint_uri": f"file://{tmp_path}/remote", **train}, "xe": {"steps": 0}}
+    )
+
+
+def test_a_fresh_machine_resumes_from_the_remote_place(tmp_path, copies):
+    machine = Machine(tmp_path / "lost", copies)
+    machine.backup.base(resumed=False)
+    machine.save(6)
+    machine.backup.close()
+    said: list[str] = []
+    config = with_uri(tmp_path, steps=120)
+    open_run_folder(tmp_path / "fresh", config, copies, resume=True, say=said.append)
+    assert list_checkpoints(tmp_path / "fresh/checkpoints") == [6]
+    assert said[0] == f"fetched step 6 from file://{tmp_path}/remote"
+    assert "resuming with another train.steps: 120, was 90" in said
+    assert "resuming with another xe.steps: 0, was 400" in said
+    assert yaml.safe_load((tmp_path / "fresh/config.yaml").read_text())["train"]["steps"] == 120
+
+
+@pytest.mark.parametrize(("here", "there", "wanted"), [(4, 2, 4), (2, 4, 4), (4, 4, 4)])
+def test_the_later_checkpoint_wins(tmp_path, copies, here, there, wanted):
+    remote = Machine(tmp_path / "other", copies)
+    remote.save(there)
+    remote.backup.close()
+    local = Machine(tmp_path / "run", None)
+    local.save(here)
+    said: list[str] = []
+    open_run_folder(tmp_path / "run", with_uri(tmp_path), copies, resume=True, say=said.append)
+    assert list_checkpoints(tmp_path / "run/checkpoints")[-1] == wanted
+    assert load_checkpoint(tmp_path / "run/checkpoints/latest").step == wanted
+    assert any(line.startswith("fetched") for line in said) == (there > here)
+
+
+def test_runs_are_not_mixed_and_nothing_to_resume_is_said(tmp_path, copies):
+    config, say = with_uri(tmp_path), [].append
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*checkpoints or file://"):
+        open_run_folder(tmp_path / "fresh", config, copies, resume=True, say=say)
+    machine = Machine(tmp_path / "run", copies)
+    machine.save(6)
+    machine.backup.close()
+    with pytest.raises(ValueError, match=r"remote holds a run of 6 steps.*--train.checkpoint_uri"):
+        open_run_folder(tmp_path / "new", config, copies, resume=False, say=say)
+    with pytest.raises(ValueError, match=r"run holds a run of 6 steps.*another --run_folder"):
+        open_run_folder(tmp_path / "run", config, None, resume=False, say=say)
+    assert not (tmp_path / "new").exists()
+
+
+def test_changes_name_every_leaf():
+    before = {"a": {"x": 1, "y": 2}, "b": 3, "gone": 0}
+    after = {"a": {"x": 1, "y": 5}, "b": 3, "new": [1]}
+    assert list(changes(before, after)) == [
+        "a.y: 5, was 2",
+        "gone: None, was 0",
+        "new: [1], was None",
+    ]
