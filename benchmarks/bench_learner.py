@@ -1,284 +1,331 @@
-"""Naive against prefix-shared log-probs: time, peak memory and utilisation of forward + backward.
+"""The learner's update, naive against prefix-shared: time, peak memory, utilisation.
 
-    python benchmarks/bench_learner.py --small            # seconds on a laptop
-    python benchmarks/bench_learner.py                    # the whole grid on this machine
-    python benchmarks/bench_learner.py --device cuda --dtype bfloat16 \
-        --models smolvlm-256m smolvlm-500m qwen2.5-vl-3b --groups 16 --prompts 8
+    python benchmarks/bench_learner.py                 # this machine; ten minutes on two cores
+    python benchmarks/bench_learner.py --suites gpu    # on a GPU; torch and transformers suffice
+    python benchmarks/bench_learner.py --small         # every row in little, to see that it runs
 
-Weights and pictures are random, captions have ``--tokens`` tokens and share no words, which is the
-worst case for the tree.  All methods of a case run in turn, ``--repeats`` times; the median counts.
-``predicted`` is the ratio of counted FLOPs (attention counted dense), ``utilisation`` the counted
-FLOPs over the time and over what a large matrix product reaches on this device and type.
+An update is forward, backward and AdamW on P images with G captions of 20 tokens each.  Weights,
+pictures and captions are random and share no words, the worst case for sharing.  The methods of a
+row run in turn, round after round, and their median counts; the first pass of each, before the
+rounds, gives FLOPs, memory and the gradient, which must be the naive one's.  What does not fit a
+GPU at once runs in micro-batches, halved until they do.
+
+``predicted`` is the ratio of the counted FLOPs; ``utilisation`` is counted FLOPs over the time and
+over the limit, which is what a large matrix product reaches here, or ``--limit-tflops``.  Rows that
+want a GPU are written down as not measured where there is none.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
-import weakref
-from collections.abc import Callable
-from datetime import date
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from learner_models import IMAGE, MODELS
+from learner_cost import counted, matmul_flops, synchronize
+from learner_models import IMAGE, MODELS, SMALL
+from record import RESULTS, write
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 from transformers import AutoModelForImageTextToText
 
+from rayrl.learner.families import FAMILIES
 from rayrl.learner.features import FeatureCache
 from rayrl.learner.logprobs import naive_outputs, prefix_shared_outputs
 
-TEXT_TOKENS = 12
+TEXT_TOKENS, CAPTION_TOKENS = 12, 20
+# Relative distance of the whole gradient from the naive one.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+
+Batch = tuple[Mapping[str, Tensor], Tensor]
+Method = Callable[[Any, Mapping[str, Tensor], Tensor], Tensor]
 
 
-Method = Callable[..., Any]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One model, one number of image tokens, one group size.  ``prompts`` is at most P."""
+
+    model: str
+    image_tokens: int
+    group_size: int
+    prompts: int = 4
+    dtype: str = "float32"
+    frozen_vision: bool = False
+    gpu: bool = False
 
 
-def methods(frozen: bool, cache: FeatureCache) -> dict[str, Method]:
-    """Each takes (model, prompt_inputs, ids, mask) and returns a LogprobOutput."""
-
-    def cached(model: Any, inputs: Any, ids: Tensor, mask: Tensor) -> Any:
-        keys = [str(p).encode() for p in range(len(ids))]
-        features = cache.features(model, inputs, keys)
-        return prefix_shared_outputs(model, inputs, ids, mask, image_features=features)
-
-    def whole(model: Any, inputs: Any, ids: Tensor, mask: Tensor) -> Any:
-        return prefix_shared_outputs(model, inputs, ids, mask, chunk_bytes=2**62)
-
-    table: dict[str, Method] = {
-        "naive": naive_outputs,
-        "shared": prefix_shared_outputs,
-        "shared, all logits at once": whole,
-    }
-    return {**table, "shared, features cached": cached} if frozen else table
-
-
-def make_case(args: argparse.Namespace, name: str, tokens: int, group: int) -> tuple[Any, tuple]:
-    """A model with random weights and a batch of groups, on the device."""
-    torch.manual_seed(args.seed)
-    config, images = MODELS[name](tokens)
-    with torch.device(args.device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, args.dtype))
-    for parameter_name, parameter in model.named_parameters():
-        vision = any(part in parameter_name for part in ("vision", "visual", "connector"))
-        parameter.requires_grad_(not (vision and args.frozen_vision))
-    p, t = args.prompts, args.tokens
-    vocabulary = config.get_text_config().vocab_size
-    ids = torch.randint(8, vocabulary, (p, tokens + TEXT_TOKENS))
-    ids[:, 2 : 2 + tokens] = IMAGE
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images(p)}
-    inputs["mm_token_type_ids"] = (ids == IMAGE).long()
-    if "image_grid_thw" not in inputs:
-        del inputs["mm_token_type_ids"]
-    inputs = {key: value.to(args.device) for key, value in inputs.items()}
-    completions = torch.randint(8, vocabulary, (p, group, t))
-    return model.eval(), (inputs, completions, torch.ones_like(completions, dtype=torch.bool))
+SHAPES = [
+    Row(model=model, image_tokens=tokens, group_size=group, frozen_vision=frozen)
+    for model, tokens in (("tiny-2.5m", 16), ("tiny-1m", 256))
+    for group in (8, 16)
+    for frozen in (False, True)
+]
+GRID = [
+    Row(model="tiny-2.5m", image_tokens=tokens, group_size=group)
+    for tokens in (16, 64, 256, 1024)
+    for group in (4, 8, 16, 32)
+]
+GPU = [
+    Row(
+        model=model,
+        image_tokens=tokens,
+        group_size=16,
+        prompts=8,
+        dtype="bfloat16",
+        frozen_vision=frozen,
+        gpu=True,
+    )
+    for model, sizes in (
+        ("smolvlm-256m", (64, 1024)),
+        ("smolvlm-500m", (64, 1024)),
+        ("qwen2.5-vl-3b", (256, 1024)),
+    )
+    for tokens in sizes
+    for frozen in (False, True)
+]
+SUITES = {"shapes": SHAPES, "grid": GRID, "gpu": GPU}
 
 
-def update(method: Method, model: Any, batch: tuple) -> tuple[float, Tensor]:
-    """Seconds of forward + backward, and the log-probs."""
-    model.zero_grad(set_to_none=True)
-    synchronize()
-    start = time.perf_counter()
-    logprobs = method(model, *batch).logprobs
-    logprobs.mean().backward()
-    synchronize()
-    return time.perf_counter() - start, logprobs.detach()
+def methods(row: Row, model: Any, batch: Batch) -> dict[str, Method]:
+    """What is compared: (model, inputs of P prompts, caption ids [P, G, T]) to log-probs."""
+
+    def naive(model: Any, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+        return naive_outputs(model, inputs, ids, torch.ones_like(ids).bool()).logprobs
+
+    def shared(model: Any, inputs: Mapping[str, Tensor], ids: Tensor, **options: Any) -> Tensor:
+        mask = torch.ones_like(ids).bool()
+        return prefix_shared_outputs(model, inputs, ids, mask, **options).logprobs
+
+    table: dict[str, Method] = {"naive": naive, "shared": shared}
+    if row.gpu:  # with a vocabulary of a thousand words there is nothing to save
+        table["shared, all logits at once"] = partial(shared, chunk_bytes=2**62)
+    if row.frozen_vision:
+        cache = FeatureCache(2**30)
+        cache.features(model, batch[0], image_names(model, batch[0]))
+
+        def cached(model: Any, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+            features = cache.features(model, inputs, image_names(model, inputs))
+            return shared(model, inputs, ids, image_features=features)
+
+        table["shared, features cached"] = cached
+    return table
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def image_names(model: Any, inputs: Mapping[str, Tensor]) -> list[bytes]:
+    """A key for each prompt's picture: a few of its random pixels."""
+    pictures = [take(model, inputs, p, p + 1) for p in range(len(inputs["input_ids"]))]
+    return [p["pixel_values"].flatten()[:8].float().cpu().numpy().tobytes() for p in pictures]
 
 
-class PeakMemory(TorchDispatchMode):
-    """Most bytes at once in tensors made inside, counted by storage."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        for storage in _storages((args, kwargs)):  # what exists already is not counted
-            self._watch(storage, 0)
-        out = function(*args, **(kwargs or {}))
-        for storage in _storages(out):
-            self._watch(storage, storage.nbytes())
-        return out
-
-    def _watch(self, storage: torch.UntypedStorage, size: int) -> None:
-        if storage._cdata not in self._known:
-            self._known.add(storage._cdata)
-            self._live += size
-            self.peak = max(self.peak, self._live)
-            weakref.finalize(storage, self._forget, storage._cdata, size)
-
-    def _forget(self, storage: int, size: int) -> None:
-        self._known.discard(storage)
-        self._live -= size
+def take(model: Any, inputs: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """The inputs of some of the prompts."""
+    family, chosen = FAMILIES[model.config.model_type], list(range(start, stop))
+    text = {k: v[start:stop] for k, v in inputs.items() if k not in family.image_inputs}
+    return {**text, **family.take_images(inputs, family.image_inputs, chosen)}
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def make_model(row: Row, device: str, *, small: bool) -> tuple[Any, Callable[[int], Any]]:
+    """A model with random weights, and the function that gives P pictures."""
+    torch.manual_seed(0)
+    config, images = (SMALL if small else MODELS)[row.model](row.image_tokens)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, row.dtype))
+    for name, parameter in model.named_parameters():
+        vision = any(part in name for part in ("vision", "visual", "connector"))
+        parameter.requires_grad_(not (vision and row.frozen_vision))
+    return model.eval(), images
 
 
-def first_run(method: Method, model: Any, batch: tuple, device: str) -> dict[str, Any]:
-    """Counted FLOPs, peak memory beyond what was in use before, log-probs; and warm caches."""
-    aten = torch.ops.aten
-    cpu_attention = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-            q, k, v
-        ),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
-            sdpa_backward_flop_count(g, q, k, v)
-        ),
-    }
-    with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
-        update(method, model, batch)
-    model.zero_grad(set_to_none=True)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        logprobs = update(method, model, batch)[1]
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with PeakMemory() as memory:
-            logprobs = update(method, model, batch)[1]
-        peak = memory.peak
-    return {"flops": counter.get_total_flops(), "peak_bytes": peak, "logprobs": logprobs}
+def make_batch(row: Row, model: Any, images: Any, device: str, prompts: int) -> Batch:
+    """Inputs of P prompts and caption ids [P, G, T], on the device."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(8, vocabulary, (prompts, row.image_tokens + TEXT_TOKENS))
+    ids[:, 2 : 2 + row.image_tokens] = IMAGE
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images(prompts)}
+    if "image_grid_thw" in inputs:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    captions = torch.randint(8, vocabulary, (prompts, row.group_size, CAPTION_TOKENS))
+    return {key: value.to(device) for key, value in inputs.items()}, captions.to(device)
 
 
-def matmul_flops(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the most that this device gives in this type."""
-    n = 8192 if device == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        synchronize()
-        start = time.perf_counter()
-        a @ b
-        synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+def backward(method: Method, model: Any, batch: Batch, at_once: int) -> Tensor:
+    """Log-probs [P, G, T] and the gradient of their mean, ``at_once`` captions at a time: whole
+    groups, or parts of one group."""
+    inputs, ids = batch
+    prompts, group, _ = ids.shape
+    images, captions = max(1, at_once // group), min(group, at_once)
+    parts = []
+    for p in range(0, prompts, images):
+        here = take(model, inputs, p, p + images)
+        for g in range(0, group, captions):
+            logprobs = method(model, here, ids[p : p + images, g : g + captions])
+            (logprobs.sum() / ids.numel()).backward()
+            parts.append(logprobs.detach().flatten())
+    return torch.cat(parts)
 
 
-def measure(args: argparse.Namespace, name: str, tokens: int, group: int, limit: float) -> dict:
-    """One case: every method in turn, ``repeats`` times."""
-    model, batch = make_case(args, name, tokens, group)
-    table = methods(args.frozen_vision, FeatureCache(2**30))
-    seconds: dict[str, list[float]] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    for label, method in list(table.items()):
+def first_pass(
+    method: Method, model: Any, batch: Batch, device: str
+) -> tuple[dict[str, Any], Tensor, dict[str, Tensor]]:
+    """Cost, log-probs and gradient by name, at once or in the largest micro-batches that fit."""
+    at_once = batch[1].shape[0] * batch[1].shape[1]
+    while True:
+        model.zero_grad(set_to_none=True)
         try:
-            rows[label] = first_run(method, model, batch, args.device)
+            with counted(device) as cost:
+                logprobs = backward(method, model, batch, at_once)
         except torch.OutOfMemoryError:
-            rows[label] = {"seconds": None, "note": "out of memory"}
-            del table[label]
+            if at_once == 1:
+                raise
+            at_once //= 2
             torch.cuda.empty_cache()
-    for _ in range(args.repeats):
-        for label, method in table.items():
-            seconds.setdefault(label, []).append(update(method, model, batch)[0])
-    naive = rows["naive"]
-    for label, values in seconds.items():
-        row, median = rows[label], statistics.median(values)
-        row |= {"seconds": median, "all_seconds": values}
-        row["utilisation"] = row["flops"] / median / limit
-        if "flops" in naive:
-            row["speedup"] = statistics.median(seconds["naive"]) / median
-            row["predicted"] = naive["flops"] / row["flops"]
-            row["max_difference"] = float((row["logprobs"] - naive["logprobs"]).abs().max())
-    for row in rows.values():
-        row.pop("logprobs", None)
-    parameters = sum(p.numel() for p in model.parameters())
-    case = {"model": name, "parameters": parameters, "image_tokens": tokens, "group_size": group}
-    return {**case, "methods": rows}
-
-
-def show(case: dict) -> None:
-    print(f"{case['model']}  {case['image_tokens']} image tokens  G = {case['group_size']}")
-    for label, row in case["methods"].items():
-        if row["seconds"] is None:
-            print(f"  {label:27} {row['note']}")
             continue
+        named = model.named_parameters()
+        gradient = {name: p.grad for name, p in named if p.grad is not None}
+        return {"captions_at_once": at_once, **asdict(cost)}, logprobs, gradient
+
+
+def distance(gradient: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """|gradient - reference| / |reference| over all parameters."""
+    if gradient.keys() != reference.keys():
+        raise ValueError(f"gradients of {sorted(gradient.keys() ^ reference.keys())[:3]} differ")
+    difference = sum(float((gradient[n] - g).float().square().sum()) for n, g in reference.items())
+    length = sum(float(g.float().square().sum()) for g in reference.values())
+    return float((difference / length) ** 0.5)
+
+
+def first_passes(
+    row: Row, table: Mapping[str, Method], model: Any, batch: Batch, device: str
+) -> dict[str, dict[str, Any]]:
+    """One entry a method: what it costs, and that it computes what the naive one does.
+
+    Raises ValueError where a gradient is not the naive one."""
+    entries: dict[str, dict[str, Any]] = {}
+    reference: tuple[Tensor, dict[str, Tensor]] | None = None
+    for label, method in table.items():
+        entry, logprobs, gradient = first_pass(method, model, batch, device)
+        reference = reference or (logprobs, gradient)
+        entry["max_logprob_difference"] = float((logprobs - reference[0]).abs().max())
+        entry["gradient_difference"] = distance(gradient, reference[1])
+        if not entry["gradient_difference"] < TOLERANCE[row.dtype]:
+            raise ValueError(
+                f"{row}: gradient of {label!r} differs from the naive one by "
+                f"{entry['gradient_difference']:.1e}, want less than {TOLERANCE[row.dtype]}"
+            )
+        entries[label] = entry
+    model.zero_grad(set_to_none=True)
+    return entries
+
+
+def measure(row: Row, args: argparse.Namespace, limit: float) -> dict[str, Any]:
+    """One row: the first passes, then rounds in which every method runs once."""
+    model, images = make_model(row, args.device, small=args.small)
+    naive_tokens = row.group_size * (row.image_tokens + TEXT_TOKENS + CAPTION_TOKENS)
+    room = row.prompts if row.gpu else args.tokens_at_once // naive_tokens
+    batch = make_batch(row, model, images, args.device, max(1, min(row.prompts, room)))
+    table = methods(row, model, batch)
+    entries = first_passes(row, table, model, batch, args.device)
+    # A rate of 0 costs the same and leaves the weights where they are.
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0)
+    seconds: dict[str, list[float]] = {label: [] for label in table}
+    started = time.perf_counter()
+    for done in range(args.rounds):
+        if done >= 2 and time.perf_counter() - started > args.seconds:
+            break
+        for label, method in table.items():
+            synchronize(args.device)
+            start = time.perf_counter()
+            optimizer.zero_grad(set_to_none=True)
+            backward(method, model, batch, entries[label]["captions_at_once"])
+            optimizer.step()
+            synchronize(args.device)
+            seconds[label].append(time.perf_counter() - start)
+    naive = statistics.median(seconds["naive"])
+    for label, entry in entries.items():
+        median = statistics.median(seconds[label])
+        entry |= {"seconds": median, "all_seconds": seconds[label]}
+        entry["speedup"] = naive / median
+        entry["predicted"] = entries["naive"]["flops"] / entry["flops"]
+        entry["tflops"] = entry["flops"] / median / 1e12
+        entry["utilisation"] = entry["flops"] / median / limit
+    parameters = sum(p.numel() for p in model.parameters())
+    sizes = {"parameters": parameters, "prompts": len(batch[1]), "limit_tflops": limit / 1e12}
+    return {**asdict(row), **sizes, "methods": entries}
+
+
+def show(case: dict[str, Any]) -> None:
+    frozen = "vision frozen" if case["frozen_vision"] else "all trained"
+    print(
+        f"{case['model']} ({frozen})  {case['image_tokens']} image tokens  "
+        f"G = {case['group_size']}  P = {case.get('prompts')}"
+    )
+    for label, entry in case.get("methods", {}).items():
         print(
-            f"  {label:27} {row['seconds'] * 1e3:8.1f} ms  x{row.get('speedup', 0):5.2f} "
-            f"(FLOPs x{row.get('predicted', 0):5.2f})  {row['peak_bytes'] / 2**20:6.0f} MiB  "
-            f"{row['utilisation']:5.1%} of a matrix product  "
-            f"difference {row.get('max_difference', float('nan')):.1e}",
+            f"  {label:27} {entry['seconds'] * 1e3:8.1f} ms  x{entry['speedup']:5.2f} "
+            f"(FLOPs x{entry['predicted']:5.2f})  {entry['peak_bytes'] / 2**20:7.0f} MiB  "
+            f"{entry['utilisation']:5.1%} of the limit  "
+            f"gradient differs by {entry['gradient_difference']:.0e}",
             flush=True,
         )
-
-
-def hardware(device: str) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    cpu = Path("/proc/cpuinfo")
-    if device == "cpu" and cpu.exists():
-        models = [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].split(":")[1].strip() if models else name
-    return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if "not_measured" in case:
+        print(f"  not measured: {case['not_measured']}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--suites", nargs="+", default=list(SUITES), choices=list(SUITES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--models", nargs="+", default=["tiny-2.5m"], choices=list(MODELS))
-    parser.add_argument("--image-tokens", nargs="+", type=int, default=[16, 64, 256, 1024])
-    parser.add_argument("--groups", nargs="+", type=int, default=[4, 8, 16, 32])
-    parser.add_argument("--prompts", type=int, default=4, help="images of an update")
-    parser.add_argument("--tokens", type=int, default=20, help="tokens of a caption")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--frozen-vision", action="store_true", help="and cache its features")
-    parser.add_argument("--small", action="store_true", help="two cases, for a quick look")
-    parser.add_argument("--out", type=Path, help="write a JSON file into this folder")
-    args = parser.parse_args(argv)
-    if args.small:
-        args.image_tokens, args.groups, args.repeats = [16, 64], [8], 3
-    return args
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="only rows of these")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=12.0, help="of a row's rounds after two")
+    parser.add_argument(
+        "--tokens-at-once", type=int, default=8192, help="bounds P on CPU, by the naive way's rows"
+    )
+    parser.add_argument("--limit-tflops", type=float, help="the physical limit, where known")
+    parser.add_argument("--small", action="store_true", help="every row in little; writes nothing")
+    parser.add_argument("--out", type=Path, help=f"folder for the JSON file, by default {RESULTS}")
+    return parser.parse_args(argv)
+
+
+def rows_of(args: argparse.Namespace) -> list[Row]:
+    rows = [row for suite in args.suites for row in SUITES[suite]]
+    rows = [row for row in rows if not args.models or row.model in args.models]
+    if not args.small:
+        return rows
+    args.rounds = 2
+    little = [
+        replace(row, image_tokens=min(row.image_tokens, 64), group_size=4, prompts=2)
+        for row in rows
+    ]
+    return list(dict.fromkeys(little))
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    limit = matmul_flops(args.device, getattr(torch, args.dtype))
-    machine = hardware(args.device)
-    print(f"{machine['device']}: {limit / 1e12:.2f} TFLOP/s in a {args.dtype} matrix product")
-    cases = []
-    for name in args.models:
-        for tokens in args.image_tokens:
-            for group in args.groups:
-                cases.append(measure(args, name, tokens, group, limit))
-                show(cases[-1])
-    if args.out:
-        result = {
-            "command": "python benchmarks/bench_learner.py " + " ".join(argv),
-            "date": date.today().isoformat(),
-            "hardware": {**machine, "matmul_flops": limit},
-            "torch": torch.__version__,
-            "cases": cases,
-        }
-        slug = "-".join("".join(c if c.isalnum() else " " for c in machine["device"]).split())
-        file = args.out / f"learner_{slug.lower()}_{result['date']}.json"
-        file.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {file}")
+    limits: dict[str, float] = {}
+    cases: list[dict[str, Any]] = []
+    for row in rows_of(args):
+        if row.gpu and args.device != "cuda" and not args.small:
+            cases.append({**asdict(row), "not_measured": "no CUDA device at hand"})
+        else:
+            if row.dtype not in limits:
+                measured = matmul_flops(args.device, getattr(torch, row.dtype))
+                limits[row.dtype] = (args.limit_tflops or measured / 1e12) * 1e12
+            cases.append(measure(row, args, limits[row.dtype]))
+        show(cases[-1])
+    if not args.small or args.out:
+        result = {"device": args.device, "cases": cases}
+        packages = ("torch", "transformers")
+        write("learner", argv, result, packages=packages, folder=args.out or RESULTS)
 
 
 if __name__ == "__main__":
