@@ -177,10 +177,17 @@ class LearnerConfig(Section):
     """Images whose groups go through the model at once; changes memory, not results."""
     prefix_shared: bool = True
     """Run image and prompt once a group; off is the naive way, for comparison."""
+    num_workers: PositiveInt = 1
+    """Ranks: processes that share each step's images and take one step together."""
+    parallel: Literal["data", "fsdp"] = "data"
+    """With several ranks: each holds the whole model, or they split parameters, gradients and
+    optimizer state between them (FSDP2).  Changes memory, not results."""
     cpus: PositiveFloat = 2.0
-    """CPUs of the learner, and its threads."""
+    """CPUs of a rank, and its threads."""
     gpus: float = Field(default=0.0, ge=0)
-    """GPUs of the learner."""
+    """GPUs of a rank."""
+    timeout_s: PositiveFloat = 600.0
+    """A rank that keeps the others waiting for this long counts as dead."""
 
 
 class TrainConfig(Section):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +62,15 @@ class Weights:
             yield name, tensor.view(torch.bfloat16) if source in self.bfloat16 else tensor
 
 
-def pack(model: torch.nn.Module, version: int, names: Collection[str] | None = None) -> Weights:
+def pack(
+    model: torch.nn.Module,
+    version: int,
+    names: Collection[str] | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.cpu,
+) -> Weights:
     """Copy a model's parameters (or those in ``names``) to host memory as one version.
+
+    gather: from a parameter to its whole values in host memory, one parameter after the other
 
     Raises ValueError naming the first parameter that is not finite: a broken policy must not
     reach the engines.
@@ -78,7 +85,7 @@ def pack(model: torch.nn.Module, version: int, names: Collection[str] | None = N
         if source != name:
             tied[name] = source
             continue
-        tensor = parameter.detach().cpu().contiguous()
+        tensor = gather(parameter.detach()).contiguous()
         if not torch.isfinite(tensor).all():
             raise ValueError(f"weights of version {version}: {name} is not finite")
         if tensor.dtype == torch.bfloat16:

@@ -41,10 +41,10 @@ class LearnerActor:
         """One step on whole groups."""
         return self._learner.update(make_batch(groups))
 
-    def weights(self, *, trained_only: bool) -> Weights:
+    def weights(self, *, trained_only: bool) -> Weights | None:
         return self._learner.weights(trained_only=trained_only)
 
-    def checkpoint(self) -> Checkpoint:
+    def checkpoint(self) -> Checkpoint | None:
         return self._learner.checkpoint()
 
     def restore(self, checkpoint: Checkpoint) -> int:

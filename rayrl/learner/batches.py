@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from rayrl.config import LearnerConfig
+from rayrl.learner.parallel import Ranks
 from rayrl.objectives.batch import GroupBatch
 from rayrl.types import TrainBatch
 
@@ -53,3 +54,17 @@ def micro_batches(indices: Sequence[int], config: LearnerConfig) -> Iterator[lis
     size = config.micro_batch_images
     for start in range(0, len(indices), size):
         yield list(indices[start : start + size])
+
+
+def rank_micro_batches(
+    indices: Sequence[int], config: LearnerConfig, ranks: Ranks
+) -> list[tuple[list[int], bool]]:
+    """The micro-batches of this rank's share of a minibatch, each with whether it counts.
+
+    They are equally many on every rank, for all take part in every collective: where a rank runs
+    out of images, one goes through the model once more and counts for nothing.
+    """
+    shares = [list(micro_batches(ranks.share(indices, r), config)) for r in range(ranks.size)]
+    mine = [(part, True) for part in shares[ranks.rank]]
+    most = max(len(share) for share in shares)
+    return mine + [([indices[0]], False)] * (most - len(mine))

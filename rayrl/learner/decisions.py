@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rayrl.learner.parallel import SOLO, Ranks, like
+
 
 class Decisions:
     """Carries out the decisions of ``Objective.control`` that outlive an update.
@@ -49,10 +51,10 @@ class Decisions:
                 parameter.add_(trained[name] - self._before[name], alpha=factor)
         self._before = trained
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The state between steps, to be checkpointed."""
+    def arrays(self, ranks: Ranks = SOLO) -> dict[str, np.ndarray]:
+        """The state between steps, to be checkpointed; whole on rank 0."""
         before = {
-            f"decisions/before/{name}": value.float().cpu().numpy()
+            f"decisions/before/{name}": np.array(ranks.gathered(value).float().numpy())
             for name, value in self._before.items()
         }
         return {"decisions/lr_scale": np.array(self.lr_scale), **before}
@@ -66,7 +68,7 @@ class Decisions:
             self._before[name] = (
                 parameter.clone()
                 if stored is None
-                else torch.from_numpy(np.array(stored)).to(parameter)
+                else like(torch.from_numpy(np.array(stored)), parameter)
             )
 
 

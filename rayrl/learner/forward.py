@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from rayrl.config import LearnerConfig
-from rayrl.learner.batches import micro_batches
+from rayrl.learner.batches import rank_micro_batches
 from rayrl.learner.inputs import StepInputs
 from rayrl.learner.logprobs import LogprobOutput, naive_outputs, prefix_shared_outputs
+from rayrl.learner.parallel import SOLO, Ranks, compute_sharded
 from rayrl.objectives.batch import GroupBatch
 
 
@@ -19,12 +20,19 @@ class Forward:
     else."""
 
     def __init__(
-        self, config: LearnerConfig, *, temperature: float, banned_ids: tuple[int, ...]
+        self,
+        config: LearnerConfig,
+        *,
+        temperature: float,
+        banned_ids: tuple[int, ...],
+        ranks: Ranks = SOLO,
     ) -> None:
         self._config = config
         self._temperature = temperature
         self._banned_ids = banned_ids
-        self._outputs = prefix_shared_outputs if config.prefix_shared else naive_outputs
+        self._ranks = ranks
+        self.compute = prefix_shared_outputs if config.prefix_shared else naive_outputs
+        self._outputs = compute_sharded if ranks.sharded else self.compute
 
     def __call__(
         self, model: Any, groups: GroupBatch, inputs: Any, *, with_entropy: bool = False
@@ -43,9 +51,11 @@ class Forward:
 
     @torch.no_grad()
     def frozen(self, model: Any, groups: GroupBatch, inputs: StepInputs) -> torch.Tensor:
-        """Log-probs [P, G, T] of a whole step, without gradient."""
-        parts = [
-            self(model, groups.select(part), inputs.select(part)).logprobs
-            for part in micro_batches(range(len(groups.image_ids)), self._config)
-        ]
-        return torch.cat(parts)
+        """Log-probs [P, G, T] of a whole step, without gradient; ranks share the work."""
+        logprobs = torch.zeros_like(groups.rollout_logprobs)
+        everyone = range(len(groups.image_ids))
+        for part, counts in rank_micro_batches(everyone, self._config, self._ranks):
+            mine = self(model, groups.select(part), inputs.select(part)).logprobs
+            if counts:
+                logprobs[part] = mine
+        return self._ranks.total(logprobs)

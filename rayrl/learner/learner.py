@@ -20,7 +20,7 @@ import torch
 
 from rayrl.checkpoint import Checkpoint, join_state, split_state
 from rayrl.config import LearnerConfig, ModelConfig
-from rayrl.learner.batches import group_batch, micro_batches, minibatches
+from rayrl.learner.batches import group_batch, minibatches, rank_micro_batches
 from rayrl.learner.decisions import Decisions
 from rayrl.learner.forward import Forward
 from rayrl.learner.inputs import InputCache, StepInputs
@@ -31,6 +31,7 @@ from rayrl.learner.optimizer import (
     optimizer_arrays,
     restore_optimizer,
 )
+from rayrl.learner.parallel import SOLO, Ranks, shard
 from rayrl.learner.state import load_model_files, model_files
 from rayrl.objectives.batch import GroupBatch
 from rayrl.objectives.compile import PROVIDED
@@ -42,8 +43,9 @@ from rayrl.weights import Weights, pack
 
 def provided(config: LearnerConfig, images_per_step: int) -> frozenset[str]:
     """What a learner of these settings can give an objective beyond tokens and rewards: losses
-    over whole minibatches only where one goes through the model at once."""
-    whole = images_per_step // config.minibatches <= config.micro_batch_images
+    over whole minibatches only where a rank's share of one goes through the model at once."""
+    largest = -(-(images_per_step // config.minibatches) // config.num_workers)
+    whole = largest <= config.micro_batch_images
     return PROVIDED | {"whole_minibatch"} if whole else frozenset(PROVIDED)
 
 
@@ -51,6 +53,8 @@ class Learner:
     """Holds the policy, its frozen reference where the objective asks for one, and the optimizer.
 
     ``folder`` is the stage-1 model: the policy starts there and the reference stays there.
+    ``ranks``: this process's place among those that take the same steps; each is given every
+    group and each returns the same report.
     """
 
     def __init__(
@@ -64,12 +68,14 @@ class Learner:
         instruction: str,
         total_steps: int,
         seed: int,
+        ranks: Ranks = SOLO,
     ) -> None:
+        self._ranks = ranks
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._captioner = load_captioner(
             folder,
             dtype=model.dtype,
-            device=self._device,
+            device="cpu" if ranks.sharded else self._device,
             trust_remote_code=model.trust_remote_code,
         )
         self._model = self._captioner.model
@@ -88,13 +94,17 @@ class Learner:
             else None
         )
         self._trainable = choose_trainable(self._model, model.trainable)
+        self._forward = Forward(
+            config, temperature=temperature, banned_ids=self._captioner.banned_ids, ranks=ranks
+        )
+        if ranks.sharded:
+            for each in (self._model, self._reference):
+                if each is not None:
+                    shard(each, self._forward.compute, self._device)
         parameters = dict(self._model.named_parameters())
         self._named = {name: parameters[name] for name in self._trainable}
         self._optimizer = make_optimizer(self._named, config)
         self._decisions = Decisions(self._named, extrapolates="extrapolate" in objective.needs)
-        self._forward = Forward(
-            config, temperature=temperature, banned_ids=self._captioner.banned_ids
-        )
         self.step = 0
 
     @property
@@ -155,8 +165,8 @@ class Learner:
         normalizer = prepared.select(indices).normalizer()
         self._optimizer.zero_grad(set_to_none=True)
         want_entropy = "entropy" in self._objective.needs
-        total = 0.0
-        for part in micro_batches(indices, self._config):
+        mine = Means()
+        for part, counts in rank_micro_batches(indices, self._config, self._ranks):
             micro = prepared.select(part)
             out = self._forward(
                 self._model, micro.batch, inputs.select(part), with_entropy=want_entropy
@@ -164,28 +174,51 @@ class Learner:
             if self._updates_per_step == 1:
                 # The first and only update starts at the policy itself: no second forward pass.
                 micro = micro.with_old_logprobs(out.logprobs.detach())
-            loss = self._objective.loss(micro, out.logprobs, normalizer, entropy=out.entropy)
-            loss.loss.backward()
-            total += float(loss.loss.detach())
-            sums.add(loss.metrics)
-        norm = torch.nn.utils.clip_grad_norm_(
-            list(self._named.values()), self._config.grad_clip, error_if_nonfinite=True
-        )
+            loss = self._objective.loss(
+                micro if counts else micro.weightless(),
+                out.logprobs,
+                normalizer,
+                total=self._ranks.total,
+                entropy=out.entropy,
+            )
+            # Every parameter gets a gradient on every rank, be it 0.
+            (loss.loss if counts else loss.loss + 0 * out.logprobs.sum()).backward()
+            mine.add(loss.metrics if counts else dict.fromkeys(loss.metrics, (0.0, 0.0)))
+            mine.add({"learner/loss": (loss.loss.detach(), 0.0)})
+        sums.add(self._ranks.total_metrics(mine.pairs()))
+        norm = self._clip_gradients()
         self._optimizer.step()
-        sums.add({"learner/loss": (total, 1.0), "learner/grad_norm": (float(norm), 1.0)})
+        sums.add({"learner/loss": (0.0, 1.0), "learner/grad_norm": (norm, 1.0)})
 
-    def weights(self, *, trained_only: bool) -> Weights:
-        """The current version: all parameters, or those that train."""
-        return pack(self._model, self.weight_version, self._trainable if trained_only else None)
+    def _clip_gradients(self) -> float:
+        """Add the gradients up over ranks, and bound their norm; returns it as it was."""
+        parameters = list(self._named.values())
+        self._ranks.total_gradients(parameters)
+        norm = self._ranks.gradient_norm(parameters)
+        if not bool(norm.isfinite()):
+            raise RuntimeError(f"step {self.step + 1}: gradient norm {float(norm)}, want a number")
+        torch.nn.utils.clip_grads_with_norm_(parameters, self._config.grad_clip, norm)
+        return float(norm)
 
-    def checkpoint(self) -> Checkpoint:
-        """Everything a resumed run needs of the learner."""
+    def weights(self, *, trained_only: bool) -> Weights | None:
+        """The current version: all parameters, or those that train.  On rank 0; the others, on
+        which it must be called too, return None."""
+        names = self._trainable if trained_only else None
+        weights = pack(self._model, self.weight_version, names, gather=self._ranks.gathered)
+        return weights if self._ranks.rank == 0 else None
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Everything a resumed run needs of the learner, whatever the number of its ranks.  On
+        rank 0; the others, on which it must be called too, return None."""
         arrays, state = split_state(self._objective_state)
-        arrays.update(optimizer_arrays(self._optimizer, self._named))
-        arrays.update(self._decisions.arrays())
+        arrays.update(optimizer_arrays(self._optimizer, self._named, self._ranks))
+        arrays.update(self._decisions.arrays(self._ranks))
+        files = model_files(self._model, self._captioner.processor, self._ranks)
+        if self._ranks.rank > 0:
+            return None
         return Checkpoint(
             step=self.step,
-            model_files=model_files(self._model, self._captioner.processor),
+            model_files=files,
             arrays=arrays,
             meta={"weight_version": self.weight_version, "objective_state": state},
         )

@@ -28,6 +28,10 @@ class Means:
             self._totals[name] += float(total)
             self._weights[name] += float(weight)
 
+    def pairs(self) -> dict[str, tuple[float, float]]:
+        """Every ``{name: (sum, weight)}`` so far."""
+        return {name: (total, self._weights[name]) for name, total in self._totals.items()}
+
     def means(self) -> dict[str, float]:
         """Each metric with any weight, under the objective's own name."""
         return {k: v / self._weights[k] for k, v in self._totals.items() if self._weights[k]}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from rayrl.config import LearnerConfig
+from rayrl.learner.parallel import SOLO, Ranks, like
 
 
 def make_optimizer(
@@ -40,13 +41,13 @@ def learning_rate(step: int, total: int, config: LearnerConfig) -> float:
 
 
 def optimizer_arrays(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter], ranks: Ranks = SOLO
 ) -> dict[str, np.ndarray]:
-    """The state of every parameter as ``optimizer/<name>/<field>`` arrays."""
+    """The state of every parameter as ``optimizer/<name>/<field>`` arrays, on rank 0."""
     arrays = {}
     for name, parameter in named.items():
         for field, value in optimizer.state.get(parameter, {}).items():
-            tensor = torch.as_tensor(value).detach().cpu()
+            tensor = ranks.gathered(torch.as_tensor(value))
             arrays[f"optimizer/{name}/{field}"] = np.array(tensor.float().numpy())
     return arrays
 
@@ -76,7 +77,7 @@ def restore_optimizer(
             if field == "step":
                 state[field] = tensor.reshape(())
             elif tensor.shape == parameter.shape:
-                state[field] = tensor.to(parameter)
+                state[field] = like(tensor, parameter)
             else:
                 raise ValueError(
                     f"checkpoint of another model: {name} of shape {tuple(tensor.shape)}, "

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 
 from rayrl.config import ModelConfig
+from rayrl.learner.parallel import SOLO, Ranks, like
 from rayrl.vlm import load_captioner
 from rayrl.weights import ModelFiles, read_model_files, write_model_files
 
 
-def model_files(model: Any, processor: Any) -> ModelFiles:
-    """What ``from_pretrained`` needs of model and processor, as files in memory."""
+def model_files(model: Any, processor: Any, ranks: Ranks = SOLO) -> ModelFiles:
+    """What ``from_pretrained`` needs of model and processor, as files in memory; on rank 0."""
+    state = _whole_state(model, ranks)
+    if ranks.rank > 0:
+        return {}
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)
         return read_model_files(folder)
 
@@ -37,7 +41,26 @@ def load_model_files(model: torch.nn.Module, files: ModelFiles, config: ModelCon
                 f"checkpoint of another model: {name} is {have.get(name, 'absent')} in the "
                 f"checkpoint and {want.get(name, 'absent')} in this run's model"
             )
-    model.load_state_dict(source.state_dict())
+    target = model.state_dict()
+    with torch.no_grad():
+        for name, value in source.state_dict().items():
+            target[name].copy_(like(value, target[name]))
+
+
+def _whole_state(model: torch.nn.Module, ranks: Ranks) -> dict[str, torch.Tensor] | None:
+    """The state of a sharded model, gathered tensor by tensor, with tied ones still tied; None
+    where the model's own will do."""
+    if not ranks.sharded:
+        return None
+    identity = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    whole: dict[int | str, torch.Tensor] = {}
+    state = {}
+    for name, value in model.state_dict().items():
+        key = identity.get(name, name)
+        if key not in whole:
+            whole[key] = ranks.gathered(value)
+        state[name] = whole[key]
+    return state
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

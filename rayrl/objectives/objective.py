@@ -64,6 +64,17 @@ class Prepared:
             fields={name: value[rows] for name, value in self.fields.items()},
         )
 
+    def weightless(self) -> Prepared:
+        """The same captions counting for nothing: loss 0, and nothing in any sum."""
+        nothing = ("caption_weights", "token_weights", "active", "pair_weights")
+        batch = replace(
+            self.batch,
+            valid=torch.zeros_like(self.batch.valid),
+            mask=torch.zeros_like(self.batch.mask),
+        )
+        zeros = {n: torch.zeros_like(self.fields[n]) for n in nothing if n in self.fields}
+        return replace(self, batch=batch, fields={**self.fields, **zeros})
+
     def normalizer(self) -> Normalizer:
         """The denominators of this minibatch."""
         keep = self.fields["caption_weights"]

@@ -99,8 +99,8 @@ def largest_covariance(
     total: Callable[[Tensor], Tensor],
     share: float,
 ) -> Tensor:
-    """[P,G,T] bool: the ``share`` of the tokens at hand, at least one, with the largest product of
-    deviations of advantage and log-prob from the minibatch's means."""
+    """[P,G,T] bool: the ``share`` of the minibatch's tokens, at least one, with the largest product
+    of deviations of advantage and log-prob from the minibatch's means."""
     logprobs = policy_logprobs.detach()
     advantages = advantages.expand_as(mask)
     count = total(mask.sum()).clamp(min=1)
@@ -108,6 +108,19 @@ def largest_covariance(
         x - total(torch.where(mask, x, 0.0).sum()) / count for x in (logprobs, advantages)
     ]
     product = (deviations[0] * deviations[1]).masked_fill(~mask, -torch.inf)
-    k = max(1, int(share * int(mask.sum())))
-    threshold = product.flatten().topk(k).values[-1]
-    return (product >= threshold) & mask
+    product = product.float()
+    k = (share * count.double()).floor().clamp(min=1)
+    return (product >= kth_largest(product, k, total)) & mask
+
+
+def kth_largest(x: Tensor, k: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """The k-th largest value of all ranks' ``x`` together, exactly and without moving them: a
+    binary search over float32 bit patterns, which as integers are in the order of the values."""
+    bits = x.float().contiguous().view(torch.int32).long()
+    keys = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    low = torch.full((), -(2**31), dtype=torch.long, device=x.device)
+    for bit in range(31, -1, -1):
+        middle = low + 2**bit
+        low = torch.where(total((keys >= middle).sum()) >= k, middle, low)
+    magnitude = low.abs().to(torch.int32).view(torch.float32)
+    return torch.where(low < 0, -magnitude, magnitude).to(x.dtype)

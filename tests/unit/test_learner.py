@@ -11,6 +11,7 @@ from rayrl.config import LearnerConfig, ModelConfig, TinyConfig
 from rayrl.learner.batches import group_batch
 from rayrl.learner.inputs import StepInputs
 from rayrl.learner.learner import Learner
+from rayrl.learner.parallel import SOLO
 from rayrl.objectives import preset
 from rayrl.types import TrainBatch
 from rayrl.vlm import build_tiny_captioner, load_captioner, prompt_inputs
@@ -19,7 +20,14 @@ from tests.conftest import INSTRUCTION
 P, G, T = 6, 4, 5
 
 
-def learner(folder, *, objective="grpo", trainable=("vision", "connector", "language"), **config):
+def learner(
+    folder,
+    *,
+    objective="grpo",
+    trainable=("vision", "connector", "language"),
+    ranks=SOLO,
+    **config,
+):
     return Learner(
         folder,
         model=ModelConfig(trainable=trainable),
@@ -29,6 +37,7 @@ def learner(folder, *, objective="grpo", trainable=("vision", "connector", "lang
         instruction=INSTRUCTION,
         total_steps=10,
         seed=0,
+        ranks=ranks,
     )
 
 

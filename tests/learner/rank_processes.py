@@ -1,0 +1,50 @@
+"""Two processes that stay, to be the ranks of one learner after another, without Ray."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from rayrl.learner.parallel import Ranks, join, open_store
+
+TIMEOUT_S = 120.0
+
+
+class RankProcesses:
+    """``run`` calls a function on every rank at once, with its :class:`Ranks` first."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._stack = ExitStack()
+        self._pools = [
+            self._stack.enter_context(ProcessPoolExecutor(1, mp_context=context))
+            for _ in range(size)
+        ]
+
+    def run(self, mode: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        store = open_store("127.0.0.1", 0, len(self._pools), timeout_s=TIMEOUT_S)
+        futures = [
+            pool.submit(_on_rank, store.port, rank, len(self._pools), mode, function, arguments)
+            for rank, pool in enumerate(self._pools)
+        ]
+        return [future.result(timeout=2 * TIMEOUT_S) for future in futures]
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _on_rank(
+    port: int, rank: int, size: int, mode: Any, function: Callable[..., Any], arguments: Any
+) -> Any:
+    torch.set_num_threads(1)
+    store = open_store("127.0.0.1", port, size, timeout_s=TIMEOUT_S)
+    ranks: Ranks = join(store, rank=rank, size=size, mode=mode, timeout_s=TIMEOUT_S)
+    try:
+        return function(ranks, *arguments)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,155 @@
+"""Two ranks take the steps of one: the same metrics, weights and checkpoints."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from rayrl.checkpoint import load_checkpoint, save_checkpoint
+from rayrl.learner.parallel import SOLO
+from tests.learner.rank_processes import RankProcesses
+from tests.unit.test_learner import batch, largest_difference, learner
+
+__all__ = ["batch"]
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def two():
+    processes = RankProcesses(2)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def first_images(batch, count):
+    """The groups of the first ``count`` images."""
+    changes = {}
+    for spec in fields(batch):
+        value = getattr(batch, spec.name)
+        if spec.name == "terms":
+            changes["terms"] = {name: term[:count] for name, term in value.items()}
+        elif value is not None:
+            changes[spec.name] = value[:count]
+    return replace(batch, **changes)
+
+
+def steps(ranks, folder, batch, options, count=STEPS, start=None, save_to=None):
+    """Train; returns every step's metrics, and rank 0's weights before and after."""
+    subject = learner(folder, ranks=ranks, **options)
+    if start is not None:
+        subject.restore(load_checkpoint(start))
+    first = subject.weights(trained_only=False)
+    metrics = [dict(subject.update(batch).metrics) for _ in range(count)]
+    last = subject.weights(trained_only=True)
+    checkpoint = subject.checkpoint()
+    if ranks.rank > 0:
+        assert first is last is checkpoint is None
+        return metrics, None, None
+    if save_to is not None:
+        save_checkpoint(save_to, checkpoint, keep=1)
+    first = {name: np.array(first.arrays[name]) for name in last.arrays}
+    return metrics, first, {name: np.array(value) for name, value in last.arrays.items()}
+
+
+CASES = {
+    "grpo": {},
+    "five images": {"images": 5},
+    # One rank has nothing in any minibatch.
+    "an image at a time": {"images": 5, "minibatches": 5, "inner_epochs": 2},
+    # Three go through one rank's model, and two and one that does not count through the other's.
+    "uneven micro-batches": {"images": 5, "micro_batch_images": 1},
+    "frozen vision": {"images": 5, "trainable": ("connector", "language")},
+    "naive": {"images": 5, "prefix_shared": False},
+    "dr_grpo": {"images": 5, "objective": "dr_grpo"},
+    "pairs": {"images": 5, "objective": "online_dpo"},
+    # Statistics over the minibatch: a square root, the tokens with the largest covariance, bounds.
+    "chi-squared": {"images": 5, "objective": "chi_squared_regularized", "inner_epochs": 2},
+    "covariance": {"images": 5, "objective": "kl_cov", "inner_epochs": 2},
+    "bounds": {"images": 5, "objective": "bapo_adaptive_clip", "inner_epochs": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder, batch):
+    """What one rank does in a case, computed once."""
+
+    @functools.cache
+    def run(case):
+        groups, options = split_case(case, batch)
+        return steps(SOLO, tiny_folder, groups, options)
+
+    return run
+
+
+def split_case(case, batch):
+    options = {"lr": 1e-5, **CASES[case]}
+    return first_images(batch, options.pop("images", 6)), options
+
+
+@pytest.mark.parametrize("mode", ["data", "fsdp"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_take_the_steps_of_one(two, alone, tiny_folder, batch, mode, case):
+    metrics, before, after = alone(case)
+    first, second = two.run(mode, steps, tiny_folder, *split_case(case, batch))
+    assert first[0] == second[0]
+    for want, got in zip(metrics, first[0], strict=True):
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            # The log-ratio of a caption is a difference of sums of tens of nats.
+            rounding = 1e-5 if name.endswith("_over_ref") else 1e-6
+            assert got[name] == pytest.approx(value, rel=1e-6, abs=rounding), name
+    assert largest_difference(before, first[1]) == 0
+    assert largest_difference(before, after) > 2e-5
+    assert largest_difference(after, first[2]) < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["data", "fsdp"])
+def test_a_checkpoint_goes_from_two_ranks_to_one_and_back(two, tiny_folder, batch, mode, tmp_path):
+    options = {"lr": 1e-5, "inner_epochs": 2, "objective": "apo_momentum"}
+    straight = steps(SOLO, tiny_folder, batch, options, count=3)
+    places = [tmp_path / name for name in ("first", "second")]
+    two.run(mode, steps, tiny_folder, batch, options, 1, None, places[0])
+    steps(SOLO, tiny_folder, batch, options, 1, places[0] / "latest", places[1])
+    first, _ = two.run(mode, steps, tiny_folder, batch, options, 1, places[1] / "latest")
+    assert largest_difference(straight[1], first[2]) > 2e-5
+    assert largest_difference(straight[2], first[2]) < 1e-6
+    assert first[0][0]["learner/grad_norm"] == pytest.approx(
+        straight[0][2]["learner/grad_norm"], rel=1e-5
+    )
+
+
+def continue_twice(ranks, folder, batch, options, place):
+    """Weights after a step, and after the same step from a checkpoint of before it."""
+    subject = learner(folder, ranks=ranks, **options)
+    subject.update(batch)
+    checkpoint = subject.checkpoint()
+    if ranks.rank == 0:
+        save_checkpoint(place, checkpoint, keep=1)
+    torch.distributed.barrier()
+    weights = []
+    for _ in range(2):
+        subject.restore(load_checkpoint(place / "latest"))
+        subject.update(batch)
+        packed = subject.weights(trained_only=True)
+        weights.append(packed and {name: np.array(v) for name, v in packed.arrays.items()})
+    return weights
+
+
+@pytest.mark.parametrize("mode", ["data", "fsdp"])
+def test_two_ranks_continue_bit_for_bit(two, tiny_folder, batch, mode, tmp_path):
+    options = {"lr": 1e-3}
+    (one, other), _ = two.run(mode, continue_twice, tiny_folder, batch, options, tmp_path)
+    assert largest_difference(one, other) == 0
