@@ -266,6 +266,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _batch_counts(self) -> Config:
+        reward, images = self.reward, self.train.images_per_step
+        if reward.df == "batch" and reward.counts_ngrams and images < 2:
+            raise ValueError(
+                f"reward.df batch over train.images_per_step {images}: with one image every "
+                "CIDEr-D is 0; take more images, or reward.df train"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _group_compares(self) -> Config:
         if self.train.group_size > 1:
             return self

@@ -106,7 +106,7 @@ def _add_subject(add: Any) -> None:
         type=Path,
         nargs=2,
         metavar=("A", "B"),
-        help="is results file B better than A in CIDEr-D? (paired bootstrap)",
+        help="is results file B better than A? (paired bootstrap, by each of --metrics)",
     )
     add("--self-test", action="store_true", help="print the golden values; fails if one differs")
 

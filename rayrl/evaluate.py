@@ -25,14 +25,20 @@ from rayrl.data.references import load_captions, load_references
 from rayrl.engine.base import vllm_importable
 from rayrl.eval_cli import PROGRAM, Options, load_config, parse
 from rayrl.metrics import write_atomically
-from rayrl.rewards.bootstrap import compare_results
+from rayrl.rewards.bootstrap import compare, comparison_table, scaled
 from rayrl.rewards.java import MetricUnavailable, find_java
-from rayrl.rewards.results import match, read_results, write_results
+from rayrl.rewards.results import ImageId, match, read_results, write_results
 from rayrl.rewards.selftest import selftest
-from rayrl.rewards.suite import CaptionSet, Evaluation, evaluate, sample_diversity
+from rayrl.rewards.signature import cider_signature
+from rayrl.rewards.suite import (
+    IN_WORDS,
+    CaptionSet,
+    Evaluation,
+    evaluate,
+    sample_diversity,
+)
 
-NOT_SCALED = ("length", "vocabulary")
-"""Scores that count words; all others are shown and written times 100."""
+_SCALE = f"x100, except {' and '.join(IN_WORDS)}, which count words"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,7 +61,7 @@ def _run(options: Options, overrides: Sequence[str]) -> None:
         raise SystemExit(0 if self_test() else 1)
     config = load_config(options, overrides)
     if options.compare:
-        compare(options.compare, _references(options, config))
+        compare_results(options.compare, options, config)
     elif options.results:
         evaluate_results(options, config)
     else:
@@ -94,25 +100,32 @@ def evaluate_checkpoint(options: Options, config: Config) -> None:
 def evaluate_results(options: Options, config: Config) -> None:
     """Write and print what the captions of a results file score."""
     data = _references(options, config)
-    found = read_results(options.subject)
-    best, _ = match(found, dict(zip(data.ids, data.captions, strict=True)))
+    best = _matched(options.subject, data)
     _report(options, config, data, Captions(best, []), {"results": str(options.subject.resolve())})
 
 
-def compare(files: Sequence[Path], data: Dataset) -> None:
-    """Print by how much the second results file is better than the first, and how surely."""
-    a, b = files
-    found = compare_results(a, b, dict(zip(data.ids, data.captions, strict=True)))
-    width = max(len(str(file)) for file in files)
-    print(
-        f"CIDEr-D x100 of {found.num_images} images",
-        f"{a!s:<{width}}  {100 * found.mean_a:8.2f}",
-        f"{b!s:<{width}}  {100 * found.mean_b:8.2f}",
-        f"difference {100 * found.difference:+.2f}, 95 % interval "
-        f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}], p = {found.p_value:.4f} that the "
-        "second is not better (paired bootstrap over images)",
-        sep="\n",
-    )
+def compare_results(files: Sequence[Path], options: Options, config: Config) -> None:
+    """Print by how much the second results file is better than the first, and how surely; write
+    it where an output folder was named."""
+    data = _references(options, config)
+    a, b = (_caption_set(options, data, _matched(file, data)) for file in files)
+    found, left_out = compare(a, b, options.metrics)
+    print(f"{len(data)} images, x100; the first is {files[0]}, the second {files[1]}")
+    print(comparison_table(found, left_out))
+    print("p: the share of 10000 resampled sets of images in which the second is not higher")
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        written = {
+            "files": [str(file.resolve()) for file in files],
+            "scale": _SCALE,
+            "metrics": {name: asdict(scaled(name, one)) for name, one in found.items()},
+            "left_out": left_out,
+            "signature": cider_signature(a.df),
+            "data": _described_data(options, config, data),
+        }
+        target = options.output / "comparison.json"
+        write_atomically(target, json.dumps(written, indent=1) + "\n")
+        print(f"written: {target}")
 
 
 def self_test() -> bool:
@@ -167,6 +180,12 @@ def _report(
     print(f"written: {folder / 'metrics.json'}, {results}")
 
 
+def _matched(file: Path, data: Dataset) -> list[str]:
+    """The captions of a results file in the order of the data."""
+    references = dict[ImageId, Sequence[str]](zip(data.ids, data.captions, strict=True))
+    return match(read_results(file), references)[0]
+
+
 def _training(options: Options, config: Config) -> tuple[list[str], dict[str, str]]:
     """The training captions, of which novel captions are none; or why there are none."""
     if options.references or not (options.samples or "health" in options.metrics):
@@ -180,24 +199,27 @@ def _training(options: Options, config: Config) -> tuple[list[str], dict[str, st
 def _scored(
     options: Options, data: Dataset, captions: Captions, training: Sequence[str]
 ) -> Evaluation:
+    return evaluate(_caption_set(options, data, captions.best, training), options.metrics)
+
+
+def _caption_set(
+    options: Options, data: Dataset, captions: Sequence[str], training: Sequence[str] = ()
+) -> CaptionSet:
     wants_images = options.clip is not None
-    return evaluate(
-        CaptionSet(
-            captions.best,
-            data.references(),
-            images=[prompt.image for prompt in data] if wants_images else None,
-            training=training,
-            clip_folder=options.clip,
-            device=_device() if wants_images else "cpu",
-        ),
-        options.metrics,
+    return CaptionSet(
+        captions,
+        data.references(),
+        images=[prompt.image for prompt in data] if wants_images else None,
+        training=training,
+        clip_folder=options.clip,
+        device=_device() if wants_images else "cpu",
     )
 
 
 def _metrics(evaluation: Evaluation) -> dict[str, Any]:
     """What metrics.json says of the scores: the table's numbers, and what they mean."""
     return {
-        "scale": f"x100, except {' and '.join(NOT_SCALED)}, which count words",
+        "scale": _SCALE,
         "scores": _scaled(evaluation.scores),
         "left_out": dict(evaluation.left_out),
         "signature": evaluation.signature,
@@ -208,7 +230,7 @@ def _metrics(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _scaled(scores: Mapping[str, float]) -> dict[str, float]:
-    return {n: value if n in NOT_SCALED else 100 * value for n, value in scores.items()}
+    return {n: value if n in IN_WORDS else 100 * value for n, value in scores.items()}
 
 
 def _rows(scores: Mapping[str, float]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from rayrl.objectives import build
 from rayrl.remote import RemoteCopies, open_copies
 from rayrl.report import write_report
 from rayrl.resume import open_run_folder
-from rayrl.rewards.score import Dropped, reward_document_frequency
+from rayrl.rewards.score import Dropped
+from rayrl.rewards.statistics import reward_signature, reward_statistics
 from rayrl.rollout_metrics import group_metrics, sample_records, summarize
 from rayrl.types import Prompt, ScoredGroup, StepReport
 from rayrl.vlm import load_captioner
@@ -55,6 +56,7 @@ class Run:
     learner: Any
     log: RunLog
     backup: Backup
+    signatures: Mapping[str, str]
     phases: Phases = field(default_factory=Phases)
     stop: StopRequest = field(default_factory=StopRequest)
     saved_step: int = -1
@@ -149,6 +151,7 @@ def save(run: Run) -> None:
     checkpoint: Checkpoint = ray.get(run.learner.checkpoint.remote())
     run.saved_step = checkpoint.step
     meta = {**checkpoint.meta, "data": run.train_data.fingerprint(), "seed": run.config.seed}
+    meta["signatures"] = dict(run.signatures)
     whole = Checkpoint(
         step=checkpoint.step,
         model_files=checkpoint.model_files,
@@ -249,7 +252,7 @@ def _start(
         runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
     ).remote(config, files)
     needs = build(config.objective).needs
-    df = reward_document_frequency(train_data.references(), config.reward)
+    statistics = reward_statistics(train_data.references(), config.reward)
     last = list_checkpoints(folder / "checkpoints")[-1] if resume else None
     log = RunLog(
         folder,
@@ -262,10 +265,14 @@ def _start(
         folder=folder,
         train_data=train_data,
         heldout=heldout,
-        fleet=Fleet(config, files, df, greedy_baseline="greedy_rewards" in needs),
+        fleet=Fleet(config, files, statistics, greedy_baseline="greedy_rewards" in needs),
         learner=learner,
         log=log,
         backup=Backup(copies, folder, keep=config.train.keep_checkpoints, say=log.message),
+        signatures={
+            "reward": reward_signature(config.reward, statistics),
+            "eval/cider_d": heldout.signature,
+        },
     )
 
 
@@ -285,7 +292,7 @@ def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) 
     end = train(run, start)
     finished = end == run.config.train.steps
     history = run.log.history()
-    summary = summarize(run.config, history)
+    summary = {**summarize(run.config, history), "signatures": dict(run.signatures)}
     write_summary(run.folder, summary)
     if finished and run.config.xe.control and run.config.xe.steps:
         seconds = sum(summary["seconds_by_phase"].values()) - summary["seconds_by_phase"]["eval"]

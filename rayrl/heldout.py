@@ -12,13 +12,15 @@ from PIL import Image
 
 from rayrl.rewards import ptb
 from rayrl.rewards.cider import CiderD, DocumentFrequency
+from rayrl.rewards.signature import cider_signature
 from rayrl.types import Prompt
 
 _THUMBNAIL = 160
 
 
 class Heldout:
-    """The held-out prompts of a run and what was captioned at which version.
+    """The held-out prompts of a run and what was captioned at which version; ``signature`` says
+    what the scores mean.
 
     Scores are CIDEr-D x100 as pycocoevalcap reports them: PTB tokens, no end token, document
     frequencies of the held-out references themselves."""
@@ -31,7 +33,9 @@ class Heldout:
         self.prompts = list(prompts)
         references = [list(prompt.references) for prompt in prompts]
         self._references = [[ptb.tokenize(text) for text in texts] for texts in references]
-        self._cider = CiderD(DocumentFrequency.from_references(self._references))
+        df = DocumentFrequency.from_references(self._references, source="corpus")
+        self.signature = cider_signature(df)
+        self._cider = CiderD(df)
         self._file = folder / "eval_captions.json"
         self._before: list[tuple[str, float]] = []
 

@@ -20,8 +20,8 @@ from rayrl.actors.reward import RewardActor
 from rayrl.actors.rollout import RolloutActor
 from rayrl.config import Config
 from rayrl.engine.base import Sampling, request_seed
-from rayrl.rewards.cider import DocumentFrequency
 from rayrl.rewards.score import Dropped
+from rayrl.rewards.statistics import Statistics, step_document_frequency
 from rayrl.types import Completion, Prompt, ScoredGroup
 from rayrl.weights import ModelFiles
 
@@ -49,26 +49,28 @@ class _Load(NamedTuple):
 
 @dataclass
 class Pending:
-    """A batch on its way: sampled with ``version``, then scored."""
+    """A batch on its way: sampled with ``version``, then scored, under ``reward.df: batch``
+    against the document frequencies ``df`` of all its prompts."""
 
     step: int
     version: int
+    df: Any = None
     shares: list[_Share] = field(default_factory=list)
 
 
 class Fleet:
     """Rollout and reward workers and the weight versions they pull.
 
-    ``files`` are the model's files.  The restart budget is the run's: past it, the first cause is
-    raised.
+    ``files`` are the model's files, ``statistics`` what rewards are scored against.  The restart
+    budget is the run's: past it, the first cause is raised.
     """
 
     def __init__(
-        self, config: Config, files: ModelFiles, df: DocumentFrequency, *, greedy_baseline: bool
+        self, config: Config, files: ModelFiles, statistics: Statistics, *, greedy_baseline: bool
     ) -> None:
         self._config = config
         self._files = ray.put(files)
-        self._df = ray.put(df)
+        self._statistics = (ray.put(statistics),)
         self._sampling = Sampling(
             group_size=config.train.group_size,
             temperature=config.sampling.temperature,
@@ -129,7 +131,9 @@ class Fleet:
 
     def submit(self, step: int, version: int, prompts: Sequence[Prompt]) -> Pending:
         """Send a step's prompts to be sampled with ``version`` and scored; does not wait."""
-        pending = Pending(step=step, version=version)
+        references = {prompt.prompt_id: prompt.references for prompt in prompts}
+        df = ray.put(step_document_frequency(references, self._config.reward))
+        pending = Pending(step=step, version=version, df=df)
         for i, part in enumerate(_split(list(prompts), len(self._rollout))):
             if part:
                 seeds = [request_seed(self._config.seed, step, p.prompt_id) for p in part]
@@ -182,7 +186,7 @@ class Fleet:
             self._sample_again(share, pending, lost)
         else:
             actor = self._reward.replace(self._scorer(share, pending), error)
-            share.scored = actor.score.remote(share.rollout)
+            share.scored = actor.score.remote(share.rollout, pending.df)
 
     def greedy(self, prompts: Sequence[Prompt], version: int) -> list[Completion]:
         """The arg-max captions of held-out prompts, in order."""
@@ -215,7 +219,7 @@ class Fleet:
             share.prompts, self._sampling, share.seeds, pending.version
         )
         reward = self._reward.actors[self._scorer(share, pending)]
-        share.scored = reward.score.remote(share.rollout)
+        share.scored = reward.score.remote(share.rollout, pending.df)
 
     def _scorer(self, share: _Share, pending: Pending) -> int:
         """Which reward worker scores a share: they take turns."""
@@ -251,7 +255,7 @@ class Fleet:
     def _start_reward(self) -> Any:
         return RewardActor.options(  # type: ignore[attr-defined]
             num_cpus=self._config.train.reward_cpus
-        ).remote(self._config.reward, self._df, self._config.train.reward_timeout_s)
+        ).remote(self._config.reward, self._statistics, self._config.train.reward_timeout_s)
 
 
 def _split(items: list[Prompt], parts: int) -> list[list[Prompt]]:

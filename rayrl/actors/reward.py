@@ -14,26 +14,21 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from rayrl.rewards.cider import DocumentFrequency
-from rayrl.rewards.config import Need, RewardConfig
+from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.score import Dropped, Scorer, TermScores, combine
+from rayrl.rewards.statistics import Statistics
 from rayrl.rewards.term import Failure
 from rayrl.types import RolloutGroup, ScoredGroup
 
 ATTEMPTS = 2
-RESOURCES: Mapping[Need, Mapping[str, float]] = {
-    "java": {"num_cpus": 0.5},
-    "gpu": {"num_gpus": 1},
-    "network": {},  # it waits
-}
-"""What the actor of a term asks Ray for, by what the term needs."""
 
 
 def placements(config: RewardConfig) -> dict[str, dict[str, float]]:
     """The terms that get an actor of their own, and what it asks Ray for; by default none."""
     return {
-        name: {"num_cpus": 0.0} | {k: v for need in term.needs for k, v in RESOURCES[need].items()}
+        name: {"num_cpus": term.asks.cpus, "num_gpus": term.asks.gpus}
         for name, term in config.terms.items()
-        if term.needs
+        if term.asks is not None
     }
 
 
@@ -42,35 +37,40 @@ def placements(config: RewardConfig) -> dict[str, dict[str, float]]:
 class RewardActor:
     """Scores whole batches of groups.
 
-    ``timeout_s`` bounds a batch: a term apart that has not answered after 0.4 of it is started
-    again and has as long once more.
+    ``statistics`` holds the one reference to what the driver counted (Ray would resolve a bare
+    one), to be handed on to the terms apart as it is: a node holds it once.  ``timeout_s`` bounds
+    a batch: a term apart that has not answered after 0.4 of it is started again and has as long
+    once more.
     """
 
     def __init__(
-        self, config: RewardConfig, df: DocumentFrequency, timeout_s: float = 120.0
+        self, config: RewardConfig, statistics: tuple[Any], timeout_s: float = 120.0
     ) -> None:
         self._config = config
         # The rest is for the other terms and the way.
         self._limit_s = 0.8 * timeout_s / ATTEMPTS
         apart = placements(config)
         near = [name for name in config.terms if name not in apart]
-        self._near = Scorer(_part(config, near), df)
-        shared = ray.put(df) if apart else None
+        (shared,) = statistics
+        self._near = Scorer(_part(config, near), ray.get(shared))
         self._apart = {
             name: _TermApart(name, _part(config, [name]), shared, asked)
             for name, asked in apart.items()
         }
         self._seconds: dict[str, float] = {}
 
-    def score(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Dropped]:
-        """One result a group, in order: scored, or dropped with the reason.
+    def score(
+        self, groups: list[RolloutGroup], step_df: DocumentFrequency | None = None
+    ) -> list[ScoredGroup | Dropped]:
+        """One result a group, in order: scored, or dropped with the reason.  ``step_df``: see
+        ``Scorer.score_terms``.
 
         RuntimeError where a term cannot start at all.
         """
-        shared = ray.put(groups) if self._apart else None
+        shared = (ray.put(groups), ray.put(step_df)) if self._apart else ()
         for term in self._apart.values():
             term.submit(shared)
-        scores = self._near.score_terms(groups)
+        scores = self._near.score_terms(groups, step_df)
         scores |= self._collect(groups, shared)
         for name, result in scores.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + result.seconds
@@ -81,7 +81,9 @@ class RewardActor:
         taken, self._seconds = self._seconds, {}
         return taken
 
-    def _collect(self, groups: Sequence[RolloutGroup], shared: Any) -> dict[str, TermScores]:
+    def _collect(
+        self, groups: Sequence[RolloutGroup], shared: Sequence[Any]
+    ) -> dict[str, TermScores]:
         """What the terms apart answer; they are waited for at the same time."""
         started = time.monotonic()
         scores: dict[str, TermScores] = {}
@@ -108,14 +110,14 @@ class _TermApart:
     """A term in an actor of its own, and its answer to the batch that was last submitted."""
 
     def __init__(
-        self, name: str, config: RewardConfig, df: Any, asked: Mapping[str, float]
+        self, name: str, config: RewardConfig, statistics: Any, asked: Mapping[str, float]
     ) -> None:
-        self._name, self._config, self._df, self._asked = name, config, df, asked
+        self._name, self._config, self._statistics, self._asked = name, config, statistics, asked
         self._actor = self._start()
         self._answer: Any = None
 
-    def submit(self, groups: Any) -> None:
-        self._answer = self._actor.score.remote(groups)
+    def submit(self, batch: Sequence[Any]) -> None:
+        self._answer = self._actor.score.remote(*batch)
 
     def answer(self, deadline: float) -> TermScores | Failure:
         """RuntimeError where the term cannot start: another attempt would not mend that."""
@@ -135,18 +137,18 @@ class _TermApart:
         self._actor = self._start()
 
     def _start(self) -> Any:
-        return TermActor.options(**self._asked).remote(self._config, self._df)  # type: ignore[attr-defined]
+        return TermActor.options(**self._asked).remote(self._config, self._statistics)  # type: ignore[attr-defined]
 
 
 @ray.remote
 class TermActor:
     """One term of ``config``."""
 
-    def __init__(self, config: RewardConfig, df: DocumentFrequency) -> None:
-        self._scorer = Scorer(config, df)
+    def __init__(self, config: RewardConfig, statistics: Statistics) -> None:
+        self._scorer = Scorer(config, statistics)
 
-    def score(self, groups: list[RolloutGroup]) -> TermScores:
-        (scores,) = self._scorer.score_terms(groups).values()
+    def score(self, groups: list[RolloutGroup], step_df: DocumentFrequency | None) -> TermScores:
+        (scores,) = self._scorer.score_terms(groups, step_df).values()
         return scores
 
 

@@ -7,7 +7,6 @@ numbers are not these.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,13 @@ class Bleu:
 
 def bleu(captions: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> Bleu:
     """BLEU of tokenized captions, where ``references[i]`` are those of ``captions[i]``."""
+    counts = bleu_counts(captions, references)
+    return Bleu(corpus=bleu_of_counts(counts.sum(0)), captions=bleu_of_counts(counts))
+
+
+def bleu_counts(captions: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> Scores:
+    """What BLEU is made of, [N, 10]: for n = 1..4 the matching n-grams, for n = 1..4 all n-grams,
+    and the lengths of the caption and of its closest reference.  The corpus has their sums."""
     cooked: dict[int, tuple[list[int], Counter[tuple[str, ...]]]] = {}
     matches = np.zeros((len(captions), ORDER))
     lengths = np.zeros((len(captions), 2))
@@ -45,12 +51,16 @@ def bleu(captions: Sequence[Caption], references: Sequence[Sequence[Caption]]) -
         for ngram, count in _count(words).items():
             matches[i, len(ngram) - 1] += min(count, largest[ngram])
     guesses = np.maximum(0, lengths[:, :1] - np.arange(ORDER))
-    return Bleu(
-        corpus=_score(matches.sum(0), guesses.sum(0), lengths.sum(0)),
-        captions=np.array(
-            [_score(*stats) for stats in zip(matches, guesses, lengths, strict=True)]
-        ).reshape(-1, ORDER),
-    )
+    return np.concatenate([matches, guesses, lengths], axis=1)
+
+
+def bleu_of_counts(counts: Scores) -> Scores:
+    """BLEU-1..4 [..., 4] from ``bleu_counts`` or sums of them [..., 10]."""
+    matches, guesses, lengths = np.split(counts, (ORDER, 2 * ORDER), axis=-1)
+    precisions = np.cumprod((matches + _TINY) / (guesses + _SMALL), axis=-1)
+    scores: Scores = precisions ** (1.0 / np.arange(1, ORDER + 1))
+    ratio = (lengths[..., :1] + _TINY) / (lengths[..., 1:] + _SMALL)
+    return scores * np.exp(np.minimum(0.0, 1 - 1 / ratio))
 
 
 def _count(words: Sequence[str]) -> Counter[tuple[str, ...]]:
@@ -70,11 +80,3 @@ def _largest_counts(
     for words in split_references:
         largest |= _count(words)
     return [len(words) for words in split_references], largest
-
-
-def _score(matches: Scores, guesses: Scores, lengths: Scores) -> Scores:
-    """BLEU-1..4 [4] from counts [4] and the lengths [2] of caption and closest reference."""
-    precisions = np.cumprod((matches + _TINY) / (guesses + _SMALL))
-    scores: Scores = precisions ** (1.0 / np.arange(1, ORDER + 1))
-    ratio = (lengths[0] + _TINY) / (lengths[1] + _SMALL)
-    return scores * math.exp(1 - 1 / ratio) if ratio < 1 else scores

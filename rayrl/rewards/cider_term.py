@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rayrl.rewards.cider import CiderD, DocumentFrequency, ReferenceIndex
+from rayrl.rewards.statistics import batch_document_frequency
 from rayrl.rewards.term import Failure, Item, Scores, split_scores
 
 
@@ -19,7 +20,8 @@ class CiderTerm:
 
 
 class BatchCiderTerm:
-    """CIDEr-D against the document frequencies of the images that are scored together.
+    """CIDEr-D against the document frequencies of the images of a step: those that the items
+    bring, or without any those of the items.
 
     The reward of a caption then depends on what else is in the batch: on Flickr8k with batches of
     32 the best caption of a group is another one in a tenth of the groups.  It is how the paper of
@@ -30,9 +32,13 @@ class BatchCiderTerm:
         self._eos = eos
 
     def score(self, items: Sequence[Item]) -> list[Scores | Failure]:
-        """ValueError for a batch of fewer than two images, whose scores would all be 0."""
-        references = {item.prompt.prompt_id: item.references for item in items}
-        df = DocumentFrequency.from_references(references.values(), eos=self._eos, source="batch")
+        """ValueError for a step of fewer than two images, whose scores would all be 0."""
+        if not items:
+            return []
+        df = items[0].step_df
+        if df is None:
+            references = {item.prompt.prompt_id: item.prompt.references for item in items}
+            df = batch_document_frequency(references, eos=self._eos)
         return _score(CiderD(df), items)
 
 

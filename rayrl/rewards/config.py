@@ -13,17 +13,28 @@ kind unless ``kind`` says otherwise, so that one kind can serve twice:
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from rayrl.section import Section
 
-Need = Literal["gpu", "java", "network"]
-"""What a term may need beside a CPU; terms that need something are placed apart from cheap ones."""
-
 DF_MODES = ("train", "caption", "batch")
 DF_FILES = (".npz", ".p", ".pkl")
+
+
+class Asks(NamedTuple):
+    """What an actor asks Ray for."""
+
+    cpus: float
+    gpus: float
 
 
 class TermConfig(Section):
@@ -33,15 +44,46 @@ class TermConfig(Section):
     """Its factor in the sum; 0 only logs it."""
 
     @property
-    def needs(self) -> frozenset[Need]:
-        """What it needs beside a CPU."""
-        return frozenset()
+    def counts_ngrams(self) -> bool:
+        """Whether it scores against document frequencies."""
+        return False
+
+    @property
+    def asks(self) -> Asks | None:
+        """What an actor of its own asks Ray for; None if it runs in the reward worker."""
+        return None
+
+
+class PlacedConfig(TermConfig):
+    """A term that can have an actor of its own."""
+
+    cpus: float = Field(default=0.0, ge=0)
+    """CPUs that its own actor asks Ray for; fractions are allowed."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of its own actor: a fraction shares one, above 1 it is a whole number."""
+
+    _whole = field_validator("gpus")(lambda gpus: whole_or_fraction(gpus))
+
+    @property
+    def asks(self) -> Asks | None:
+        return Asks(self.cpus, self.gpus) if self.cpus or self.gpus else None
+
+
+def whole_or_fraction(gpus: float) -> float:
+    """A number of GPUs as Ray takes it; ValueError for one such as 1.5."""
+    if gpus > 1 and gpus % 1:
+        raise ValueError(f"{gpus:g} GPUs, want a fraction of one or a whole number")
+    return gpus
 
 
 class CiderConfig(TermConfig):
     """CIDEr-D, 0..10."""
 
     kind: Literal["cider_d"] = "cider_d"
+
+    @property
+    def counts_ngrams(self) -> bool:
+        return True
 
 
 class BleuConfig(TermConfig):
@@ -58,44 +100,41 @@ class RougeConfig(TermConfig):
     kind: Literal["rouge_l"] = "rouge_l"
 
 
-class MeteorConfig(TermConfig):
+class JavaConfig(PlacedConfig):
+    """A term in Java, always in an actor of its own."""
+
+    cpus: float = Field(default=0.5, ge=0)
+    """CPUs that its own actor asks Ray for; fractions are allowed."""
+
+    @property
+    def asks(self) -> Asks:
+        return Asks(self.cpus, self.gpus)
+
+
+class MeteorConfig(JavaConfig):
     """METEOR, 0..1; about 1 ms a caption."""
 
     kind: Literal["meteor"] = "meteor"
     timeout_s: PositiveFloat = 60.0
     """Longest wait for an answer."""
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"java"})
 
-
-class SpiceConfig(TermConfig):
+class SpiceConfig(JavaConfig):
     """SPICE, 0..1; slow."""
 
     kind: Literal["spice"] = "spice"
     timeout_s: PositiveFloat = 600.0
     """Longest wait for a batch."""
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"java"})
 
-
-class ClipScoreConfig(TermConfig):
-    """CLIPScore, 0..2.5, or RefCLIPScore."""
+class ClipScoreConfig(PlacedConfig):
+    """CLIPScore, 0..2.5, or RefCLIPScore; on a GPU if it has ``gpus``, else on the CPU."""
 
     kind: Literal["clip_score"] = "clip_score"
     folder: str
     """A local CLIP model."""
-    device: str = "cpu"
-    """Where it runs: cpu, or cuda with a GPU for the reward worker."""
     references: bool = False
     """RefCLIPScore: the harmonic mean with the likeness to the closest reference."""
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset() if self.device == "cpu" else frozenset({"gpu"})
 
 
 class LengthConfig(TermConfig):
@@ -122,24 +161,19 @@ class BadEndingConfig(TermConfig):
     kind: Literal["bad_ending"] = "bad_ending"
 
 
-class FunctionConfig(TermConfig):
-    """A user's function of the captions of an image and its prompt."""
+class FunctionConfig(PlacedConfig):
+    """A user's function of the captions of an image and its prompt; apart if it has ``cpus`` or
+    ``gpus``."""
 
     kind: Literal["function"] = "function"
     path: str
     """package.module:function."""
     retries: NonNegativeInt = 0
     """How often a group is tried again for which it raises."""
-    needs_gpu: bool = False
-    """Whether it wants a GPU."""
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"gpu"}) if self.needs_gpu else frozenset()
 
 
-class ServerConfig(TermConfig):
-    """A term that asks a server."""
+class ServerConfig(PlacedConfig):
+    """A term that asks a server, always in an actor of its own, which mostly waits."""
 
     url: str
     """Where to post."""
@@ -153,8 +187,8 @@ class ServerConfig(TermConfig):
     """The environment variable that holds the key."""
 
     @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"network"})
+    def asks(self) -> Asks:
+        return Asks(self.cpus, self.gpus)
 
 
 class HttpConfig(ServerConfig):
@@ -181,7 +215,8 @@ class ChatConfig(ServerConfig):
 
 
 class EnsembleConfig(TermConfig):
-    """Several terms as one; a member's weight brings it to the common scale."""
+    """Several terms as one; a member's weight brings it to the common scale.  If any member is
+    apart, all run in one actor, which asks for the sum of their CPUs and GPUs."""
 
     kind: Literal["ensemble"] = "ensemble"
     members: dict[str, AnyTermConfig]
@@ -192,8 +227,21 @@ class EnsembleConfig(TermConfig):
     """Of the variance, under "uncertainty"."""
 
     @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset().union(*(member.needs for member in self.members.values()))
+    def asks(self) -> Asks | None:
+        asked = [member.asks for member in self.members.values() if member.asks is not None]
+        if not asked:
+            return None
+        return Asks(sum(one.cpus for one in asked), sum(one.gpus for one in asked))
+
+    @model_validator(mode="after")
+    def _placeable(self) -> EnsembleConfig:
+        if self.asks is not None:
+            whole_or_fraction(self.asks.gpus)
+        return self
+
+    @property
+    def counts_ngrams(self) -> bool:
+        return any(member.counts_ngrams for member in self.members.values())
 
     _complete = field_validator("members", mode="before")(lambda value: complete_terms(value))
 
@@ -251,8 +299,9 @@ class RewardConfig(Section):
     a sentence costs something."""
     df: str = "train"
     """Where document frequencies come from.  train: the training references, an image each;
-    caption: the same, every caption a document of its own; batch: the images of each batch; or a
-    file, .npz of DocumentFrequency.save or .p of self-critical.pytorch."""
+    caption: the same, every caption a document of its own; batch: the images of each step, however
+    many reward workers share it; or a file, .npz of DocumentFrequency.save or .p of
+    self-critical.pytorch."""
 
     _complete = field_validator("terms", mode="before")(complete_terms)
 
@@ -274,10 +323,7 @@ class RewardConfig(Section):
             )
         return df
 
-    def by_needs(self) -> dict[frozenset[Need], RewardConfig]:
-        """The same rewards in parts, one for each combination of needs, to be placed apart; the
-        part without needs comes first."""
-        parts: dict[frozenset[Need], dict[str, AnyTermConfig]] = {}
-        for name, term in sorted(self.terms.items(), key=lambda item: sorted(item[1].needs)):
-            parts.setdefault(term.needs, {})[name] = term
-        return {needs: self.model_copy(update={"terms": part}) for needs, part in parts.items()}
+    @property
+    def counts_ngrams(self) -> bool:
+        """Whether any term scores against document frequencies."""
+        return any(term.counts_ngrams for term in self.terms.values())

@@ -13,9 +13,9 @@ import numpy as np
 
 from rayrl.rewards import ptb
 from rayrl.rewards.build import build_terms
-from rayrl.rewards.cider import CiderD, DocumentFrequency, ReferenceIndex
+from rayrl.rewards.cider import CiderD, DocumentFrequency
 from rayrl.rewards.config import RewardConfig
-from rayrl.rewards.pickles import read_pickle
+from rayrl.rewards.statistics import Statistics
 from rayrl.rewards.term import Failure, Item, Scores
 from rayrl.types import Completion, RolloutGroup, ScoredGroup
 
@@ -38,40 +38,28 @@ class TermScores:
     seconds: float
 
 
-def reward_document_frequency(
-    references: Sequence[Sequence[str]], config: RewardConfig
-) -> DocumentFrequency:
-    """The document frequencies that ``config`` asks for; ``references`` are the raw captions of
-    each training image."""
-    if config.df.endswith(".npz"):
-        return DocumentFrequency.load(config.df)
-    if config.df.endswith((".p", ".pkl")):
-        return read_pickle(config.df)
-    documents = [[ptb.tokenize(caption) for caption in captions] for captions in references]
-    if config.df == "caption":
-        documents = [[caption] for captions in documents for caption in captions]
-    return DocumentFrequency.from_references(documents, eos=config.eos, source=config.df)
-
-
 class Scorer:
     """Scores rollout groups with the terms of ``config``."""
 
-    def __init__(
-        self, config: RewardConfig, df: DocumentFrequency, index: ReferenceIndex | None = None
-    ) -> None:
+    def __init__(self, config: RewardConfig, statistics: Statistics) -> None:
         """See ``rayrl.rewards.build.build_terms`` for what is refused."""
         self.config = config
-        self._terms = build_terms(config, df, index)
+        self._terms = build_terms(config, statistics)
 
-    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup | Dropped]:
+    def score(
+        self, groups: Sequence[RolloutGroup], step_df: DocumentFrequency | None = None
+    ) -> list[ScoredGroup | Dropped]:
         """Each group with its rewards, in order, or the reason why it has none."""
-        return combine(groups, self.score_terms(groups), self.config)
+        return combine(groups, self.score_terms(groups, step_df), self.config)
 
-    def score_terms(self, groups: Sequence[RolloutGroup]) -> dict[str, TermScores]:
+    def score_terms(
+        self, groups: Sequence[RolloutGroup], step_df: DocumentFrequency | None = None
+    ) -> dict[str, TermScores]:
         """The scores of each term by name, for ``combine``; different terms may come from
-        different scorers."""
-        items = [_item(group, group.completions) for group in groups]
-        greedy = [_item(group, (group.greedy,)) for group in groups if group.greedy is not None]
+        different scorers.  ``step_df`` counts the step that the groups are a part of, under
+        ``df: batch``; without it they are taken for the whole."""
+        items = [_item(group, group.completions, step_df) for group in groups]
+        greedy = [_item(group, (group.greedy,), step_df) for group in groups if group.greedy]
         scores = {}
         for name, term in self._terms.items():
             start = time.perf_counter()
@@ -119,11 +107,14 @@ def _combine_one(
     )
 
 
-def _item(group: RolloutGroup, completions: Sequence[Completion]) -> Item:
+def _item(
+    group: RolloutGroup, completions: Sequence[Completion], step_df: DocumentFrequency | None
+) -> Item:
     return Item(
         prompt=group.prompt,
         captions=tuple(completion.text for completion in completions),
         finished=tuple(completion.finish_reason == "stop" for completion in completions),
+        step_df=step_df,
     )
 
 

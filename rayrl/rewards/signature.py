@@ -26,6 +26,11 @@ def cider_signature(df: DocumentFrequency) -> str:
     )
 
 
+def batch_signature(eos: bool) -> str:
+    """Of rewards against the document frequencies of each step, which compare with nothing."""
+    return f"{_METRIC}+eos:{'yes' if eos else 'no'}+df:batch+{PTB_SIGNATURE}"
+
+
 def sacreeos_signature(df: DocumentFrequency, baseline: str, samples_per_image: int) -> str:
     """The signature of SacreEOS for self-critical training against frozen document frequencies:
     ``STANDARD_wInit+Cider-D[n4,s6.0]+average[nspi5]+1.0.0``.

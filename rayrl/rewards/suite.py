@@ -127,7 +127,8 @@ METRICS: Mapping[str, Callable[[CaptionSet], dict[str, Result]]] = {
 }
 
 
-_IN_WORDS = ("length", "vocabulary")
+IN_WORDS = ("length", "vocabulary")
+"""Scores that count words; all others are shown times 100."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Evaluation:
         and why."""
         width = max(map(len, self.scores), default=0)
         lines = [
-            f"{name:<{width}}  {value if name in _IN_WORDS else 100 * value:8.2f}"
+            f"{name:<{width}}  {value if name in IN_WORDS else 100 * value:8.2f}"
             for name, value in self.scores.items()
         ]
         lines += [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayrl.rewards import ptb
+from rayrl.rewards.document_frequency import DocumentFrequency
 from rayrl.types import Prompt
 
 Scores = npt.NDArray[np.float64]
@@ -19,11 +20,12 @@ Scores = npt.NDArray[np.float64]
 @dataclass(frozen=True)
 class Item:
     """The captions of one image: raw text, and whether each ended by itself rather than at the
-    length limit."""
+    length limit; under ``df: batch`` the document frequencies of the step."""
 
     prompt: Prompt
     captions: tuple[str, ...]
     finished: tuple[bool, ...]
+    step_df: DocumentFrequency | None = None
 
     @cached_property
     def tokens(self) -> list[str]:

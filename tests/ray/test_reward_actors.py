@@ -11,7 +11,8 @@ import pytest
 import ray
 
 from rayrl.rewards.config import RewardConfig
-from rayrl.rewards.score import Dropped, Scorer, reward_document_frequency
+from rayrl.rewards.score import Dropped, Scorer
+from rayrl.rewards.statistics import Statistics, reward_statistics
 from rayrl.types import Completion, Prompt, RolloutGroup
 from tests.ray.conftest import ROOT
 
@@ -55,7 +56,7 @@ def local_ray():
     ray.init(
         address="local",
         num_cpus=2,
-        num_gpus=2,  # counted, not used
+        num_gpus=8,  # counted, not used
         include_dashboard=False,
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
@@ -100,7 +101,7 @@ def groups_when_there(file: Path) -> list[RolloutGroup]:
 def apart(name: str, **more: object) -> dict[str, object]:
     """A function term that asks for a GPU, so that it gets an actor of its own."""
     path = f"tests.ray.test_reward_actors:{name}"
-    return {"kind": "function", "path": path, "needs_gpu": True, "weight": 0.5, **more}
+    return {"kind": "function", "path": path, "gpus": 0.5, "weight": 0.5, **more}
 
 
 def start(terms: dict, timeout_s: float = 120.0):
@@ -108,8 +109,9 @@ def start(terms: dict, timeout_s: float = 120.0):
 
     config = RewardConfig(terms=terms)
     references = [list(group.prompt.references) for group in groups()]
-    df = reward_document_frequency(references, config)
-    return RewardActor.remote(config, df, timeout_s), Scorer(config, df)
+    statistics = reward_statistics(references, config)
+    actor = RewardActor.remote(config, (ray.put(statistics),), timeout_s)
+    return actor, Scorer(config, statistics)
 
 
 def same(results, expected) -> bool:
@@ -134,9 +136,9 @@ def test_only_terms_that_need_something_get_an_actor_of_their_own():
         "both": {"kind": "ensemble", "members": {"meteor": 1.0, "judge": apart("words")}},
     }
     assert placements(RewardConfig(terms=terms)) == {
-        "meteor": {"num_cpus": 0.5},
-        "judge": {"num_cpus": 0.0},
-        "both": {"num_cpus": 0.5, "num_gpus": 1},
+        "meteor": {"num_cpus": 0.5, "num_gpus": 0},
+        "judge": {"num_cpus": 0, "num_gpus": 0},
+        "both": {"num_cpus": 0.5, "num_gpus": 0.5},
     }
 
 
@@ -182,12 +184,87 @@ def test_a_term_that_keeps_dying_drops_its_batch_and_no_other():
     assert same(ray.get(second, timeout=120), scorer.score(groups()))
 
 
+def arrays(statistics: Statistics) -> list[np.ndarray]:
+    df, index = statistics.df, statistics.index
+    return [df.vocabulary, df.keys, df.counts, *(c.values for c in index.columns.values())]
+
+
+def test_what_the_driver_counted_is_read_where_it_lies_and_not_copied():
+    references = [[f"a w{i % 50} cat sits on mat {i}"] * 5 for i in range(2000)]
+    statistics = reward_statistics(references, RewardConfig())
+
+    def looked_at(received: Statistics) -> list[tuple[bool, bool, int]]:
+        from tests.ray.test_reward_actors import arrays
+
+        found = arrays(received)
+        return [(a.flags.writeable, a.flags.owndata, a.nbytes) for a in found]
+
+    found = ray.get(ray.remote(looked_at).remote(ray.put(statistics)), timeout=120)
+    assert found == [(False, False, a.nbytes) for a in arrays(statistics)]
+    assert sum(size for *_, size in found) > 500_000
+
+
+class EchoWorker:
+    """Stands in for a rollout worker: the captions of a prompt are its first words."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def generate(self, prompts, sampling, seeds, version) -> list[RolloutGroup]:
+        whole = {group.prompt.prompt_id: group for group in groups()}
+        return [whole[prompt.prompt_id] for prompt in prompts]
+
+
+def rewards_of_a_step(monkeypatch, workers: int) -> list[tuple[str, list[float], float]]:
+    """Of the same three prompts, through as many rollout and reward workers."""
+    from rayrl.actors import fleet
+    from rayrl.config import Config
+
+    # Under the name by which a worker can import it.
+    from tests.ray.test_reward_actors import EchoWorker
+
+    monkeypatch.setattr(fleet, "RolloutActor", ray.remote(EchoWorker))
+    members = {"cider_d": 1.0, "words": apart("words")}
+    terms = {"cider_d": 1.0, "least": {"kind": "ensemble", "members": members}}
+    config = Config.model_validate(
+        {
+            "reward": {"df": "batch", "terms": terms},
+            "rollout": {"num_workers": workers, "cpus": 0.1},
+            "train": {"reward_workers": workers, "reward_cpus": 0.1, "images_per_step": 3},
+        }
+    )
+    statistics = reward_statistics([], config.reward)
+    running = fleet.Fleet(config, {}, statistics, greedy_baseline=True)
+    try:
+        pending = running.submit(0, 0, [group.prompt for group in groups()])
+        assert len(pending.shares) == workers
+        return [
+            (result.group.prompt.prompt_id, result.rewards.tolist(), result.greedy_reward)
+            for result in running.collect(pending)
+        ]
+    finally:
+        running.shutdown()
+
+
+def test_frequencies_of_the_step_do_not_depend_on_how_many_workers_share_it(monkeypatch):
+    one = rewards_of_a_step(monkeypatch, 1)
+    assert one == rewards_of_a_step(monkeypatch, 3)
+    config = RewardConfig(df="batch", terms={"cider_d": 1.0})
+    by_hand = Scorer(config, Statistics()).score(groups())
+    words = np.array([7, 2, 5], np.float32) / 2  # with its weight in the ensemble
+    for (name, rewards, greedy), result in zip(one, by_hand, strict=True):
+        assert name == result.group.prompt.prompt_id
+        cider = result.rewards
+        np.testing.assert_allclose(rewards, cider + np.minimum(cider, words), rtol=1e-6)
+        assert greedy == pytest.approx(result.greedy_reward + min(result.greedy_reward, 3 / 2))
+
+
 def test_a_term_that_cannot_start_ends_the_run_with_its_reason():
     terms = {"cider_d": 1.0, "words": apart("no_such_function")}
     from rayrl.actors.reward import RewardActor
 
     config = RewardConfig(terms=terms)
-    df = reward_document_frequency([["a cat"], ["a dog"]], config)
-    actor = RewardActor.remote(config, df)
+    statistics = reward_statistics([["a cat"], ["a dog"]], config)
+    actor = RewardActor.remote(config, (ray.put(statistics),))
     with pytest.raises(RuntimeError, match=r"words does not start.*has no function 'no_such_f"):
         ray.get(actor.score.remote(groups()), timeout=120)

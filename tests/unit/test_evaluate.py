@@ -140,14 +140,29 @@ def test_a_wrong_command_line_says_what_to_do(folder, capsys, flags, message):
 def test_two_files_are_compared_by_the_paired_bootstrap(folder, capsys):
     write("worse.json", results(dict.fromkeys(CAPTIONS, "nothing alike")))
     write("better.json", results({int(i): texts[0] for i, texts in REFERENCES.items()}))
-    assert run("--compare", "worse.json", "better.json", "--references", "references.json") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "CIDEr-D x100 of 3 images"
-    assert lines[1].split() == ["worse.json", "0.00"]
-    assert lines[2].split() == ["better.json", "916.67"]
-    assert lines[3].startswith("difference +916.67, 95 % interval [+750.00, +1000.00], p = 0.0000")
-    run("--compare", "better.json", "better.json", "--references", "references.json")
-    assert "difference +0.00, 95 % interval [+0.00, +0.00], p = 1.0000" in capsys.readouterr().out
+
+    def compared(*files: str) -> tuple[int, dict[str, list[str]]]:
+        settings = ("--references", "references.json", "--output", "out")
+        metrics = ("--metrics", "cider_d", "bleu", "health", "clip_score")
+        code = run("--compare", *files, *settings, *metrics)
+        rows = (line.split() for line in capsys.readouterr().out.splitlines())
+        return code, {row[0]: row[1:] for row in rows}
+
+    code, rows = compared("worse.json", "better.json")
+    assert code == 0 and rows["3"][:2] == ["images,", "x100;"]
+    # One of the 27 ways to draw three images has the birds alone, who score 750.
+    assert rows["cider_d"] == ["0.00", "916.67", "+916.67", "[+750.00,", "+1000.00]", "0.0000"]
+    assert rows["bleu_1"][1] == "100.00" and rows["bleu_1"][-1] == "0.0000"
+    assert rows["length"][:3] == ["2.00", "5.33", "+3.33"]
+    assert rows["clip_score:"][:2] == ["left", "out,"]
+    written = json.loads(Path("out/comparison.json").read_text())
+    assert written["metrics"]["cider_d"]["difference"] == pytest.approx(100 * 27.5 / 3)
+    assert written["metrics"]["length"]["num_images"] == 3
+    assert written["signature"].startswith("Cider-D[n4,s6.0]+eos:no+df:corpus[3]#")
+    assert list(written["left_out"]) == ["clip_score"]
+    _, rows = compared("better.json", "better.json")
+    assert rows["cider_d"][2:] == ["+0.00", "[+0.00,", "+0.00]", "1.0000"]
+    assert rows["bleu_4"][2:] == ["+0.00", "[+0.00,", "+0.00]", "1.0000"]
 
 
 def test_the_self_test_prints_the_golden_values(capsys, monkeypatch):

@@ -14,7 +14,7 @@ from pycocoevalcap.rouge.rouge import Rouge as ReferenceRouge
 
 from rayrl.rewards import diversity
 from rayrl.rewards.bleu import bleu
-from rayrl.rewards.bootstrap import compare_results, paired_bootstrap
+from rayrl.rewards.bootstrap import compare, paired_bootstrap
 from rayrl.rewards.cider import DocumentFrequency
 from rayrl.rewards.java import MetricUnavailable
 from rayrl.rewards.results import match, read_results, write_results
@@ -242,11 +242,31 @@ def test_bootstrap_finds_a_difference_and_only_one_that_is_there() -> None:
         paired_bootstrap(hard, [1, 2, 3])
 
 
-def test_results_files_are_compared_image_by_image(tmp_path: Path) -> None:
-    references = {i: [f"a w{i} b c dog"] for i in range(20)}
-    a = write(tmp_path / "a.json", dict.fromkeys(range(20), "a b c dog"))
-    b = write(tmp_path / "b.json", {i: f"A w{i} b c dog." for i in range(20)})
-    result = compare_results(a, b, references, num_samples=500)
-    assert result.mean_b == pytest.approx(10.0)
-    assert result.mean_a == 0.0, "what every image has weighs nothing"
-    assert result.p_value == 0.0
+def test_systems_are_compared_by_every_metric_of_captions() -> None:
+    references = [[f"a w{i} b c dog"] for i in range(20)]
+    a = CaptionSet(["a b c dog"] * 20, references)
+    b = CaptionSet([f"A w{i} b c dog." for i in range(20)], references)
+    found, left_out = compare(a, b, ("cider_d", "rouge_l", "bleu", "clip_score"), num_samples=500)
+    assert list(found) == ["cider_d", "rouge_l", "bleu_1", "bleu_2", "bleu_3", "bleu_4"]
+    assert list(left_out) == ["clip_score"]
+    assert found["cider_d"].mean_b == pytest.approx(10.0)
+    assert found["cider_d"].mean_a == 0.0, "what every image has weighs nothing"
+    assert all(one.p_value == 0.0 and one.num_images == 20 for one in found.values())
+    corpus = bleu(a.tokens, a.reference_tokens).corpus
+    assert found["bleu_2"].mean_a == pytest.approx(corpus[1], rel=1e-12)
+    with pytest.raises(ValueError, match="other references"):
+        compare(a, CaptionSet(b.captions, references[::-1]))
+
+
+def test_bleu_of_a_resampled_set_is_that_of_its_captions() -> None:
+    """One image is right and one wrong.  A draw of two has 2, 1 or 0 right ones: BLEU-1 is 1, the
+    pooled 2/3 x brevity (not the mean of both captions), or 0."""
+    references = [["a red dog runs"], ["my cat sleeps now"]]
+    right = CaptionSet(["a red dog runs", "my cat sleeps now"], references)
+    half = CaptionSet(["a red dog runs", "x y"], references)
+    pooled = 4 / 6 * math.exp(1 - 8 / 6)
+    one = compare(half, right, ("bleu",), num_samples=4000)[0]["bleu_1"]
+    assert (one.mean_a, one.mean_b) == (pytest.approx(pooled), pytest.approx(1.0))
+    assert (one.low, one.high) == (pytest.approx(0.0, abs=1e-6), pytest.approx(1.0, abs=1e-6))
+    # Drawn twice the right image, which happens in a quarter of the draws, nothing is better.
+    assert one.p_value == pytest.approx(0.25, abs=0.03)

@@ -23,7 +23,12 @@ from rayrl.rewards.score import (
     Scorer,
     combine,
     corpus_cider_d,
-    reward_document_frequency,
+)
+from rayrl.rewards.statistics import (
+    Statistics,
+    reward_signature,
+    reward_statistics,
+    step_document_frequency,
 )
 from rayrl.rewards.term import Failure, Item, Scores
 from rayrl.types import Completion, Prompt, RolloutGroup, ScoredGroup
@@ -70,12 +75,14 @@ def item(*captions: str, i: int = 0) -> Item:
 
 
 def training_df(config: RewardConfig) -> DocumentFrequency:
-    return reward_document_frequency(REFERENCES, config)
+    df = reward_statistics(REFERENCES, config).df
+    assert df is not None
+    return df
 
 
 def scorer(**fields: object) -> Scorer:
     config = RewardConfig.model_validate(fields)
-    return Scorer(config, training_df(config))
+    return Scorer(config, reward_statistics(REFERENCES, config))
 
 
 def only_scored(results: Sequence[ScoredGroup | Dropped]) -> list[ScoredGroup]:
@@ -119,9 +126,11 @@ def test_document_frequencies_by_mode(tmp_path: Path) -> None:
     assert (by_caption.num_documents, by_caption.source) == (5, "caption")
     by_image.save(tmp_path / "coco.npz")
     config = RewardConfig(df=str(tmp_path / "coco.npz"))
-    assert reward_document_frequency([], config).content_hash == by_image.content_hash
+    assert training_df(config).content_hash == by_image.content_hash
     with pytest.raises(ValueError, match=r"train were counted with eos=True.*eos=False"):
-        Scorer(RewardConfig(eos=False), by_image)
+        Scorer(RewardConfig(eos=False), Statistics(by_image))
+    with pytest.raises(ValueError, match=r"df train: no document frequencies given; count them"):
+        Scorer(RewardConfig(), Statistics())
 
 
 def test_the_frequencies_of_the_batch_change_the_reward() -> None:
@@ -135,13 +144,75 @@ def test_the_frequencies_of_the_batch_change_the_reward() -> None:
         batch.score(GROUPS[:1])
 
 
+def test_the_frequencies_of_a_step_do_not_depend_on_how_it_is_split() -> None:
+    config = RewardConfig(df="batch")
+    step_df = step_document_frequency({f"p{i}": some for i, some in enumerate(REFERENCES)}, config)
+    whole = only_scored(scorer(df="batch").score(GROUPS))
+    apart = [
+        result
+        for group in GROUPS
+        for result in only_scored(scorer(df="batch").score([group], step_df))
+    ]
+    for mine, theirs in zip(apart, whole, strict=True):
+        assert mine.rewards.tolist() == theirs.rewards.tolist()
+        assert mine.greedy_reward == theirs.greedy_reward
+    assert step_df is not None and (step_df.num_documents, step_df.eos) == (3, True)
+    with pytest.raises(ValueError, match=r"batch: document frequencies over 1 image"):
+        step_document_frequency({"p0": REFERENCES[0]}, config)
+
+
+def test_a_term_apart_asks_for_the_cpus_and_gpus_it_is_given() -> None:
+    def asks(name: str, **fields: object) -> tuple[float, float] | None:
+        return RewardConfig.model_validate({"terms": {name: fields}}).terms[name].asks
+
+    path, clip = path_of(count_words), {"folder": "clip"}
+    assert asks("cider_d") is asks("function", path=path) is asks("clip_score", **clip) is None
+    assert asks("function", path=path, gpus=0.25) == (0.0, 0.25)
+    assert asks("function", path=path, cpus=3) == (3.0, 0.0)
+    assert asks("clip_score", **clip, gpus=2) == (0.0, 2.0)
+    assert asks("meteor") == asks("spice") == (0.5, 0.0)
+    assert asks("meteor", cpus=1.5) == (1.5, 0.0)
+    assert asks("http", url="http://x") == (0.0, 0.0)
+    shared = {"kind": "clip_score", **clip, "gpus": 0.25}
+    members = {"one": shared, "other": shared, "meteor": 1.0, "rouge_l": 1.0}
+    assert asks("ensemble", members=members) == (0.5, 0.5)
+    assert asks("ensemble", members={"rouge_l": 1.0}) is None
+
+
+def test_only_what_the_terms_need_is_counted() -> None:
+    nested = {"kind": "ensemble", "members": {"cider_d": 1.0, "bleu": 1.0}}
+    for terms, df, counted in (
+        ({"cider_d": 1.0}, "train", True),
+        ({"both": nested}, "caption", True),
+        ({"bleu": 1.0}, "train", False),
+        ({"cider_d": 1.0}, "batch", False),
+    ):
+        config = RewardConfig.model_validate({"terms": terms, "df": df})
+        statistics = reward_statistics(REFERENCES, config)
+        assert (statistics.df is not None, statistics.index is not None) == (counted, counted)
+        if statistics.index is not None:
+            assert len(statistics.index) == 3
+        in_step = step_document_frequency({"a": REFERENCES[0], "b": REFERENCES[1]}, config)
+        assert (in_step is not None) == (df == "batch")
+
+
+def test_the_signature_of_rewards_says_what_was_counted() -> None:
+    def signature(**fields: object) -> str:
+        config = RewardConfig.model_validate(fields)
+        return reward_signature(config, reward_statistics(REFERENCES, config))
+
+    assert signature().startswith("Cider-D[n4,s6.0]+eos:yes+df:train[3]#")
+    assert signature(df="batch").startswith("Cider-D[n4,s6.0]+eos:yes+df:batch+tok:ptb")
+    assert signature(terms={"rouge_l": 1.0}).startswith("tok:ptb+rayrl:")
+
+
 def test_a_shared_index_gives_the_same_rewards() -> None:
     config = RewardConfig()
     df = training_df(config)
     words = [[" ".join(ptb.tokenize(text)) for text in some] for some in REFERENCES[:2]]
     index = ReferenceIndex.build(df, words)
-    own = only_scored(Scorer(config, df).score(GROUPS))
-    shared = only_scored(Scorer(config, df, index).score(GROUPS))
+    own = only_scored(Scorer(config, Statistics(df)).score(GROUPS))
+    shared = only_scored(Scorer(config, Statistics(df, index)).score(GROUPS))
     for mine, theirs in zip(own, shared, strict=True):
         np.testing.assert_allclose(mine.rewards, theirs.rewards, rtol=1e-6)
     assert len(index) == 2
@@ -295,20 +366,13 @@ def test_a_greedy_caption_that_fails_drops_the_group() -> None:
 
 
 def test_terms_scored_apart_are_combined_as_one() -> None:
-    config = RewardConfig.model_validate(
-        {"terms": {"meteor": 0.0, "cider_d": 1.0, "rouge_l": 0.5, "judge": {"kind": "function",
-         "path": path_of(count_words), "needs_gpu": True}}}
-    )  # fmt: skip
-    parts = config.by_needs()
-    assert list(parts) == [frozenset(), frozenset({"gpu"}), frozenset({"java"})]
-    assert set(parts[frozenset()].terms) == {"cider_d", "rouge_l"}
     whole = RewardConfig.model_validate({"terms": {"cider_d": 1.0, "rouge_l": 0.5}})
     df = training_df(whole)
     apart: dict = {}
     for name, term in whole.terms.items():
         part = whole.model_copy(update={"terms": {name: term}})
-        apart |= Scorer(part, df).score_terms(GROUPS)
-    together = Scorer(whole, df).score(GROUPS)
+        apart |= Scorer(part, Statistics(df)).score_terms(GROUPS)
+    together = Scorer(whole, Statistics(df)).score(GROUPS)
     for mine, theirs in zip(combine(GROUPS, apart, whole), together, strict=True):
         assert isinstance(mine, ScoredGroup) and isinstance(theirs, ScoredGroup)
         assert mine.rewards.tolist() == theirs.rewards.tolist()
@@ -366,11 +430,11 @@ def test_every_kind_can_be_built_or_says_what_is_missing() -> None:
         "chat": {"url": "http://localhost", "model": "m"},
         "ensemble": {"members": {"bleu": 1.0}},
     }
-    df = training_df(RewardConfig())
+    statistics = reward_statistics(REFERENCES, RewardConfig())
     for kind in KINDS:
         config = RewardConfig.model_validate({"terms": {kind: needed.get(kind, 1.0)}})
         try:
-            terms = build_terms(config, df)
+            terms = build_terms(config, statistics)
         except MetricUnavailable as reason:
             assert kind in ("clip_score", "spice"), reason
         else:
@@ -386,6 +450,22 @@ def test_every_kind_can_be_built_or_says_what_is_missing() -> None:
         ({"terms": {}}, "no term has a weight"),
         ({"terms": {"bleu": {"n": 5}}}, "less than or equal to 4"),
         ({"terms": {"bleu": {"m": 1}}}, "Extra inputs are not permitted"),
+        ({"terms": {"clip_score": {"folder": "x", "gpus": 1.5}}}, "1.5 GPUs, want a fraction of"),
+        ({"terms": {"meteor": {"cpus": -1}}}, "greater than or equal to 0"),
+        ({"terms": {"cider_d": {"gpus": 1}}}, "Extra inputs are not permitted"),
+        (
+            {
+                "terms": {
+                    "ensemble": {
+                        "members": {
+                            "one": {"kind": "clip_score", "folder": "x", "gpus": 0.75},
+                            "other": {"kind": "function", "path": "a:b", "gpus": 0.5},
+                        }
+                    }
+                }
+            },
+            "1.25 GPUs, want a fraction of",
+        ),
         ({"df": "trian"}, "df 'trian', want one of train or a file"),
         ({"terms": {"e": {"kind": "ensemble", "members": {"x": 1}}}}, "term x: kind 'x'"),
     ],
