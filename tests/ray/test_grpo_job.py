@@ -31,6 +31,12 @@ def test_a_run_with_vllm_leaves_everything_a_person_needs(small_job, environment
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert summary["cider_d_start"] == rows[0]["eval/cider_d"] > 0
     assert summary["cider_d_end"] == rows[-1]["eval/cider_d"]
+    # What both numbers mean: rewards with the end token against the training set, scores without.
+    signatures = summary["signatures"]
+    assert signatures["reward"].startswith("Cider-D[n4,s6.0]+eos:yes+df:train[60]#")
+    assert signatures["eval/cider_d"].startswith("Cider-D[n4,s6.0]+eos:no+df:corpus[8]#")
+    meta = json.loads((folder / "checkpoints" / "latest" / "trainer.json").read_text())
+    assert meta["signatures"] == signatures
     # Engine and learner agree, step by step, whatever the updates moved.
     assert all(row["mismatch_kl"] < 1e-7 for row in rows[1:])
     assert all(row["groups/dropped"] == 0 for row in rows[1:])
