@@ -20,6 +20,9 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from rayrl.config import Config
 from rayrl.credentials import redacted
 
+REPLAY_CONFIG = "run.yaml"
+"""The run's configuration inside a replay, so that the folder can be looked at anywhere."""
+
 
 class Invocation(NamedTuple):
     """What a job was asked to do."""
@@ -27,6 +30,7 @@ class Invocation(NamedTuple):
     config: Config
     dry_run: bool
     resume: bool
+    replay: Path | None = None
 
 
 class UsageError(ValueError):
@@ -96,17 +100,30 @@ def _parse(argv: list[str], program: str, description: str) -> Invocation:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--replay", type=Path)
     known, rest = parser.parse_known_args(argv)
     if "--help" in rest or "-h" in rest:
         _overrides(["--help"], program, description)
-    return Invocation(load(known.config, rest, program=program), known.dry_run, known.resume)
+    replay = None if known.replay is None else _replay_folder(known.replay)
+    file = known.config if replay is None or known.config else replay / REPLAY_CONFIG
+    return Invocation(load(file, rest, program=program), known.dry_run, known.resume, replay)
+
+
+def _replay_folder(path: Path) -> Path:
+    """The folder of a replay, given it or a file in it."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / REPLAY_CONFIG).is_file():
+        raise UsageError(f"--replay {path}: no {REPLAY_CONFIG} there, so it is not a replay")
+    return folder
 
 
 def _overrides(flags: Sequence[str], program: str, description: str) -> dict[str, Any]:
     """Dotted flags as a nested dictionary, parsed and typed by pydantic-settings."""
     epilog = (
         "  --config FILE  read this YAML first    --dry-run  print the resolved sizes and stop    "
-        "--resume  continue from the run folder's latest checkpoint"
+        "--resume  continue from the run folder's latest checkpoint    "
+        "--replay FILE  run the learner alone on a step that a run skipped, with that run's "
+        "configuration, and say what is not finite"
     )
 
     class Flags(BaseSettings, Config):

@@ -169,6 +169,9 @@ class LearnerConfig(Section):
     """Steps of linear warm-up."""
     grad_clip: PositiveFloat = 1.0
     """Largest gradient norm."""
+    max_skipped: PositiveInt = 3
+    """Optimizer steps in a row without a finite loss and gradient that end the run; each is
+    skipped, counted, and kept for `--replay`."""
     inner_epochs: PositiveInt = 1
     """Passes over the captions of a step."""
     minibatches: PositiveInt = 1

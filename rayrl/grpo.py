@@ -37,6 +37,7 @@ from rayrl.resume import open_run_folder
 from rayrl.rewards.score import Dropped
 from rayrl.rewards.statistics import reward_signature, reward_statistics
 from rayrl.rollout_metrics import group_metrics, sample_records, summarize
+from rayrl.skipped import save_replay
 from rayrl.types import Prompt, ScoredGroup, StepReport
 from rayrl.vlm import load_captioner
 from rayrl.weights import pack, read_model_files
@@ -60,6 +61,7 @@ class Run:
     phases: Phases = field(default_factory=Phases)
     stop: StopRequest = field(default_factory=StopRequest)
     saved_step: int = -1
+    problems: list[str] = field(default_factory=list)
 
     def prompts(self, step: int) -> list[Prompt]:
         """The prompts of a step: a function of (seed, step), so that a resumed run continues."""
@@ -135,8 +137,28 @@ def _after_step(
     if version % train.samples_every == 0 or version == 1:
         run.log.samples(sample_records(groups, report.advantages, version))
     run.log.step(version, metrics)
+    _check_skipped(run, report)
     if version % train.checkpoint_every == 0 or last:
         save(run)
+
+
+def _check_skipped(run: Run, report: StepReport) -> None:
+    """Say why the learner skipped a step and keep its batch; too many in a row end the run."""
+    if not report.problem:
+        run.problems.clear()
+        return
+    run.problems.append(report.problem)
+    place = save_replay(run.folder, ray.get(run.learner.replay.remote()), run.config)
+    run.log.message(
+        f"step {report.step}: an optimizer step was skipped: {report.problem}; "
+        f"look at it with --replay {place}"
+    )
+    row = report.metrics["learner/skipped_in_a_row"]
+    if row >= run.config.learner.max_skipped:
+        raise RuntimeError(
+            f"{row:.0f} optimizer steps in a row had no finite loss and gradient "
+            f"(learner.max_skipped); the first: {run.problems[0]}"
+        )
 
 
 def evaluate(run: Run, version: int) -> float:
@@ -189,6 +211,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if invocation.dry_run:
         print(cli.describe(invocation.config))
+        return
+    if invocation.replay is not None:
+        # Imported late: only this needs the learner's own modules in the driver.
+        from rayrl.learner.examine import examine_folder
+
+        with failing_in_one_line("grpo_coco.py"):
+            for line in examine_folder(invocation.replay, invocation.config):
+                print(line, flush=True)
         return
     with failing_in_one_line("grpo_coco.py"):
         finished = run_job(invocation.config, resume=invocation.resume)

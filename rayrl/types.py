@@ -174,9 +174,11 @@ class TrainBatch:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepReport:
     """What a learner step says of itself; ``weight_version`` grows by exactly one a step.
-    ``advantages`` [P,G] are those that it trained with (means over tokens where they vary)."""
+    ``advantages`` [P,G] are those that it trained with (means over tokens where they vary);
+    ``problem`` says why an optimizer step was skipped, where one was."""
 
     step: int
     weight_version: int
     metrics: Mapping[str, float]
     advantages: FloatArray
+    problem: str = ""

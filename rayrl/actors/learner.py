@@ -41,6 +41,10 @@ class LearnerActor:
         """One step on whole groups."""
         return self._learner.update(make_batch(groups))
 
+    def replay(self) -> Checkpoint | None:
+        """What the last step skipped, if it did."""
+        return self._learner.replay()
+
     def weights(self, *, trained_only: bool) -> Weights | None:
         return self._learner.weights(trained_only=trained_only)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -33,6 +34,14 @@ def group_batch(batch: TrainBatch, device: str | torch.device) -> GroupBatch:
         truncated=tensor(batch.truncated, torch.bool),
         greedy_rewards=None if batch.greedy_rewards is None else tensor(batch.greedy_rewards),
     )
+
+
+def to_device(groups: GroupBatch, device: str | torch.device) -> GroupBatch:
+    """The same groups with every tensor on ``device``."""
+    named = {spec.name: getattr(groups, spec.name) for spec in dataclasses.fields(groups)}
+    moved = {k: v.to(device) for k, v in named.items() if isinstance(v, torch.Tensor)}
+    terms = {name: value.to(device) for name, value in groups.terms.items()}
+    return dataclasses.replace(groups, terms=terms, **moved)  # type: ignore[arg-type]
 
 
 def minibatches(

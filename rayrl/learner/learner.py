@@ -11,6 +11,7 @@ Knows torch and nothing of Ray.  A step trains on P groups of G captions:
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from rayrl.checkpoint import Checkpoint, join_state, split_state
 from rayrl.config import LearnerConfig, ModelConfig
 from rayrl.learner.batches import group_batch, minibatches, rank_micro_batches
 from rayrl.learner.decisions import Decisions
+from rayrl.learner.finite import Part, problem
+from rayrl.learner.flops import FlopCounter
 from rayrl.learner.forward import Forward
 from rayrl.learner.inputs import InputCache, StepInputs
 from rayrl.learner.means import Means, short_names
+from rayrl.learner.measure import StepMeter
 from rayrl.learner.optimizer import (
     learning_rate,
     make_optimizer,
@@ -32,13 +36,15 @@ from rayrl.learner.optimizer import (
     restore_optimizer,
 )
 from rayrl.learner.parallel import SOLO, Ranks, shard
+from rayrl.learner.replay import make_replay
 from rayrl.learner.state import load_model_files, model_files
 from rayrl.objectives.batch import GroupBatch
 from rayrl.objectives.compile import PROVIDED
-from rayrl.objectives.objective import Objective, Prepared
+from rayrl.objectives.objective import LossOutput, Objective, Prepared
+from rayrl.objectives.reduce import Normalizer
 from rayrl.types import StepReport, TrainBatch
 from rayrl.vlm import choose_trainable, load_captioner
-from rayrl.weights import Weights, pack
+from rayrl.weights import ModelFiles, Weights, pack
 
 
 def provided(config: LearnerConfig, images_per_step: int) -> frozenset[str]:
@@ -71,17 +77,17 @@ class Learner:
         ranks: Ranks = SOLO,
     ) -> None:
         self._ranks = ranks
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._captioner = load_captioner(
             folder,
             dtype=model.dtype,
-            device="cpu" if ranks.sharded else self._device,
+            device="cpu" if ranks.sharded else self.device,
             trust_remote_code=model.trust_remote_code,
         )
-        self._model = self._captioner.model
+        self.model = self._captioner.model
         self._config = config
         objective.check(PROVIDED | {"whole_minibatch"})
-        self._objective = objective
+        self.objective = objective
         self._objective_state = objective.initial_state()
         self._model_config = model
         self._instruction = instruction
@@ -89,22 +95,28 @@ class Learner:
         self._total_steps = total_steps
         self._seed = seed
         self._reference = (
-            copy.deepcopy(self._model).requires_grad_(False)
+            copy.deepcopy(self.model).requires_grad_(False)
             if "ref_logprobs" in objective.needs
             else None
         )
-        self._trainable = choose_trainable(self._model, model.trainable)
+        self._trainable = choose_trainable(self.model, model.trainable)
         self._forward = Forward(
-            config, temperature=temperature, banned_ids=self._captioner.banned_ids, ranks=ranks
+            config,
+            FlopCounter(self.model),
+            temperature=temperature,
+            banned_ids=self._captioner.banned_ids,
+            ranks=ranks,
         )
         if ranks.sharded:
-            for each in (self._model, self._reference):
+            for each in (self.model, self._reference):
                 if each is not None:
-                    shard(each, self._forward.compute, self._device)
-        parameters = dict(self._model.named_parameters())
+                    shard(each, self._forward.compute, self.device)
+        parameters = dict(self.model.named_parameters())
         self._named = {name: parameters[name] for name in self._trainable}
         self._optimizer = make_optimizer(self._named, config)
         self._decisions = Decisions(self._named, extrapolates="extrapolate" in objective.needs)
+        self._replay: Checkpoint | None = None
+        self._skipped_in_a_row = 0
         self.step = 0
 
     @property
@@ -114,37 +126,70 @@ class Learner:
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self._model.parameters())
+        return sum(p.numel() for p in self.model.parameters())
 
     def update(self, batch: TrainBatch) -> StepReport:
-        """Train on one step's groups and move to the next weight version."""
-        inputs = StepInputs(self._cache, self._model, batch, self._instruction)
-        groups = group_batch(batch, self._device)
-        groups = self._with_frozen_logprobs(groups, inputs)
-        self._objective_state, prepared = self._objective.prepare(self._objective_state, groups)
+        """Train on one step's groups and move to the next weight version.
+
+        An optimizer step whose loss or gradient is not finite is not taken: weights and moments
+        stay, the report says why, and :meth:`replay` has what it takes to look at it."""
+        meter = StepMeter(self.device, self.model.dtype, self._named, self._ranks)
+        flops, sums, problems = self._forward.flops, Means(), list[str]()
+        self._replay = None
+        inputs = self.inputs(batch)
+        groups = self._with_frozen_logprobs(group_batch(batch, self.device), inputs)
+        before = self._objective_state
+        self._objective_state, prepared = self.objective.prepare(before, groups)
         rate = learning_rate(self.step, self._total_steps, self._config)
-        sums = Means()
         # The order is a function of (seed, step), so that a resumed run continues.
         order = np.random.default_rng((self._seed, self.step, 1))
         for indices in minibatches(len(batch.images), self._config, order):
             for group in self._optimizer.param_groups:
                 group["lr"] = rate * self._decisions.lr_scale
-            self._minibatch(prepared, inputs, indices, sums)
-            self._objective_state, decisions = self._objective.control(
+            problem = self._minibatch(prepared, inputs, indices, sums)
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if problem else 0
+            if problem:
+                problems.append(problem)
+                if self._replay is None:
+                    self._replay = make_replay(
+                        batch,
+                        groups,
+                        step=self.step,
+                        images=indices,
+                        state=before,
+                        problem=problem,
+                        model_files=self._files(),
+                    )
+                continue
+            self._objective_state, decisions = self.objective.control(
                 self._objective_state, sums.means()
             )
             if not self._decisions.take(decisions):
                 break
+        if not sums.means():
+            # Nothing was learned, so nothing of what was not finite may stay behind.
+            self._objective_state = {**before, "step": self._objective_state["step"]}
         self._decisions.end_step()
         self.step += 1
-        metrics = {**short_names(sums.means()), "learner/lr": self._optimizer.param_groups[0]["lr"]}
         advantages = prepared.caption_advantages().cpu().numpy()
         return StepReport(
             step=self.step,
             weight_version=self.weight_version,
-            metrics=metrics,
+            metrics={
+                **short_names(sums.means()),
+                "learner/lr": self._optimizer.param_groups[0]["lr"],
+                "learner/skipped": float(len(problems)),
+                "learner/skipped_in_a_row": float(self._skipped_in_a_row),
+                **meter.metrics(self._forward.flops - flops),
+            },
             advantages=advantages.astype(np.float32),
+            problem=problems[0] if problems else "",
         )
+
+    def replay(self) -> Checkpoint | None:
+        """The first minibatch that the last step skipped, with the policy as it was then; on
+        rank 0."""
+        return self._replay if self._ranks.rank == 0 else None
 
     @property
     def _updates_per_step(self) -> int:
@@ -153,50 +198,67 @@ class Learner:
     def _with_frozen_logprobs(self, groups: GroupBatch, inputs: StepInputs) -> GroupBatch:
         """Add the log-probs at the start of the step and under the reference model."""
         fields: dict[str, Any] = {}
-        if self._updates_per_step > 1 or "old_logprobs" in self._objective.needs:
-            fields["old_logprobs"] = self._forward.frozen(self._model, groups, inputs)
+        if self._updates_per_step > 1 or "old_logprobs" in self.objective.needs:
+            fields["old_logprobs"] = self._forward.frozen(self.model, groups, inputs)
         if self._reference is not None:
             fields["ref_logprobs"] = self._forward.frozen(self._reference, groups, inputs)
         return replace(groups, **fields) if fields else groups
 
+    def inputs(self, batch: TrainBatch) -> StepInputs:
+        """The processor's output for a batch's prompts, on demand."""
+        return StepInputs(self._cache, self.model, batch, self._instruction)
+
     def _minibatch(
         self, prepared: Prepared, inputs: StepInputs, indices: list[int], sums: Means
-    ) -> None:
+    ) -> str:
+        """Take one optimizer step; returns why it was skipped, if it was."""
         normalizer = prepared.select(indices).normalizer()
         self._optimizer.zero_grad(set_to_none=True)
-        want_entropy = "entropy" in self._objective.needs
-        mine = Means()
-        for part, counts in rank_micro_batches(indices, self._config, self._ranks):
-            micro = prepared.select(part)
-            out = self._forward(
-                self._model, micro.batch, inputs.select(part), with_entropy=want_entropy
-            )
-            if self._updates_per_step == 1:
-                # The first and only update starts at the policy itself: no second forward pass.
-                micro = micro.with_old_logprobs(out.logprobs.detach())
-            loss = self._objective.loss(
-                micro if counts else micro.weightless(),
-                out.logprobs,
-                normalizer,
-                total=self._ranks.total,
-                entropy=out.entropy,
-            )
-            # Every parameter gets a gradient on every rank, be it 0.
-            (loss.loss if counts else loss.loss + 0 * out.logprobs.sum()).backward()
-            mine.add(loss.metrics if counts else dict.fromkeys(loss.metrics, (0.0, 0.0)))
+        parts, mine = [], Means()
+        for images, counts in rank_micro_batches(indices, self._config, self._ranks):
+            micro = prepared.select(images)
+            loss = self.loss(micro, inputs.select(images), normalizer, counts=counts)
+            loss.loss.backward()
+            parts.append(Part(micro.batch.image_ids, loss.detach()))
+            mine.add(loss.metrics)
             mine.add({"learner/loss": (loss.loss.detach(), 0.0)})
-        sums.add(self._ranks.total_metrics(mine.pairs()))
+        pairs = self._ranks.total_metrics(mine.pairs())
         norm = self._clip_gradients()
+        if not math.isfinite(pairs["learner/loss"][0] + norm):
+            return problem(parts, {name: p.grad for name, p in self._named.items()}, norm)
         self._optimizer.step()
+        sums.add(pairs)
         sums.add({"learner/loss": (0.0, 1.0), "learner/grad_norm": (norm, 1.0)})
+        return ""
+
+    def loss(
+        self, micro: Prepared, inputs: Any, normalizer: Normalizer, *, counts: bool = True
+    ) -> LossOutput:
+        """The loss of one micro-batch, with gradient.  One that does not count (a rank had no
+        images left) has loss and gradients of 0."""
+        with_entropy = "entropy" in self.objective.needs
+        out = self._forward(self.model, micro.batch, inputs, with_entropy=with_entropy)
+        if self._updates_per_step == 1:
+            # The first and only update starts at the policy itself: no second forward pass.
+            micro = micro.with_old_logprobs(out.logprobs.detach())
+        loss = self.objective.loss(
+            micro if counts else micro.weightless(),
+            out.logprobs,
+            normalizer,
+            total=self._ranks.total,
+            entropy=out.entropy,
+        )
+        if counts:
+            return loss
+        # Every parameter gets a gradient on every rank, be it 0.
+        nothing = loss.loss + 0 * out.logprobs.sum()
+        return LossOutput(nothing, dict.fromkeys(loss.metrics, (nothing.detach(), 0.0)))
 
     def _clip_gradients(self) -> float:
         """Add the gradients up over ranks, and bound their norm; returns it as it was."""
         parameters = list(self._named.values())
         self._ranks.total_gradients(parameters)
         norm = self._ranks.gradient_norm(parameters)
-        if not bool(norm.isfinite()):
-            raise RuntimeError(f"step {self.step + 1}: gradient norm {float(norm)}, want a number")
         torch.nn.utils.clip_grads_with_norm_(parameters, self._config.grad_clip, norm)
         return float(norm)
 
@@ -204,8 +266,12 @@ class Learner:
         """The current version: all parameters, or those that train.  On rank 0; the others, on
         which it must be called too, return None."""
         names = self._trainable if trained_only else None
-        weights = pack(self._model, self.weight_version, names, gather=self._ranks.gathered)
+        weights = pack(self.model, self.weight_version, names, gather=self._ranks.gathered)
         return weights if self._ranks.rank == 0 else None
+
+    def _files(self) -> ModelFiles:
+        """The policy as files, on rank 0; called on every rank."""
+        return model_files(self.model, self._captioner.processor, self._ranks)
 
     def checkpoint(self) -> Checkpoint | None:
         """Everything a resumed run needs of the learner, whatever the number of its ranks.  On
@@ -213,23 +279,28 @@ class Learner:
         arrays, state = split_state(self._objective_state)
         arrays.update(optimizer_arrays(self._optimizer, self._named, self._ranks))
         arrays.update(self._decisions.arrays(self._ranks))
-        files = model_files(self._model, self._captioner.processor, self._ranks)
+        files = self._files()
         if self._ranks.rank > 0:
             return None
         return Checkpoint(
             step=self.step,
             model_files=files,
             arrays=arrays,
-            meta={"weight_version": self.weight_version, "objective_state": state},
+            meta={
+                "weight_version": self.weight_version,
+                "objective_state": state,
+                "skipped_in_a_row": self._skipped_in_a_row,
+            },
         )
 
     def restore(self, checkpoint: Checkpoint) -> int:
         """Continue from a checkpoint; returns its step.
 
         Raises ValueError naming the first parameter when it is one of another model."""
-        load_model_files(self._model, checkpoint.model_files, self._model_config)
+        load_model_files(self.model, checkpoint.model_files, self._model_config)
         restore_optimizer(self._optimizer, self._named, checkpoint.arrays)
         self._decisions.restore(checkpoint.arrays)
         self._objective_state = join_state(checkpoint.meta["objective_state"], checkpoint.arrays)
+        self._skipped_in_a_row = int(checkpoint.meta.get("skipped_in_a_row", 0))
         self.step = checkpoint.step
         return self.step

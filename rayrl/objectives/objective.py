@@ -39,6 +39,10 @@ class LossOutput:
     loss: Tensor
     metrics: diagnostics.Metrics
 
+    def detach(self) -> LossOutput:
+        """The same numbers without what a backward pass needs."""
+        return LossOutput(self.loss.detach(), self.metrics)
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:

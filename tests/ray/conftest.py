@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rayrl.learner.measure import MEASURED
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -100,7 +102,7 @@ def without_time(rows: list[dict]) -> list[dict]:
         {
             k: v
             for k, v in row.items()
-            if k not in ("time", "captions_per_second") and "seconds/" not in k
+            if k not in ("time", "captions_per_second", *MEASURED) and "seconds/" not in k
         }
         for row in rows
     ]

@@ -60,7 +60,7 @@ def halved(metrics):
 
 def test_a_controller_of_ones_own_scales_the_rate_of_later_updates(tiny_folder, batch):
     subject = learner(tiny_folder, minibatches=3)
-    subject._objective = preset("grpo", control=[part(halved)])
+    subject.objective = preset("grpo", control=[part(halved)])
     # Its first update has the scheduled rate, the two after it half of it.
     assert subject.update(batch).metrics["learner/lr"] == pytest.approx(0.5e-3)
     assert subject.update(batch).metrics["learner/lr"] == pytest.approx(0.45e-3)
@@ -68,7 +68,7 @@ def test_a_controller_of_ones_own_scales_the_rate_of_later_updates(tiny_folder, 
 
 def momentum_learner(tiny_folder, factor) -> Learner:
     subject = learner(tiny_folder, objective="apo_momentum", schedule="constant")
-    subject._objective = preset("apo_momentum", momentum_factor=factor)
+    subject.objective = preset("apo_momentum", momentum_factor=factor)
     return subject
 
 

@@ -1,0 +1,62 @@
+"""Update size, and operations counted from a model's shape, against numbers made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_families import CASES, build, make_batch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rayrl.learner.flops import FlopCounter
+from rayrl.learner.logprobs import prefix_shared_outputs
+from rayrl.learner.measure import UpdateSize
+
+
+def test_the_update_is_measured_against_the_weights():
+    named = {"a": torch.tensor([[3.0, 0.0]]), "b": torch.tensor([4.0])}
+    size = UpdateSize(named)
+    assert size.ratio() == 0.0
+    named["a"][0, 1] = 0.5
+    assert size.ratio() == pytest.approx(0.5 / 5.0)
+
+
+def test_large_tensors_are_measured_by_a_sample_of_every_column():
+    torch.manual_seed(0)
+    weight = torch.randn(1024, 512)
+    size = UpdateSize({"w": weight})
+    assert size._before["w"].numel() < 2**17
+    change = torch.zeros(1024, 512)
+    change[:, 3] = 0.1
+    weight += change
+    want = float(change.norm() / (weight - change).norm())
+    assert size.ratio() == pytest.approx(want, rel=0.1)
+
+
+@pytest.mark.parametrize("case", ["idefics3", "llava"])
+def test_operations_from_the_shape_are_those_that_run(case):
+    model, (prompts, ids, mask) = build(CASES[case][0]()), make_batch(case)
+    model.eval()
+    mask = torch.ones_like(mask)
+    counter = FlopCounter(model)
+    useful = counter.count(prompts, mask, backward=False)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        prefix_shared_outputs(model, prompts, ids, mask)
+    # What runs has filler slots, and merges equal beginnings; the rest is the same work.
+    assert useful == pytest.approx(counted.get_total_flops(), rel=0.25)
+
+
+def test_frozen_parts_cost_no_weight_gradients():
+    model, (prompts, _, mask) = build(CASES["llava"][0]()), make_batch("llava")
+    forward = FlopCounter(model).forward(prompts, mask)
+    total = {part: work.matrices + work.attention for part, work in forward.items()}
+    everything = FlopCounter(model).count(prompts, mask, backward=True)
+    assert everything == pytest.approx(3 * sum(total.values()))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("language_model" in name or "lm_head" in name)
+    frozen = FlopCounter(model).count(prompts, mask, backward=True)
+    assert frozen == pytest.approx(total["vision"] + total["connector"] + 3 * total["language"])
+    kept = FlopCounter(model).count(prompts, mask, backward=True, encoded=0.0)
+    assert kept == pytest.approx(3 * total["language"])
+    assert all(math.isfinite(value) and value > 0 for value in total.values())

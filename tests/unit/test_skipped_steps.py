@@ -1,0 +1,151 @@
+"""A loss or gradient that is not finite costs one optimizer step and leaves a replay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rayrl import cli
+from rayrl.checkpoint import load_checkpoint, save_checkpoint
+from rayrl.config import Config, LearnerConfig, ModelConfig
+from rayrl.learner.examine import examine, examine_folder
+from rayrl.learner.replay import read_replay
+from rayrl.skipped import save_replay
+from tests.unit.test_learner import batch, largest_difference, learner, parameters
+
+__all__ = ["batch"]
+
+
+def spoil(subject, prompt):
+    """Make one prompt's log-probs NaN, as a model that overflows on one image would."""
+    forward = subject._forward
+    original = forward._outputs
+
+    def outputs(model, inputs, ids, mask, **options):
+        out = original(model, inputs, ids, mask, **options)
+        hit = (ids == prompt).flatten(1).all(1)
+        return out._replace(logprobs=torch.where(hit[:, None, None], math.nan, out.logprobs))
+
+    forward._outputs = outputs
+
+
+def marked(batch, row):
+    """The batch with a prompt that :func:`spoil` recognises: all its ids are 7."""
+    ids, mask = batch.token_ids.copy(), batch.mask.copy()
+    ids[row], mask[row] = 7, True
+    return replace(batch, token_ids=ids, mask=mask)
+
+
+def moments(subject):
+    return {
+        name: array.copy()
+        for name, array in subject.checkpoint().arrays.items()
+        if name.startswith("optimizer/")
+    }
+
+
+def test_a_skipped_step_leaves_weights_and_moments_and_counts(tiny_folder, batch):
+    subject = learner(tiny_folder)
+    subject.update(batch)
+    before, state = parameters(subject), moments(subject)
+    spoil(subject, 7)
+    report = subject.update(marked(batch, 4))
+    assert (report.step, report.weight_version) == (2, 2)
+    assert largest_difference(before, parameters(subject)) == 0.0
+    assert all(np.array_equal(state[name], value) for name, value in moments(subject).items())
+    assert report.metrics["learner/skipped"] == 1
+    assert report.metrics["learner/skipped_in_a_row"] == 1
+    assert report.metrics["learner/update_ratio"] == 0.0
+    assert all(math.isfinite(value) for value in report.metrics.values())
+    assert report.problem.startswith("loss policy nan, kl_k3 nan for prompts red/0, ")
+    again = subject.update(marked(batch, 4))
+    assert again.metrics["learner/skipped_in_a_row"] == 2
+    good = subject.update(batch)
+    assert good.problem == "" and subject.replay() is None
+    assert good.metrics["learner/skipped_in_a_row"] == 0
+    assert largest_difference(before, parameters(subject)) > 1e-5
+
+
+def test_only_the_minibatch_with_the_bad_prompt_is_skipped(tiny_folder, batch):
+    subject = learner(tiny_folder, minibatches=3, micro_batch_images=1)
+    spoil(subject, 7)
+    report = subject.update(marked(batch, 4))
+    assert report.metrics["learner/skipped"] == 1
+    assert report.problem == "loss policy nan, kl_k3 nan for prompts green/1"
+    assert report.metrics["learner/update_ratio"] > 0
+
+
+def test_a_gradient_that_overflows_is_named(tiny_folder, batch):
+    subject = learner(tiny_folder)
+    name = "model.connector.modality_projection.proj.weight"
+    subject._named[name].register_hook(lambda gradient: gradient * math.inf)
+    report = subject.update(batch)
+    assert report.problem.startswith(f"the loss is finite here, the gradient of {name} is not (of ")
+
+
+def test_a_replay_names_the_prompt_the_term_and_the_first_bad_tensor(tiny_folder, batch, tmp_path):
+    subject = learner(tiny_folder)
+    connector = subject.model.get_submodule("model.connector")
+    size = []
+    handle = connector.register_forward_hook(lambda m, args, out: size.append(args[0].abs().sum()))
+    with torch.no_grad():
+        subject.model.get_image_features(subject.inputs(batch).select([4])["pixel_values"])
+    handle.remove()
+
+    def overflow(module, args, output):
+        # As if the features of green/1, known by their size, were too large for the connector.
+        hit = (args[0].abs().sum((1, 2)) - size[0]).abs() < 1e-2
+        return torch.where(hit[:, None, None], math.inf, output)
+
+    connector.register_forward_hook(overflow)
+    report = subject.update(batch)
+    assert report.metrics["learner/skipped"] == 1
+    config = Config(model=ModelConfig(path=str(tiny_folder)), learner=LearnerConfig(lr=1e-3))
+    place = save_replay(tmp_path, subject.replay(), config)
+    assert place == tmp_path / "replay" / "step_0"
+    replayed = load_checkpoint(place)
+    assert np.array_equal(read_replay(replayed)[0].token_ids, batch.token_ids)
+    assert read_replay(replayed)[0].images == batch.images
+    lines = list(examine(subject, replayed))
+    assert lines[0] == "step 1: 6 prompts x 4 captions of up to 5 tokens"
+    assert lines[1] == f"in the run: {report.problem}"
+    bad = [line for line in lines if line.startswith("prompt ")]
+    assert len(bad) == 1 and bad[0].startswith("prompt green/1: loss policy nan")
+    assert "first in the output of model.connector (Idefics3Connector, of " in bad[0]
+    # The same batch through the saved weights alone, where nothing overflows.
+    assert list(examine_folder(place, config))[-1].startswith("everything is finite here")
+
+
+def test_a_replay_brings_its_configuration_to_the_command_line(tiny_folder, batch, tmp_path):
+    subject = learner(tiny_folder)
+    spoil(subject, 7)
+    subject.update(marked(batch, 0))
+    config = Config(model=ModelConfig(path=str(tiny_folder)), seed=11)
+    place = save_replay(tmp_path, subject.replay(), config)
+    for given in (place, place / "trainer.json"):
+        asked = cli.parse(["--replay", str(given)], program="p", description="d")
+        assert asked.replay == place and asked.config == config
+    changed = cli.parse(["--replay", str(place), "--learner.lr", "1"], program="p", description="d")
+    assert (changed.config.learner.lr, changed.config.seed) == (1.0, 11)
+    with pytest.raises(SystemExit):
+        cli.parse(["--replay", str(tmp_path)], program="p", description="d")
+
+
+def test_a_checkpoint_is_no_replay(tiny_folder, tmp_path):
+    place = save_checkpoint(tmp_path, learner(tiny_folder).checkpoint(), keep=1)
+    with pytest.raises(ValueError, match="not a replay"):
+        read_replay(load_checkpoint(place))
+
+
+def test_the_count_in_a_row_survives_a_checkpoint(tiny_folder, batch):
+    subject = learner(tiny_folder)
+    spoil(subject, 7)
+    subject.update(marked(batch, 0))
+    other = learner(tiny_folder)
+    other.restore(subject.checkpoint())
+    spoil(other, 7)
+    assert other.update(marked(batch, 0)).metrics["learner/skipped_in_a_row"] == 2
