@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rayrl.checkpoint import load_checkpoint, save_checkpoint
+from rayrl.learner.measure import MEASURED
 from rayrl.learner.parallel import SOLO
 from tests.learner.rank_processes import RankProcesses
 from tests.unit.test_learner import batch, largest_difference, learner
@@ -52,7 +53,8 @@ def steps(ranks, folder, batch, options, count=STEPS, start=None, save_to=None):
     if start is not None:
         subject.restore(load_checkpoint(start))
     first = subject.weights(trained_only=False)
-    metrics = [dict(subject.update(batch).metrics) for _ in range(count)]
+    reports = [subject.update(batch).metrics for _ in range(count)]
+    metrics = [{k: v for k, v in report.items() if k not in MEASURED} for report in reports]
     last = subject.weights(trained_only=True)
     checkpoint = subject.checkpoint()
     if ranks.rank > 0:
