@@ -178,6 +178,9 @@ class LearnerConfig(Section):
     """Optimizer steps a pass; the images of a step are shuffled into this many parts."""
     micro_batch_images: PositiveInt = 32
     """Images whose groups go through the model at once; changes memory, not results."""
+    feature_cache_mb: NonNegativeInt = 1024
+    """Host memory, in MiB, for image features, which are computed once per image and run while
+    vision tower and connector are frozen; 0 computes them at every pass."""
     prefix_shared: bool = True
     """Run image and prompt once a group; off is the naive way, for comparison."""
     num_workers: PositiveInt = 1

@@ -22,6 +22,9 @@ class FeatureCache:
 
     They are those of one frozen vision tower: ``clear`` when other weights are loaded into it.
     Entries are kept on the CPU, so that the bound is one on host memory.
+
+    On a CPU every image is encoded alone: its features then depend on nothing else in the batch,
+    so that a resumed run, which starts with an empty cache, repeats bit for bit.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -57,7 +60,9 @@ class FeatureCache:
             else:
                 missing[key] = p
         if missing:
-            encoded = _encode(model, inputs, list(missing.values()))
+            rows = list(missing.values())
+            batches = [[row] for row in rows] if device.type == "cpu" else [rows]
+            encoded = [image for batch in batches for image in _encode(model, inputs, batch)]
             for key, features in zip(missing, encoded, strict=True):
                 found[key] = features
                 self._put(key, features)

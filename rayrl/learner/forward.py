@@ -8,17 +8,34 @@ import torch
 
 from rayrl.config import LearnerConfig
 from rayrl.learner.batches import rank_micro_batches
+from rayrl.learner.families import bare_model, refusal
+from rayrl.learner.features import FeatureCache
 from rayrl.learner.flops import FlopCounter
-from rayrl.learner.inputs import StepInputs
+from rayrl.learner.inputs import PromptBatch, StepInputs
 from rayrl.learner.logprobs import LogprobOutput, naive_outputs, prefix_shared_outputs
 from rayrl.learner.parallel import SOLO, Ranks, compute_sharded
 from rayrl.objectives.batch import GroupBatch
+from rayrl.vlm import part_of
+
+
+def feature_cache(model: Any, config: LearnerConfig) -> FeatureCache | None:
+    """A cache for the model's image features, where nothing that trains is in them and the
+    prefix-shared computation, which takes them, runs."""
+    frozen = not any(
+        parameter.requires_grad and part_of(name) != "language"
+        for name, parameter in model.named_parameters()
+    )
+    usable = config.prefix_shared and refusal(bare_model(model)) is None
+    if not (config.feature_cache_mb and frozen and usable):
+        return None
+    return FeatureCache(config.feature_cache_mb * 2**20)
 
 
 class Forward:
     """Computes log-probs the way the captions were sampled: ``temperature`` divides the logits,
     ``banned_ids`` are never sampled.  The model is an argument: policy and reference share all
-    else.  ``flops`` adds up the useful operations, backward passes included."""
+    else, the cached ``features`` of a frozen vision tower too.  ``flops`` adds up the useful
+    operations, backward passes included."""
 
     def __init__(
         self,
@@ -28,6 +45,7 @@ class Forward:
         temperature: float,
         banned_ids: tuple[int, ...],
         ranks: Ranks = SOLO,
+        features: FeatureCache | None = None,
     ) -> None:
         self._config = config
         self._counter = flops
@@ -36,23 +54,31 @@ class Forward:
         self._ranks = ranks
         self.compute = prefix_shared_outputs if config.prefix_shared else naive_outputs
         self._outputs = compute_sharded if ranks.sharded else self.compute
+        self._features = features
         self.flops = 0.0
 
     def __call__(
-        self, model: Any, groups: GroupBatch, inputs: Any, *, with_entropy: bool = False
+        self, model: Any, groups: GroupBatch, prompts: PromptBatch, *, with_entropy: bool = False
     ) -> LogprobOutput:
-        """Log-probs [P, G, T] of one micro-batch, with gradient; ``inputs`` are the processor's
-        for its P prompts."""
+        """Log-probs [P, G, T] of the micro-batch of ``prompts``, with gradient."""
+        encoded, given = 1.0, {}
+        if self._features is not None:
+            misses = self._features.misses
+            given["image_features"] = self._features.features(model, *prompts)
+            encoded = (self._features.misses - misses) / len(prompts.image_keys)
         backward = torch.is_grad_enabled()
-        self.flops += self._counter.count(inputs, groups.mask, backward=backward)
+        self.flops += self._counter.count(
+            prompts.inputs, groups.mask, backward=backward, encoded=encoded
+        )
         return self._outputs(
             model,
-            inputs,
+            prompts.inputs,
             groups.token_ids,
             groups.mask,
             temperature=self._temperature,
             banned_ids=self._banned_ids,
             with_entropy=with_entropy,
+            **given,
         )
 
     @torch.no_grad()

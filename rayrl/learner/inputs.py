@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import BatchFeature
 
+from rayrl.learner.features import image_key
 from rayrl.types import TrainBatch
 from rayrl.vlm import prompt_inputs
 
@@ -71,6 +72,13 @@ def _collate(entries: Sequence[dict[str, torch.Tensor]], pad_id: int) -> BatchFe
     return BatchFeature(data)
 
 
+class PromptBatch(NamedTuple):
+    """The processor's output for some prompts, and what tells their images apart."""
+
+    inputs: BatchFeature
+    image_keys: list[bytes]
+
+
 class StepInputs:
     """The processor's output for any of a step's P prompts, on the model's device."""
 
@@ -82,7 +90,7 @@ class StepInputs:
         self._expected = batch.prompt_token_ids
         self._prompt_ids = batch.prompt_ids
 
-    def select(self, indices: Sequence[int]) -> BatchFeature:
+    def select(self, indices: Sequence[int]) -> PromptBatch:
         """Inputs of these prompts.  Raises ValueError naming the prompt where the engine used
         other prompt ids."""
         inputs = self._cache.batch([self._images[i] for i in indices], self._instruction)
@@ -90,7 +98,7 @@ class StepInputs:
         inputs = inputs.to(self._model.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
-        return inputs
+        return PromptBatch(inputs, [image_key(self._images[i]) for i in indices])
 
     def _check(self, inputs: BatchFeature, indices: Sequence[int]) -> None:
         """The learner must see the very ids that the engine sampled after."""

@@ -25,8 +25,8 @@ from rayrl.learner.batches import group_batch, minibatches, rank_micro_batches
 from rayrl.learner.decisions import Decisions
 from rayrl.learner.finite import Part, problem
 from rayrl.learner.flops import FlopCounter
-from rayrl.learner.forward import Forward
-from rayrl.learner.inputs import InputCache, StepInputs
+from rayrl.learner.forward import Forward, feature_cache
+from rayrl.learner.inputs import InputCache, PromptBatch, StepInputs
 from rayrl.learner.means import Means, short_names
 from rayrl.learner.measure import StepMeter
 from rayrl.learner.optimizer import (
@@ -100,12 +100,14 @@ class Learner:
             else None
         )
         self._trainable = choose_trainable(self.model, model.trainable)
+        self._features = feature_cache(self.model, config)
         self._forward = Forward(
             config,
             FlopCounter(self.model),
             temperature=temperature,
             banned_ids=self._captioner.banned_ids,
             ranks=ranks,
+            features=self._features,
         )
         if ranks.sharded:
             for each in (self.model, self._reference):
@@ -232,12 +234,12 @@ class Learner:
         return ""
 
     def loss(
-        self, micro: Prepared, inputs: Any, normalizer: Normalizer, *, counts: bool = True
+        self, micro: Prepared, prompts: PromptBatch, normalizer: Normalizer, *, counts: bool = True
     ) -> LossOutput:
         """The loss of one micro-batch, with gradient.  One that does not count (a rank had no
         images left) has loss and gradients of 0."""
         with_entropy = "entropy" in self.objective.needs
-        out = self._forward(self.model, micro.batch, inputs, with_entropy=with_entropy)
+        out = self._forward(self.model, micro.batch, prompts, with_entropy=with_entropy)
         if self._updates_per_step == 1:
             # The first and only update starts at the policy itself: no second forward pass.
             micro = micro.with_old_logprobs(out.logprobs.detach())
@@ -298,6 +300,8 @@ class Learner:
 
         Raises ValueError naming the first parameter when it is one of another model."""
         load_model_files(self.model, checkpoint.model_files, self._model_config)
+        if self._features is not None:
+            self._features.clear()
         restore_optimizer(self._optimizer, self._named, checkpoint.arrays)
         self._decisions.restore(checkpoint.arrays)
         self._objective_state = join_state(checkpoint.meta["objective_state"], checkpoint.arrays)

@@ -93,7 +93,7 @@ def test_a_replay_names_the_prompt_the_term_and_the_first_bad_tensor(tiny_folder
     size = []
     handle = connector.register_forward_hook(lambda m, args, out: size.append(args[0].abs().sum()))
     with torch.no_grad():
-        subject.model.get_image_features(subject.inputs(batch).select([4])["pixel_values"])
+        subject.model.get_image_features(subject.inputs(batch).select([4]).inputs["pixel_values"])
     handle.remove()
 
     def overflow(module, args, output):
