@@ -28,7 +28,7 @@ from rayrl.data import Dataset, load_split
 from rayrl.data.order import prompt_indices
 from rayrl.heldout import Heldout
 from rayrl.interrupt import StopRequest
-from rayrl.learner.learner import provided
+from rayrl.learner.sources import provided
 from rayrl.metrics import Phases, RunLog, write_summary
 from rayrl.objectives import build
 from rayrl.remote import RemoteCopies, open_copies

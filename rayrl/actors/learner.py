@@ -28,6 +28,7 @@ class LearnerActor:
                 model=config.model,
                 config=config.learner,
                 objective=build(config.objective),
+                sources=config.objective.sources,
                 temperature=config.sampling.temperature,
                 instruction=config.data.instruction,
                 total_steps=config.train.steps,

@@ -85,6 +85,20 @@ def token_logprobs(
     return logprobs, entropy
 
 
+@torch.no_grad()
+def row_collisions(
+    hidden: Tensor, head: torch.nn.Linear, sampling: Sampling, *, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """Probability [N] that two draws from the distribution of a hidden state [N, D] agree, the sum
+    over the vocabulary of squared probabilities; float32, chunked like the log-probs."""
+    size = max(1, chunk_bytes // (4 * head.out_features))
+    parts = [
+        sampling.log_softmax(head(part.to(head.weight.dtype))).exp_().square_().sum(-1)
+        for part in hidden.split(size)
+    ]
+    return torch.cat(parts)
+
+
 def _chunks(row: Tensor, rows: int, size: int) -> Iterator[tuple[slice, slice]]:
     """Slices of rows, each with the slice of sampled tokens that belong to them."""
     starts = list(range(0, rows, size))

@@ -56,7 +56,7 @@ def examine(learner: Learner, replay: Checkpoint) -> Iterator[str]:
     for part in [images] if whole else [[i] for i in images]:
         learner.model.zero_grad(set_to_none=True)
         with _FirstBad(learner.model) as first:
-            loss = learner.loss(prepared.select(part), inputs.select(part), normalizer)
+            loss = learner.loss(prepared, part, inputs, normalizer)
             loss.loss.backward()
         if line := _verdict(loss, first):
             bad += 1

@@ -58,7 +58,13 @@ class Forward:
         self.flops = 0.0
 
     def __call__(
-        self, model: Any, groups: GroupBatch, prompts: PromptBatch, *, with_entropy: bool = False
+        self,
+        model: Any,
+        groups: GroupBatch,
+        prompts: PromptBatch,
+        *,
+        with_entropy: bool = False,
+        with_states: bool = False,
     ) -> LogprobOutput:
         """Log-probs [P, G, T] of the micro-batch of ``prompts``, with gradient."""
         encoded, given = 1.0, {}
@@ -78,6 +84,7 @@ class Forward:
             temperature=self._temperature,
             banned_ids=self._banned_ids,
             with_entropy=with_entropy,
+            with_states=with_states,
             **given,
         )
 

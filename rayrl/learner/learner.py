@@ -14,7 +14,6 @@ import copy
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from rayrl.learner.decisions import Decisions
 from rayrl.learner.finite import Part, problem
 from rayrl.learner.flops import FlopCounter
 from rayrl.learner.forward import Forward, feature_cache
-from rayrl.learner.inputs import InputCache, PromptBatch, StepInputs
+from rayrl.learner.inputs import InputCache, StepInputs
 from rayrl.learner.means import Means, short_names
 from rayrl.learner.measure import StepMeter
 from rayrl.learner.optimizer import (
@@ -36,23 +35,18 @@ from rayrl.learner.optimizer import (
     restore_optimizer,
 )
 from rayrl.learner.parallel import SOLO, Ranks, shard
+from rayrl.learner.providers import MicroBatch
 from rayrl.learner.replay import make_replay
+from rayrl.learner.sources import make_providers
 from rayrl.learner.state import load_model_files, model_files
 from rayrl.objectives.batch import GroupBatch
 from rayrl.objectives.compile import PROVIDED
+from rayrl.objectives.config import NO_SOURCES, SourcesConfig
 from rayrl.objectives.objective import LossOutput, Objective, Prepared
 from rayrl.objectives.reduce import Normalizer
 from rayrl.types import StepReport, TrainBatch
 from rayrl.vlm import choose_trainable, load_captioner
 from rayrl.weights import ModelFiles, Weights, pack
-
-
-def provided(config: LearnerConfig, images_per_step: int) -> frozenset[str]:
-    """What a learner of these settings can give an objective beyond tokens and rewards: losses
-    over whole minibatches only where a rank's share of one goes through the model at once."""
-    largest = -(-(images_per_step // config.minibatches) // config.num_workers)
-    whole = largest <= config.micro_batch_images
-    return PROVIDED | {"whole_minibatch"} if whole else frozenset(PROVIDED)
 
 
 class Learner:
@@ -75,6 +69,7 @@ class Learner:
         total_steps: int,
         seed: int,
         ranks: Ranks = SOLO,
+        sources: SourcesConfig = NO_SOURCES,
     ) -> None:
         self._ranks = ranks
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,6 +112,14 @@ class Learner:
         self._named = {name: parameters[name] for name in self._trainable}
         self._optimizer = make_optimizer(self._named, config)
         self._decisions = Decisions(self._named, extrapolates="extrapolate" in objective.needs)
+        self._providers = make_providers(
+            objective.needs,
+            sources,
+            updates_per_step=self._updates_per_step,
+            hidden_size=self.model.get_output_embeddings().in_features,
+            device=self.device,
+            ranks=ranks,
+        )
         self._replay: Checkpoint | None = None
         self._skipped_in_a_row = 0
         self.step = 0
@@ -139,7 +142,7 @@ class Learner:
         flops, sums, problems = self._forward.flops, Means(), list[str]()
         self._replay = None
         inputs = self.inputs(batch)
-        groups = self._with_frozen_logprobs(group_batch(batch, self.device), inputs)
+        groups = self._with_start_fields(group_batch(batch, self.device), inputs)
         before = self._objective_state
         self._objective_state, prepared = self.objective.prepare(before, groups)
         rate = learning_rate(self.step, self._total_steps, self._config)
@@ -197,14 +200,32 @@ class Learner:
     def _updates_per_step(self) -> int:
         return self._config.inner_epochs * self._config.minibatches
 
-    def _with_frozen_logprobs(self, groups: GroupBatch, inputs: StepInputs) -> GroupBatch:
-        """Add the log-probs at the start of the step and under the reference model."""
-        fields: dict[str, Any] = {}
-        if self._updates_per_step > 1 or "old_logprobs" in self.objective.needs:
-            fields["old_logprobs"] = self._forward.frozen(self.model, groups, inputs)
+    def _with_start_fields(self, groups: GroupBatch, inputs: StepInputs) -> GroupBatch:
+        """Add what does not change during the step: log-probs under the reference model, and what
+        the providers bring."""
         if self._reference is not None:
-            fields["ref_logprobs"] = self._forward.frozen(self._reference, groups, inputs)
-        return replace(groups, **fields) if fields else groups
+            ref_logprobs = self._forward.frozen(self._reference, groups, inputs)
+            groups = replace(groups, ref_logprobs=ref_logprobs)
+        images = len(groups.image_ids)
+        parts = [
+            (self._micro_batch(groups.select(rows), rows, inputs), counts)
+            for rows, counts in rank_micro_batches(range(images), self._config, self._ranks)
+        ]
+        return replace(groups, **self._providers.at_start(images, parts))
+
+    def _micro_batch(
+        self, groups: GroupBatch, rows: list[int], inputs: StepInputs, *, with_entropy: bool = False
+    ) -> MicroBatch:
+        return MicroBatch(
+            groups=groups,
+            rows=rows,
+            inputs=inputs,
+            forward=self._forward,
+            model=self.model,
+            step=self.step,
+            with_entropy=with_entropy,
+            with_states=self._providers.reads_states,
+        )
 
     def inputs(self, batch: TrainBatch) -> StepInputs:
         """The processor's output for a batch's prompts, on demand."""
@@ -216,12 +237,13 @@ class Learner:
         """Take one optimizer step; returns why it was skipped, if it was."""
         normalizer = prepared.select(indices).normalizer()
         self._optimizer.zero_grad(set_to_none=True)
+        self._providers.before_update()
         parts, mine = [], Means()
         for images, counts in rank_micro_batches(indices, self._config, self._ranks):
-            micro = prepared.select(images)
-            loss = self.loss(micro, inputs.select(images), normalizer, counts=counts)
+            loss = self.loss(prepared, images, inputs, normalizer, counts=counts)
             loss.loss.backward()
-            parts.append(Part(micro.batch.image_ids, loss.detach()))
+            names = tuple(prepared.batch.image_ids[i] for i in images)
+            parts.append(Part(names, loss.detach()))
             mine.add(loss.metrics)
             mine.add({"learner/loss": (loss.loss.detach(), 0.0)})
         pairs = self._ranks.total_metrics(mine.pairs())
@@ -230,16 +252,25 @@ class Learner:
             return problem(parts, {name: p.grad for name, p in self._named.items()}, norm)
         self._optimizer.step()
         sums.add(pairs)
+        sums.add({name: (value, 1.0) for name, value in self._providers.after_update().items()})
         sums.add({"learner/loss": (0.0, 1.0), "learner/grad_norm": (norm, 1.0)})
         return ""
 
     def loss(
-        self, micro: Prepared, prompts: PromptBatch, normalizer: Normalizer, *, counts: bool = True
+        self,
+        prepared: Prepared,
+        images: list[int],
+        inputs: StepInputs,
+        normalizer: Normalizer,
+        *,
+        counts: bool = True,
     ) -> LossOutput:
-        """The loss of one micro-batch, with gradient.  One that does not count (a rank had no
-        images left) has loss and gradients of 0."""
+        """The loss of some of a step's images as one micro-batch, with gradient.  One that does
+        not count (a rank had no images left) has loss and gradients of 0."""
+        micro = prepared.select(images)
         with_entropy = "entropy" in self.objective.needs
-        out = self._forward(self.model, micro.batch, prompts, with_entropy=with_entropy)
+        seen = self._micro_batch(micro.batch, images, inputs, with_entropy=with_entropy)
+        out = seen.policy
         if self._updates_per_step == 1:
             # The first and only update starts at the policy itself: no second forward pass.
             micro = micro.with_old_logprobs(out.logprobs.detach())
@@ -249,6 +280,7 @@ class Learner:
             normalizer,
             total=self._ranks.total,
             entropy=out.entropy,
+            **self._providers.in_update(seen),
         )
         if counts:
             return loss
@@ -281,6 +313,7 @@ class Learner:
         arrays, state = split_state(self._objective_state)
         arrays.update(optimizer_arrays(self._optimizer, self._named, self._ranks))
         arrays.update(self._decisions.arrays(self._ranks))
+        arrays.update(self._providers.arrays())
         files = self._files()
         if self._ranks.rank > 0:
             return None
@@ -304,6 +337,7 @@ class Learner:
             self._features.clear()
         restore_optimizer(self._optimizer, self._named, checkpoint.arrays)
         self._decisions.restore(checkpoint.arrays)
+        self._providers.restore(checkpoint.arrays)
         self._objective_state = join_state(checkpoint.meta["objective_state"], checkpoint.arrays)
         self._skipped_in_a_row = int(checkpoint.meta.get("skipped_in_a_row", 0))
         self.step = checkpoint.step

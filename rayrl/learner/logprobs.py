@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rayrl.learner.attention import use_tree_attention
-from rayrl.learner.chunked import CHUNK_BYTES, Sampling, token_logprobs
+from rayrl.learner.chunked import CHUNK_BYTES, Sampling
 from rayrl.learner.families import (
     FAMILIES,
     Family,
@@ -34,6 +34,7 @@ from rayrl.learner.naive import (
     naive_logprobs,
     naive_outputs,
 )
+from rayrl.learner.states import TokenStates
 from rayrl.learner.tree import GroupTree, build_tree
 
 __all__ = [
@@ -80,12 +81,14 @@ def prefix_shared_outputs(
     banned_ids: Sequence[int] = (),
     *,
     with_entropy: bool = False,
+    with_states: bool = False,
     image_features: Sequence[Tensor] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> LogprobOutput:
     """``prefix_shared_logprobs`` with more to choose.
 
     with_entropy: also the entropy of every token's distribution
+    with_states: also the hidden states that predict the tokens
     image_features: what ``encode_images`` or a ``FeatureCache`` gave for these prompts; the vision
         tower does not run
     chunk_bytes: bound on the logits in memory
@@ -103,6 +106,7 @@ def prefix_shared_outputs(
             temperature,
             banned_ids,
             with_entropy=with_entropy,
+            with_states=with_states,
         )
     device = prompt_inputs["input_ids"].device
     prompt_mask = prompt_inputs["attention_mask"].cpu().bool()
@@ -111,27 +115,20 @@ def prefix_shared_outputs(
     ids = ids.to(device)
     features = _features(bare, prompt_inputs, image_features)
     hidden = _decode(bare, prompt_inputs, ids, tree, features)
-    picked, entropy = token_logprobs(
-        hidden.flatten(0, 1).index_select(0, tree.rows),
-        bare.get_output_embeddings(),
-        tree.row,
-        ids.flatten()[tree.sampled],
-        Sampling(
+    states = TokenStates(
+        hidden=hidden.flatten(0, 1).index_select(0, tree.rows),
+        row=tree.row,
+        sampled=tree.sampled,
+        ids=ids,
+        head=bare.get_output_embeddings(),
+        sampling=Sampling(
             temperature=temperature,
             banned=tuple(banned_ids),
             softcap=FAMILIES[bare.config.model_type].softcap(bare),
         ),
-        with_entropy=with_entropy,
-        chunk_bytes=chunk_bytes,
     )
-    zeros, where = (
-        torch.zeros(ids.shape, device=device),
-        torch.unravel_index(tree.sampled, ids.shape),
-    )
-    logprobs = zeros.index_put(where, picked)
-    if entropy is not None:
-        entropy = zeros.index_put(where, entropy[tree.row])
-    return LogprobOutput(logprobs, entropy)
+    logprobs, entropy = states.logprobs(with_entropy=with_entropy, chunk_bytes=chunk_bytes)
+    return LogprobOutput(logprobs, entropy, states if with_states else None)
 
 
 def _features(model: Any, inputs: Inputs, given: Sequence[Tensor] | None) -> Sequence[Tensor]:

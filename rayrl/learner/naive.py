@@ -13,15 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rayrl.learner.chunked import Sampling
 from rayrl.learner.families import FAMILIES, Family, Inputs, bare_model
+from rayrl.learner.states import TokenStates
 
 
 class LogprobOutput(NamedTuple):
     """Log-probs [P, G, T] of the sampled tokens and, when asked for, the entropy [P, G, T] of the
-    distribution each was sampled from; float32, nats, 0 where the completion mask is False."""
+    distribution each was sampled from; float32, nats, 0 where the completion mask is False.  And,
+    when asked for, the hidden states that they come from."""
 
     logprobs: Tensor
     entropy: Tensor | None
+    states: TokenStates | None = None
 
 
 def naive_logprobs(
@@ -49,8 +53,9 @@ def naive_outputs(
     banned_ids: Sequence[int] = (),
     *,
     with_entropy: bool = False,
+    with_states: bool = False,
 ) -> LogprobOutput:
-    """``naive_logprobs`` with the entropy."""
+    """``naive_logprobs`` with the entropy, with the hidden states."""
     bare = bare_model(model)
     check(bare, prompt_inputs, completion_ids, completion_mask, temperature, banned_ids)
     device = prompt_inputs["input_ids"].device
@@ -63,18 +68,35 @@ def naive_outputs(
     inputs = _copies(bare, family, prompt_inputs, ids, mask)
     if "logits_to_keep" in inspect.signature(bare.forward).parameters:
         inputs["logits_to_keep"] = t + 1
-    logits = model(**inputs, use_cache=False).logits[:, -t - 1 : -1]
+    head, before_head = bare.get_output_embeddings(), []
+    hook = head.register_forward_pre_hook(lambda _, given: before_head.append(given[0]))
+    try:
+        logits = model(**inputs, use_cache=False).logits[:, -t - 1 : -1]
+    finally:
+        hook.remove()
     scores = logits.float() / temperature
     if banned_ids:
         scores[..., list(banned_ids)] = float("-inf")
     logprobs = scores.log_softmax(-1).view(p, g, t, -1)
     picked = logprobs.gather(-1, ids[..., None])[..., 0]
     picked = picked.masked_fill(~mask, 0.0)
-    if not with_entropy:
-        return LogprobOutput(picked, None)
-    finite = logprobs.masked_fill(logprobs == float("-inf"), 0.0)
-    entropy = -(logprobs.exp() * finite).sum(-1)
-    return LogprobOutput(picked, entropy.masked_fill(~mask, 0.0))
+    entropy = states = None
+    if with_entropy:
+        finite = logprobs.masked_fill(logprobs == float("-inf"), 0.0)
+        entropy = -(logprobs.exp() * finite).sum(-1).masked_fill(~mask, 0.0)
+    if with_states:
+        sampled = mask.flatten().nonzero()[:, 0]
+        states = TokenStates(
+            hidden=before_head[0][:, -t - 1 : -1].flatten(0, 1)[sampled],
+            row=torch.arange(len(sampled), device=device),
+            sampled=sampled,
+            ids=ids,
+            head=head,
+            sampling=Sampling(
+                temperature=temperature, banned=tuple(banned_ids), softcap=family.softcap(bare)
+            ),
+        )
+    return LogprobOutput(picked, entropy, states)
 
 
 def _copies(

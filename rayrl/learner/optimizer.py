@@ -41,14 +41,17 @@ def learning_rate(step: int, total: int, config: LearnerConfig) -> float:
 
 
 def optimizer_arrays(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter], ranks: Ranks = SOLO
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, torch.nn.Parameter],
+    ranks: Ranks = SOLO,
+    prefix: str = "optimizer",
 ) -> dict[str, np.ndarray]:
-    """The state of every parameter as ``optimizer/<name>/<field>`` arrays, on rank 0."""
+    """The state of every parameter as ``<prefix>/<name>/<field>`` arrays, on rank 0."""
     arrays = {}
     for name, parameter in named.items():
         for field, value in optimizer.state.get(parameter, {}).items():
             tensor = ranks.gathered(torch.as_tensor(value))
-            arrays[f"optimizer/{name}/{field}"] = np.array(tensor.float().numpy())
+            arrays[f"{prefix}/{name}/{field}"] = np.array(tensor.float().numpy())
     return arrays
 
 
@@ -56,11 +59,12 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     named: Mapping[str, torch.nn.Parameter],
     arrays: Mapping[str, np.ndarray],
+    prefix: str = "optimizer",
 ) -> None:
     """Inverse of :func:`optimizer_arrays`.
 
     Raises ValueError naming the first parameter that the arrays do not fit."""
-    stored = {key.split("/")[1] for key in arrays if key.startswith("optimizer/")}
+    stored = {key.split("/")[1] for key in arrays if key.startswith(f"{prefix}/")}
     if stored and stored != set(named):
         odd = sorted(stored ^ set(named))[0]
         raise ValueError(
@@ -70,7 +74,7 @@ def restore_optimizer(
     for name, parameter in named.items():
         state = {}
         for field in ("step", "exp_avg", "exp_avg_sq"):
-            array = arrays.get(f"optimizer/{name}/{field}")
+            array = arrays.get(f"{prefix}/{name}/{field}")
             if array is None:
                 continue
             tensor = torch.from_numpy(np.array(array))

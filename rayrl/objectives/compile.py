@@ -50,7 +50,10 @@ _NEED_OF = {"total": "whole_minibatch"}
 """Needs that go by another name than the input that shows them."""
 
 PROVIDED = frozenset(
-    {"ref_logprobs", "greedy_rewards", "old_logprobs", "entropy", "terms", "extrapolate"}
+    {
+        *("ref_logprobs", "greedy_rewards", "old_logprobs", "entropy", "terms", "extrapolate"),
+        *("values", "policy_values", "collision"),
+    }
 )
 """Needs that the driver and the learner of this package always can bring."""
 

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from rayrl.objectives.plan import Phases, Plan, override, override_phases
 from rayrl.objectives.presets import named_parts, preset_of
 from rayrl.section import Section
+
+
+class SourcesConfig(Section):
+    """Where an objective gets what only some of them need; docs/objectives.md says which."""
+
+    head_lr: PositiveFloat = 1e-2
+    """Learning rate of what trains beside the policy: a critic, heads of single reward terms."""
+
+
+NO_SOURCES = SourcesConfig()
+"""Nothing but the defaults."""
 
 
 class ObjectiveConfig(Section):
@@ -20,6 +31,7 @@ class ObjectiveConfig(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     """Single slots or parameters to change, as `kl_coef=0` or `advantage=leave_one_out`; several
     parts of one slot are joined by `+`, and no name empties it."""
+    sources: SourcesConfig = NO_SOURCES
 
     @model_validator(mode="after")
     def _exists(self) -> ObjectiveConfig:

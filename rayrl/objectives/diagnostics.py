@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from rayrl.objectives.inject import Values
-from rayrl.objectives.stats import masked_mean, masked_sum, pairwise, safe_exp
+from rayrl.objectives.stats import (
+    masked_mean,
+    masked_sum,
+    pairwise,
+    safe_exp,
+    undiscounted_returns,
+)
 from rayrl.objectives.terms import self_cider
 
 Metrics = dict[str, tuple[Tensor, Tensor | float]]
@@ -20,6 +26,7 @@ def of_loss(values: Values) -> Metrics:
         **_bounds(values),
         **_ranking(values),
         **_pairs(values),
+        **_critic(values),
     }
 
 
@@ -134,3 +141,16 @@ def _pairs(values: Values) -> Metrics:
         "objective/better_over_ref": ((drift * better).sum(), better.sum()),
         "objective/worse_over_ref": ((drift * worse).sum(), worse.sum()),
     }
+
+
+def _critic(values: Values) -> Metrics:
+    """Explained variance of the critic at the start of the step, over tokens: 1 minus the sum of
+    (R - V)^2 over that of (R - mean)^2, R the returns and the mean that of the tokens at hand."""
+    if values.get("values") is None:
+        return {}
+    mask = values["mask"]
+    returns = undiscounted_returns(values["rewards"]).expand_as(mask)
+    mean = masked_sum(returns, mask).sum() / mask.sum()
+    spread = masked_sum((returns - mean).square(), mask).sum()
+    error = masked_sum((returns - values["values"]).square(), mask).sum()
+    return {"objective/critic_explained_variance": (spread - error, spread)}

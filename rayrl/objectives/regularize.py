@@ -15,6 +15,7 @@ from rayrl.objectives.stats import (
     masked_mean,
     masked_sum,
     safe_exp,
+    undiscounted_returns,
 )
 
 
@@ -153,7 +154,7 @@ def value_error(
     rewards: [P,G], paid at the last token, or [P,G,T]
     finished_only: captions that were cut teach the critic nothing (T-PPO, 2506.15050)
     """
-    returns = rewards[..., None] if rewards.ndim == 2 else rewards.flip(-1).cumsum(-1).flip(-1)
+    returns = undiscounted_returns(rewards)
     near = values + (policy_values - values).clamp(-value_clip, value_clip)
     worst = torch.maximum((policy_values - returns).square(), (near - returns).square())
     counted = ~truncated[..., None] if finished_only else torch.ones_like(truncated)[..., None]

@@ -32,6 +32,11 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(x, mask) / mask.sum(-1).clamp(min=1)
 
 
+def undiscounted_returns(rewards: Tensor) -> Tensor:
+    """Rewards from each token on: [P,G] paid at the last token -> [P,G,1], [P,G,T] -> [P,G,T]."""
+    return rewards[..., None] if rewards.ndim == 2 else rewards.flip(-1).cumsum(-1).flip(-1)
+
+
 def group_mean(x: Tensor, valid: Tensor | None = None) -> Tensor:
     """Mean over the captions of each group, [P,G] -> [P,1]; 0 for an empty group."""
     weight = torch.ones_like(x) if valid is None else valid.to(x.dtype)

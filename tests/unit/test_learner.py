@@ -14,6 +14,7 @@ from rayrl.learner.learner import Learner
 from rayrl.learner.measure import MEASURED
 from rayrl.learner.parallel import SOLO
 from rayrl.objectives import preset
+from rayrl.objectives.config import NO_SOURCES
 from rayrl.types import TrainBatch
 from rayrl.vlm import build_tiny_captioner, load_captioner, prompt_inputs
 from tests.conftest import INSTRUCTION
@@ -27,6 +28,7 @@ def learner(
     objective="grpo",
     trainable=("vision", "connector", "language"),
     ranks=SOLO,
+    sources=NO_SOURCES,
     **config,
 ):
     return Learner(
@@ -39,6 +41,7 @@ def learner(
         total_steps=10,
         seed=0,
         ranks=ranks,
+        sources=sources,
     )
 
 

@@ -21,7 +21,6 @@ from objectives_toy import (
 )
 
 from rayrl.objectives import masks, planners, preset, ratio, select, weights
-from rayrl.objectives.critic import ValueHead
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -220,15 +219,3 @@ def test_phases_take_turns() -> None:
     assert phases == [0, 0, 1, 0, 0, 1, 0]
     assert objective.needs == {"ref_logprobs"}
     assert state["phase_0"]["step"] == 5
-
-
-def test_values_start_at_zero_and_do_not_shape_the_policy() -> None:
-    head = ValueHead(3)
-    hidden = torch.randn(1, 2, 4, 3, requires_grad=True)
-    mask = torch.tensor([[[True] * 4, [True, False, False, False]]])
-    values = head(hidden, mask)
-    close(values, torch.zeros(1, 2, 4))
-    (values - 1).square().sum().backward()
-    assert hidden.grad is None
-    # Each of the eight entries has error -1; the five real ones reach the bias.
-    close(head.linear.bias.grad, [-10.0])
