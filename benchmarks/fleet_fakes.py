@@ -1,0 +1,85 @@
+"""An engine that only takes its time and a learner that takes none, for bench_fleet.py.
+
+``install`` runs in every Ray worker before anything else and puts them in the place of the real
+ones; all the rest of a run (driver, actors, rewards, weights, logs) is what users run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rayrl.engine.base import EngineSetup, Sampling
+from rayrl.types import Completion, Prompt, RolloutGroup, StepReport, TrainBatch
+from rayrl.weights import Weights
+
+SECONDS_VARIABLE = "RAYRL_BENCH_ENGINE_SECONDS"
+PROMPT_TOKENS, CAPTION_TOKENS = 24, 20
+WORDS = ["a", "red", "square", "is", "left", "of", "the", "blue", "ring", "on", "light", "ground"]
+
+
+class SleepingEngine:
+    """Answers every request for captions after a fixed time, its own work included."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        self._seconds = float(os.environ[SECONDS_VARIABLE])
+        self.weight_version = -1
+
+    def load_weights(self, weights: Weights, **_: Any) -> None:
+        weights.verify()
+        self.weight_version = weights.version
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], *_: Any
+    ) -> list[RolloutGroup]:
+        due = time.monotonic() + self._seconds
+        groups = [
+            RolloutGroup(
+                prompt=prompt,
+                prompt_token_ids=np.arange(PROMPT_TOKENS, dtype=np.int32),
+                completions=tuple(self._caption(seed + g) for g in range(sampling.group_size)),
+                group_size=sampling.group_size,
+            )
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        time.sleep(max(0.0, due - time.monotonic()))
+        return groups
+
+    def greedy(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
+        return [self._caption(0) for _ in prompts]
+
+    def _caption(self, seed: int) -> Completion:
+        words = [WORDS[(seed + i * i) % len(WORDS)] for i in range(CAPTION_TOKENS // 2)]
+        return Completion(
+            token_ids=np.full(CAPTION_TOKENS, seed % 512, np.int32),
+            logprobs=np.full(CAPTION_TOKENS, -1.0, np.float32),
+            text=" ".join(words),
+            finish_reason="stop",
+            weight_version=self.weight_version,
+        )
+
+
+def install() -> None:
+    """Replace engine and learner in this worker process."""
+    import rayrl.actors.learner
+    import rayrl.actors.rollout
+    from rayrl.learner.learner import Learner
+
+    class IdleLearner(Learner):
+        """A learner whose steps are free and leave the weights as they are."""
+
+        def update(self, batch: TrainBatch, *_: Any) -> StepReport:
+            self.step += 1
+            return StepReport(
+                step=self.step,
+                weight_version=self.weight_version,
+                metrics={},
+                advantages=np.zeros(batch.rewards.shape, np.float32),
+            )
+
+    rayrl.actors.rollout.make_engine = SleepingEngine  # type: ignore[assignment]
+    rayrl.actors.learner.Learner = IdleLearner  # type: ignore[misc]

@@ -1,0 +1,150 @@
+"""Tables in Markdown from what the benchmarks wrote: one function a benchmark, from the content of
+one JSON file to lines."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Result = dict[str, Any]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(header)} |",
+        f"|{'---|' * len(header)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def default_run(result: Result) -> list[str]:
+    rows = []
+    for label, key in (
+        ("after cross-entropy (start)", "cider_d_start"),
+        ("after GRPO", "cider_d_end"),
+        ("after more cross-entropy, same time", "cider_d_xe_control"),
+    ):
+        values = [run[key] for run in result["runs"]]
+        numbers = (statistics.mean(values), min(values), max(values))
+        rows.append([label, *(f"{value:.1f}" for value in numbers)])
+    seeds = f"held-out CIDEr-D (x100), {len(result['runs'])} seeds"
+    return table([seeds, "mean", "lowest", "highest"], rows)
+
+
+def flickr8k_tiny(result: Result) -> list[str]:
+    summary = result["summary"]
+    rows = [
+        [f"after cross-entropy, {result['cross_entropy'][-1]['step']} steps", "cider_d_start"],
+        [f"after GRPO, {summary['steps']} steps", "cider_d_end"],
+        ["best on the way", "cider_d_best"],
+    ]
+    header = [f"validation CIDEr-D (x100), {len(result['seeds'])} seed", ""]
+    return table(header, [[label, f"{summary[key]:.1f}"] for label, key in rows])
+
+
+def learner(result: Result) -> list[str]:
+    header = [
+        "model",
+        "vision",
+        "image tokens",
+        "G",
+        "P",
+        "method",
+        "ms",
+        "times naive",
+        "by FLOPs",
+        "MiB",
+        "utilisation",
+    ]
+    rows, missing = [], []
+    for case in result["cases"]:
+        names = [case["model"], "frozen" if case["frozen_vision"] else "trained"]
+        names += [str(case["image_tokens"]), str(case["group_size"])]
+        if "not_measured" in case:
+            missing.append([*names, case["not_measured"]])
+            continue
+        for label, method in case["methods"].items():
+            rows.append(
+                [
+                    *names,
+                    str(case["prompts"]),
+                    label,
+                    f"{method['seconds'] * 1e3:.0f}",
+                    f"{method['speedup']:.1f}",
+                    f"{method['predicted']:.1f}",
+                    f"{method['peak_bytes'] / 2**20:.0f}",
+                    f"{method['utilisation']:.0%}",
+                ]
+            )
+    lines = table(header, rows) if rows else []
+    if missing:
+        lines += ["", "Not measured:", "", *table([*header[:4], "why"], missing)]
+    return lines
+
+
+def against_trl(result: Result) -> list[str]:
+    rows = []
+    for case in result["cases"]:
+        for name, system in case["systems"].items():
+            rows.append(
+                [
+                    f"({case['shape']}), {case['image_tokens']} image tokens",
+                    str(case["group_size"]),
+                    f"TRL {result['trl']}" if name == "trl" else name,
+                    f"{system['captions_per_second']:.0f}",
+                    f"{system['times_trl']:.1f}",
+                    ", ".join(f"{k} {v:.2f}" for k, v in system["seconds_by_phase"].items()),
+                ]
+            )
+    return table(["model", "G", "system", "captions/s", "times TRL", "seconds of a step"], rows)
+
+
+def fleet(result: Result) -> list[str]:
+    rows = [
+        [
+            str(row["workers"]),
+            str(row["max_staleness"]),
+            str(row["captions_per_step"]),
+            f"{row['captions_per_second']:.0f}",
+            f"{row['share_of_ideal']:.1%}",
+            f"{row['overhead_seconds'] * 1e3:.0f}",
+            f"{row['driver_cpu_seconds'] * 1e3:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    return table(
+        [
+            "workers",
+            "max_staleness",
+            "captions a step",
+            "captions/s",
+            f"of the ideal ({result['engine_seconds']} s a step)",
+            "beyond it, ms a step",
+            "driver's processor, ms a step",
+        ],
+        rows,
+    )
+
+
+def sync(result: Result) -> list[str]:
+    return table(
+        ["MB", "workers", "seconds", "of these packing", "copies a worker", "times plain copies"],
+        [
+            [
+                f"{result['bytes'] / 1e6:.0f}",
+                str(result["workers"]),
+                f"{result['sync_seconds']:.2f}",
+                f"{result['pack_seconds']:.2f}",
+                f"{result['copies_a_worker']:.2f}",
+                f"{result['over_memcpy']:.2f}",
+            ]
+        ],
+    )
+
+
+def rewards(result: Result) -> list[str]:
+    microseconds = result["cider_d_us_per_caption"]
+    slowest = max(microseconds.values())
+    rows = [[name, f"{us:.1f}", f"{slowest / us:.0f}"] for name, us in microseconds.items()]
+    return table(["CIDEr-D", "µs a caption", "times the slowest"], rows)
