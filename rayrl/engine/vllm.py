@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -201,7 +202,17 @@ def _import_vllm() -> tuple[Any, Any]:
     from vllm import LLM, SamplingParams
 
     _register_transfer()
+    _let_vllm_scan_llvmlite()
     return LLM, SamplingParams
+
+
+def _let_vllm_scan_llvmlite() -> None:
+    """vLLM on CPU looks at ``vars()`` of everything in every module.  llvmlite, which numba
+    brings, has a library object that answers any name, ``__dict__`` too, with a C function; the
+    scan then ends in an AttributeError.  Give it an empty one."""
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is not None:
+        ffi.lib._fntab["__dict__"] = {}
 
 
 def _register_transfer() -> None:

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.vllm
 def start(backend, folder):
     if backend == "vllm":
         pytest.importorskip("vllm")
+        # As in a process that scores captions too: vLLM once failed on what numba brings along.
+        pytest.importorskip("numba")
     config = EngineConfig(backend=backend, kv_cache_mb=64, max_concurrency=64)
     return make_engine(EngineSetup(folder=folder, config=config, group_size=4))
 
