@@ -78,7 +78,7 @@ class ModelConfig(Section):
     trainable: tuple[Part, ...] = ("vision", "connector", "language")
     """Parts that train; a frozen vision tower keeps its cached image features valid."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights in the learner."""
+    """Type of the weights in the learner; bfloat16 trains through float32 masters."""
     trust_remote_code: bool = False
     """Run code that a model folder brings along.  Only for folders you trust."""
 

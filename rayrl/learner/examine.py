@@ -42,8 +42,8 @@ def examine(learner: Learner, replay: Checkpoint) -> Iterator[str]:
     p, g, t = groups.mask.shape
     yield f"step {replay.step + 1}: {p} prompts x {g} captions of up to {t} tokens"
     yield f"in the run: {replay.meta['problem']}"
-    found = list(_bad_parameters(learner.model)) + list(_bad_fields(groups))
-    groups = to_device(groups, learner.device)
+    found = list(_bad_parameters(learner.policy.model)) + list(_bad_fields(groups))
+    groups = to_device(groups, learner.policy.device)
     _, prepared = learner.objective.prepare(state, groups)
     fields = {name: value.float() for name, value in prepared.fields.items()}
     found += [f"{name}: {count(value)}" for name, value in fields.items() if not _finite(value)]
@@ -54,8 +54,8 @@ def examine(learner: Learner, replay: Checkpoint) -> Iterator[str]:
     bad = 0
     inputs = learner.inputs(batch)
     for part in [images] if whole else [[i] for i in images]:
-        learner.model.zero_grad(set_to_none=True)
-        with _FirstBad(learner.model) as first:
+        learner.policy.model.zero_grad(set_to_none=True)
+        with _FirstBad(learner.policy.model) as first:
             loss = learner.loss(prepared, part, inputs, normalizer)
             loss.loss.backward()
         if line := _verdict(loss, first):

@@ -10,7 +10,6 @@ Knows torch and nothing of Ray.  A step trains on P groups of G captions:
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +22,7 @@ from rayrl.config import LearnerConfig, ModelConfig
 from rayrl.learner.batches import group_batch, minibatches, rank_micro_batches
 from rayrl.learner.decisions import Decisions
 from rayrl.learner.finite import Part, problem
-from rayrl.learner.flops import FlopCounter
-from rayrl.learner.forward import Forward, feature_cache
-from rayrl.learner.inputs import InputCache, StepInputs
+from rayrl.learner.inputs import StepInputs
 from rayrl.learner.means import Means, short_names
 from rayrl.learner.measure import StepMeter
 from rayrl.learner.optimizer import (
@@ -34,19 +31,18 @@ from rayrl.learner.optimizer import (
     optimizer_arrays,
     restore_optimizer,
 )
-from rayrl.learner.parallel import SOLO, Ranks, shard
+from rayrl.learner.parallel import SOLO, Ranks
+from rayrl.learner.policy import Policy
 from rayrl.learner.providers import MicroBatch
 from rayrl.learner.replay import make_replay
 from rayrl.learner.sources import make_providers
-from rayrl.learner.state import load_model_files, model_files
 from rayrl.objectives.batch import GroupBatch
 from rayrl.objectives.compile import PROVIDED
 from rayrl.objectives.config import NO_SOURCES, SourcesConfig
 from rayrl.objectives.objective import LossOutput, Objective, Prepared
 from rayrl.objectives.reduce import Normalizer
 from rayrl.types import StepReport, TrainBatch
-from rayrl.vlm import choose_trainable, load_captioner
-from rayrl.weights import ModelFiles, Weights, pack
+from rayrl.weights import Weights
 
 
 class Learner:
@@ -72,52 +68,30 @@ class Learner:
         sources: SourcesConfig = NO_SOURCES,
     ) -> None:
         self._ranks = ranks
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._captioner = load_captioner(
-            folder,
-            dtype=model.dtype,
-            device="cpu" if ranks.sharded else self.device,
-            trust_remote_code=model.trust_remote_code,
-        )
-        self.model = self._captioner.model
         self._config = config
         objective.check(PROVIDED | {"whole_minibatch"})
         self.objective = objective
         self._objective_state = objective.initial_state()
-        self._model_config = model
         self._instruction = instruction
-        self._cache = InputCache(self._captioner.processor)
         self._total_steps = total_steps
         self._seed = seed
-        self._reference = (
-            copy.deepcopy(self.model).requires_grad_(False)
-            if "ref_logprobs" in objective.needs
-            else None
-        )
-        self._trainable = choose_trainable(self.model, model.trainable)
-        self._features = feature_cache(self.model, config)
-        self._forward = Forward(
-            config,
-            FlopCounter(self.model),
+        self.policy = Policy(
+            folder,
+            model=model,
+            config=config,
+            with_reference="ref_logprobs" in objective.needs,
             temperature=temperature,
-            banned_ids=self._captioner.banned_ids,
             ranks=ranks,
-            features=self._features,
         )
-        if ranks.sharded:
-            for each in (self.model, self._reference):
-                if each is not None:
-                    shard(each, self._forward.compute, self.device)
-        parameters = dict(self.model.named_parameters())
-        self._named = {name: parameters[name] for name in self._trainable}
+        self._named = self.policy.named
         self._optimizer = make_optimizer(self._named, config)
         self._decisions = Decisions(self._named, extrapolates="extrapolate" in objective.needs)
         self._providers = make_providers(
             objective.needs,
             sources,
             updates_per_step=self._updates_per_step,
-            hidden_size=self.model.get_output_embeddings().in_features,
-            device=self.device,
+            hidden_size=self.policy.model.get_output_embeddings().in_features,
+            device=self.policy.device,
             ranks=ranks,
         )
         self._replay: Checkpoint | None = None
@@ -131,18 +105,19 @@ class Learner:
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+        return sum(p.numel() for p in self.policy.model.parameters())
 
     def update(self, batch: TrainBatch) -> StepReport:
         """Train on one step's groups and move to the next weight version.
 
         An optimizer step whose loss or gradient is not finite is not taken: weights and moments
         stay, the report says why, and :meth:`replay` has what it takes to look at it."""
-        meter = StepMeter(self.device, self.model.dtype, self._named, self._ranks)
-        flops, sums, problems = self._forward.flops, Means(), list[str]()
+        policy = self.policy
+        meter = StepMeter(policy.device, policy.model.dtype, self._named, self._ranks)
+        flops, sums, problems = policy.forward.flops, Means(), list[str]()
         self._replay = None
         inputs = self.inputs(batch)
-        groups = self._with_start_fields(group_batch(batch, self.device), inputs)
+        groups = self._with_start_fields(group_batch(batch, policy.device), inputs)
         before = self._objective_state
         self._objective_state, prepared = self.objective.prepare(before, groups)
         rate = learning_rate(self.step, self._total_steps, self._config)
@@ -163,7 +138,7 @@ class Learner:
                         images=indices,
                         state=before,
                         problem=problem,
-                        model_files=self._files(),
+                        model_files=policy.files(),
                     )
                 continue
             self._objective_state, decisions = self.objective.control(
@@ -175,6 +150,7 @@ class Learner:
             # Nothing was learned, so nothing of what was not finite may stay behind.
             self._objective_state = {**before, "step": self._objective_state["step"]}
         self._decisions.end_step()
+        self.policy.masters.publish()
         self.step += 1
         advantages = prepared.caption_advantages().cpu().numpy()
         return StepReport(
@@ -185,7 +161,7 @@ class Learner:
                 "learner/lr": self._optimizer.param_groups[0]["lr"],
                 "learner/skipped": float(len(problems)),
                 "learner/skipped_in_a_row": float(self._skipped_in_a_row),
-                **meter.metrics(self._forward.flops - flops),
+                **meter.metrics(policy.forward.flops - flops),
             },
             advantages=advantages.astype(np.float32),
             problem=problems[0] if problems else "",
@@ -203,14 +179,14 @@ class Learner:
     def _with_start_fields(self, groups: GroupBatch, inputs: StepInputs) -> GroupBatch:
         """Add what does not change during the step: log-probs under the reference model, and what
         the providers bring."""
-        if self._reference is not None:
-            ref_logprobs = self._forward.frozen(self._reference, groups, inputs)
+        if self.policy.reference is not None:
+            ref_logprobs = self.policy.forward.frozen(self.policy.reference, groups, inputs)
             groups = replace(groups, ref_logprobs=ref_logprobs)
         images = len(groups.image_ids)
-        parts = [
+        parts = (
             (self._micro_batch(groups.select(rows), rows, inputs), counts)
             for rows, counts in rank_micro_batches(range(images), self._config, self._ranks)
-        ]
+        )
         return replace(groups, **self._providers.at_start(images, parts))
 
     def _micro_batch(
@@ -220,8 +196,8 @@ class Learner:
             groups=groups,
             rows=rows,
             inputs=inputs,
-            forward=self._forward,
-            model=self.model,
+            forward=self.policy.forward,
+            model=self.policy.model,
             step=self.step,
             with_entropy=with_entropy,
             with_states=self._providers.reads_states,
@@ -229,7 +205,7 @@ class Learner:
 
     def inputs(self, batch: TrainBatch) -> StepInputs:
         """The processor's output for a batch's prompts, on demand."""
-        return StepInputs(self._cache, self.model, batch, self._instruction)
+        return self.policy.inputs(batch, self._instruction)
 
     def _minibatch(
         self, prepared: Prepared, inputs: StepInputs, indices: list[int], sums: Means
@@ -242,6 +218,7 @@ class Learner:
         for images, counts in rank_micro_batches(indices, self._config, self._ranks):
             loss = self.loss(prepared, images, inputs, normalizer, counts=counts)
             loss.loss.backward()
+            self.policy.masters.collect()
             names = tuple(prepared.batch.image_ids[i] for i in images)
             parts.append(Part(names, loss.detach()))
             mine.add(loss.metrics)
@@ -251,6 +228,7 @@ class Learner:
         if not math.isfinite(pairs["learner/loss"][0] + norm):
             return problem(parts, {name: p.grad for name, p in self._named.items()}, norm)
         self._optimizer.step()
+        self.policy.masters.publish()
         sums.add(pairs)
         sums.add({name: (value, 1.0) for name, value in self._providers.after_update().items()})
         sums.add({"learner/loss": (0.0, 1.0), "learner/grad_norm": (norm, 1.0)})
@@ -299,13 +277,7 @@ class Learner:
     def weights(self, *, trained_only: bool) -> Weights | None:
         """The current version: all parameters, or those that train.  On rank 0; the others, on
         which it must be called too, return None."""
-        names = self._trainable if trained_only else None
-        weights = pack(self.model, self.weight_version, names, gather=self._ranks.gathered)
-        return weights if self._ranks.rank == 0 else None
-
-    def _files(self) -> ModelFiles:
-        """The policy as files, on rank 0; called on every rank."""
-        return model_files(self.model, self._captioner.processor, self._ranks)
+        return self.policy.weights(self.weight_version, trained_only=trained_only)
 
     def checkpoint(self) -> Checkpoint | None:
         """Everything a resumed run needs of the learner, whatever the number of its ranks.  On
@@ -314,7 +286,8 @@ class Learner:
         arrays.update(optimizer_arrays(self._optimizer, self._named, self._ranks))
         arrays.update(self._decisions.arrays(self._ranks))
         arrays.update(self._providers.arrays())
-        files = self._files()
+        arrays.update(self.policy.masters.arrays(self._ranks))
+        files = self.policy.files()
         if self._ranks.rank > 0:
             return None
         return Checkpoint(
@@ -332,9 +305,7 @@ class Learner:
         """Continue from a checkpoint; returns its step.
 
         Raises ValueError naming the first parameter when it is one of another model."""
-        load_model_files(self.model, checkpoint.model_files, self._model_config)
-        if self._features is not None:
-            self._features.clear()
+        self.policy.restore(checkpoint)
         restore_optimizer(self._optimizer, self._named, checkpoint.arrays)
         self._decisions.restore(checkpoint.arrays)
         self._providers.restore(checkpoint.arrays)

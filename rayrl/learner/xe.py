@@ -13,6 +13,7 @@ import torch
 from rayrl.config import ModelConfig, XeConfig
 from rayrl.learner.inputs import InputCache
 from rayrl.learner.logprobs import prefix_shared_logprobs
+from rayrl.learner.masters import Masters
 from rayrl.vlm import caption_token_ids, choose_trainable, load_captioner
 
 _WARMUP, _FLOOR = 0.1, 0.1
@@ -62,7 +63,8 @@ class XeTrainer:
         self._cache = InputCache(self.captioner.processor)
         names = choose_trainable(self.captioner.model, model.trainable)
         parameters = dict(self.captioner.model.named_parameters())
-        self._parameters = [parameters[name] for name in names]
+        self._masters = Masters({name: parameters[name] for name in names})
+        self._parameters = list(self._masters.named.values())
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=config.lr, weight_decay=config.weight_decay
         )
@@ -85,6 +87,7 @@ class XeTrainer:
         tokens = self._sum_over_workers(mask.sum().float())
         loss = -logprobs.sum() / tokens
         loss.backward()
+        self._masters.collect()
         for parameter in self._parameters:
             if parameter.grad is not None:
                 self._sum_over_workers(parameter.grad)
@@ -92,6 +95,7 @@ class XeTrainer:
             self._parameters, self._config.grad_clip, error_if_nonfinite=True
         )
         self._optimizer.step()
+        self._masters.publish()
         total = self._sum_over_workers(loss.detach().clone())
         return {"loss": float(total), "grad_norm": float(norm), "tokens": float(tokens)}
 

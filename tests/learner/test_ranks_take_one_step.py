@@ -150,8 +150,9 @@ def continue_twice(ranks, folder, batch, options, place):
     return weights
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["data", "fsdp"])
-def test_two_ranks_continue_bit_for_bit(two, tiny_folder, batch, mode, tmp_path):
-    options = {"lr": 1e-3}
+def test_two_ranks_continue_bit_for_bit(two, tiny_folder, batch, mode, dtype, tmp_path):
+    options = {"lr": 1e-3, "dtype": dtype}
     (one, other), _ = two.run(mode, continue_twice, tiny_folder, batch, options, tmp_path)
     assert largest_difference(one, other) == 0

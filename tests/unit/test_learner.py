@@ -9,7 +9,6 @@ import torch
 from rayrl.checkpoint import load_checkpoint, save_checkpoint
 from rayrl.config import LearnerConfig, ModelConfig, TinyConfig
 from rayrl.learner.batches import group_batch
-from rayrl.learner.inputs import StepInputs
 from rayrl.learner.learner import Learner
 from rayrl.learner.measure import MEASURED
 from rayrl.learner.parallel import SOLO
@@ -29,11 +28,12 @@ def learner(
     trainable=("vision", "connector", "language"),
     ranks=SOLO,
     sources=NO_SOURCES,
+    dtype="float32",
     **config,
 ):
     return Learner(
         folder,
-        model=ModelConfig(trainable=trainable),
+        model=ModelConfig(trainable=trainable, dtype=dtype),
         config=LearnerConfig(**{"lr": 1e-3, **config}),
         objective=preset(objective),
         temperature=0.8,
@@ -122,8 +122,10 @@ def test_the_step_raises_the_probability_of_what_was_rewarded(tiny_folder, batch
     subject = learner(tiny_folder, objective="nsc", lr=3e-4)
 
     def mean_logprob(good):
-        inputs = StepInputs(subject._cache, subject.model, batch, INSTRUCTION)
-        out = subject._forward.frozen(subject.model, group_batch(batch, "cpu"), inputs).numpy()
+        inputs = subject.inputs(batch)
+        out = subject.policy.forward.frozen(
+            subject.policy.model, group_batch(batch, "cpu"), inputs
+        ).numpy()
         per_caption = out.sum(-1) / batch.mask.sum(-1)
         better = batch.rewards > batch.rewards.mean(axis=1, keepdims=True)
         return float(per_caption[better == good].mean())

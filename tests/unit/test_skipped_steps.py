@@ -22,7 +22,7 @@ __all__ = ["batch"]
 
 def spoil(subject, prompt):
     """Make one prompt's log-probs NaN, as a model that overflows on one image would."""
-    forward = subject._forward
+    forward = subject.policy.forward
     original = forward._outputs
 
     def outputs(model, inputs, ids, mask, **options):
@@ -89,11 +89,13 @@ def test_a_gradient_that_overflows_is_named(tiny_folder, batch):
 
 def test_a_replay_names_the_prompt_the_term_and_the_first_bad_tensor(tiny_folder, batch, tmp_path):
     subject = learner(tiny_folder)
-    connector = subject.model.get_submodule("model.connector")
+    connector = subject.policy.model.get_submodule("model.connector")
     size = []
     handle = connector.register_forward_hook(lambda m, args, out: size.append(args[0].abs().sum()))
     with torch.no_grad():
-        subject.model.get_image_features(subject.inputs(batch).select([4]).inputs["pixel_values"])
+        subject.policy.model.get_image_features(
+            subject.inputs(batch).select([4]).inputs["pixel_values"]
+        )
     handle.remove()
 
     def overflow(module, args, output):
