@@ -8,8 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
+from rayrl.data.images import decode
 from rayrl.rewards import ptb
 from rayrl.rewards.cider import CiderD, DocumentFrequency
 from rayrl.rewards.signature import cider_signature
@@ -77,7 +76,7 @@ class Heldout:
 
 def thumbnail(image: bytes) -> str:
     """A small JPEG of an encoded picture, base64."""
-    picture = Image.open(io.BytesIO(image)).convert("RGB")
+    picture = decode(image)
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=80)

@@ -6,7 +6,6 @@ engines and the learner read it through this module, so that both see the same p
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from PIL import Image
 
 from rayrl.config import Part, TinyConfig
+from rayrl.data.images import decode
 
 IMAGE_TOKEN = "<image>"
 CHAT_TEMPLATE = (
@@ -74,7 +74,10 @@ def load_captioner(
 
     quiet_transformers()
     model = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        path,
+        dtype=getattr(torch, dtype),
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,  # never a pickle
     )
     processor = load_processor(path, trust_remote_code=trust_remote_code)
     model.to(device)  # type: ignore[arg-type]
@@ -133,7 +136,7 @@ def prompt_text(processor: Any, instruction: str) -> str:
 
 def decode_image(image: bytes) -> Image.Image:
     """An RGB picture from an encoded file."""
-    return Image.open(io.BytesIO(image)).convert("RGB")
+    return decode(image)
 
 
 def prompt_inputs(processor: Any, images: Sequence[bytes], instructions: Sequence[str]) -> Any:

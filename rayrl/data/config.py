@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from rayrl.credentials import refuse_credentials
 from rayrl.section import Section
 
 Source = Literal["scenes", "parquet", "coco", "karpathy"]
 Split = Literal["train", "val", "test"]
+MAX_PIXELS = 178_956_970
+"""What Pillow refuses to decode, as a likely bomb; no limit can be set higher."""
 
 
 class ScenesConfig(Section):
@@ -52,10 +55,15 @@ class DataConfig(Section):
     """Use this many of the first validation (or test) images; 0 for all."""
     max_image_bytes: int = Field(default=32 * 1024**2, ge=1)
     """A larger image file is rejected unread."""
-    max_image_pixels: int = Field(default=64_000_000, ge=1)
+    max_image_pixels: int = Field(default=64_000_000, ge=1, le=MAX_PIXELS)
     """An image of more pixels is rejected before it is decoded."""
     scenes: ScenesConfig = ScenesConfig()
     """The generated data set."""
+
+    @field_validator("path")
+    @classmethod
+    def _no_credentials(cls, path: str) -> str:
+        return refuse_credentials(path)
 
     @model_validator(mode="after")
     def _source_has_its_paths(self) -> DataConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
+from rayrl.data.config import MAX_PIXELS
 from rayrl.data.rejections import BadImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -66,6 +68,15 @@ def square_jpeg(data: bytes, size: int, bounds: Bounds, quality: int = JPEG_QUAL
     file = io.BytesIO()
     resized.save(file, "JPEG", quality=quality, optimize=True)
     return file.getvalue()
+
+
+def decode(data: bytes) -> Image.Image:
+    """The image in RGB, as a model's processor takes it.
+
+    The loaders have bounded it already; this is the last check before pixels are allocated, for
+    images that came another way.  Raises BadImage, a ValueError."""
+    with _opened(data, Bounds(sys.maxsize, MAX_PIXELS)) as image:
+        return image.convert("RGB")
 
 
 @contextmanager

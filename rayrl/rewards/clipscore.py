@@ -7,7 +7,6 @@ Everything is float32: the original computes in float16 on a GPU, which moves th
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 
+from rayrl.data.images import decode
 from rayrl.rewards.java import MetricUnavailable
 
 SCALE = 2.5
@@ -39,7 +39,9 @@ class ClipScore:
                 f"no CLIP model at {folder}; want a local folder with config.json, weights and "
                 "tokenizer, such as openai/clip-vit-base-patch32"
             )
-        self._model = CLIPModel.from_pretrained(folder).float().eval().to(device)
+        self._model = (
+            CLIPModel.from_pretrained(folder, use_safetensors=True).float().eval().to(device)
+        )
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._device = device
         self._batch_size = batch_size
@@ -105,7 +107,7 @@ class ClipScore:
 
 def preprocess(image: bytes, size: int) -> npt.NDArray[np.float32]:
     """CLIP's pixels [3, size, size]: shorter side to ``size``, bicubic; centre crop; normalised."""
-    picture = Image.open(io.BytesIO(image)).convert("RGB")
+    picture = decode(image)
     width, height = picture.size
     short = min(width, height)
     scaled = (int(size * width / short), int(size * height / short))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
@@ -24,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from rayrl.credentials import refuse_credentials
 from rayrl.section import Section
 
 DF_MODES = ("train", "caption", "batch")
@@ -176,7 +178,7 @@ class ServerConfig(PlacedConfig):
     """A term that asks a server, always in an actor of its own, which mostly waits."""
 
     url: str
-    """Where to post."""
+    """Where to post, http or https; it is named in full, and redirects are not followed."""
     timeout_s: PositiveFloat = 30.0
     """Longest wait for an answer."""
     retries: NonNegativeInt = 2
@@ -185,6 +187,14 @@ class ServerConfig(PlacedConfig):
     """Most requests at a time."""
     api_key_variable: str = ""
     """The environment variable that holds the key."""
+
+    @field_validator("url")
+    @classmethod
+    def _names_a_server(cls, url: str) -> str:
+        parts = urlsplit(refuse_credentials(url))
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("want http://host… or https://host…")
+        return url
 
     @property
     def asks(self) -> Asks:

@@ -21,11 +21,23 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rayrl.credentials import redacted
 from rayrl.rewards.term import Failure, Item, Scores
 
 T = TypeVar("T")
 _RETRIED_STATUS = frozenset({408, 425, 429})
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Refuses to follow: the images and the key are for the server that was named."""
+
+    def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+_MAX_ANSWER = 64 << 20
 
 
 class RequestFailed(RuntimeError):
@@ -72,15 +84,23 @@ class Client:
                 reason = f"{type(error).__name__}: {error}"
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 reason = f"answer not understood, {type(error).__name__}: {error}"
-        raise RequestFailed(f"{self.url} after {attempt + 1} attempt(s): {reason}")
+        raise RequestFailed(f"{self.url} after {attempt + 1} attempt(s): {self._hidden(reason)}")
+
+    def _hidden(self, text: str) -> str:
+        """A text without the key, which a server may repeat in its answer."""
+        key = os.environ.get(self.api_key_variable, "") if self.api_key_variable else ""
+        return redacted(text.replace(key, "***") if key else text)
 
     def _post(self, body: object) -> Any:
         headers = {"Content-Type": "application/json"}
         if self.api_key_variable:
             headers["Authorization"] = f"Bearer {os.environ[self.api_key_variable]}"
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-            return json.load(response)
+        with _OPENER.open(request, timeout=self.timeout_s) as response:
+            answer = response.read(_MAX_ANSWER + 1)
+        if len(answer) > _MAX_ANSWER:
+            raise ValueError(f"more than {_MAX_ANSWER} bytes")
+        return json.loads(answer)
 
 
 class HttpTerm:
