@@ -6,11 +6,10 @@ model, starts the workers, evaluates on held-out images and writes the run folde
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,9 @@ from rayrl.rewards.statistics import reward_signature, reward_statistics
 from rayrl.rollout_metrics import group_metrics, sample_records, summarize
 from rayrl.skipped import save_replay
 from rayrl.types import Prompt, ScoredGroup, StepReport
-from rayrl.vlm import load_captioner
-from rayrl.weights import pack, read_model_files
-from rayrl.xe import Snapshot, run_stage1, train_xe
+from rayrl.weights import read_model_files
+from rayrl.xe import Snapshot, run_stage1
+from rayrl.xe_curve import XeCurve
 
 
 @dataclass
@@ -308,11 +307,12 @@ def _start(
 
 def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) -> bool:
     """Score stage 1, train, score a control that got more of stage 1, and write it all up."""
+    curve = XeCurve(run.config, run.folder, run.fleet, run.heldout, run.log.message)
     if resume:
         start = restore(run)
     else:
         start = 0
-        _score_snapshots(run, snapshots, run.folder / "xe" / "metrics.jsonl")
+        curve.stage1(snapshots)
     weights = run.learner.weights.remote
     run.fleet.publish(start, weights(trained_only=True), frozen=weights(trained_only=False))
     run.fleet.confirm(start)
@@ -326,42 +326,9 @@ def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) 
     write_summary(run.folder, summary)
     if finished and run.config.xe.control and run.config.xe.steps:
         seconds = sum(summary["seconds_by_phase"].values()) - summary["seconds_by_phase"]["eval"]
-        summary["cider_d_xe_control"] = _control(run, snapshots[-1], seconds)
+        ray.kill(run.learner)
+        summary["cider_d_xe_control"] = curve.control(snapshots[-1], seconds)
         write_summary(run.folder, summary)
     run.log.message(f"report: {write_report(run.folder)}")
     run.backup.report()
     return finished
-
-
-def _score_snapshots(run: Run, snapshots: Sequence[Snapshot], file: Path) -> list[float]:
-    """Held-out CIDEr-D of cross-entropy models, one line each: a curve against training time."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scores = []
-    with file.open("w", encoding="utf-8") as out:
-        for i, snapshot in enumerate(snapshots):
-            captioner = load_captioner(
-                snapshot.folder,
-                dtype=run.config.model.dtype,
-                trust_remote_code=run.config.model.trust_remote_code,
-            )
-            weights = ray.put(pack(captioner.model, version=i))
-            run.fleet.publish(i, weights, frozen=weights)
-            run.fleet.confirm(i)
-            captions = [c.text for c in run.fleet.greedy(run.heldout.prompts, i)]
-            scores.append(run.heldout.score(captions)[0])
-            row = {"step": snapshot.steps, "seconds": snapshot.seconds}
-            out.write(json.dumps({**row, "eval/cider_d": scores[-1]}) + "\n")
-            run.log.message(
-                f"cross-entropy, step {snapshot.steps}: held-out CIDEr-D {scores[-1]:.1f}"
-            )
-    return scores
-
-
-def _control(run: Run, stage1: Snapshot, seconds: float) -> float:
-    """What cross-entropy would have given in the time that the objective trained."""
-    run.log.message(f"control: cross-entropy for {seconds:.0f} s more")
-    ray.kill(run.learner)
-    out = run.folder / "control"
-    snapshots = train_xe(run.config, stage1.folder, out, name="xe", seconds=seconds)
-    start = replace(stage1, steps=0, seconds=0.0)
-    return _score_snapshots(run, [start, *snapshots], run.folder / "xe_baseline.jsonl")[-1]

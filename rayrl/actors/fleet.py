@@ -23,7 +23,7 @@ from rayrl.engine.base import Sampling, request_seed
 from rayrl.rewards.score import Dropped
 from rayrl.rewards.statistics import Statistics, step_document_frequency
 from rayrl.types import Completion, Prompt, ScoredGroup
-from rayrl.weights import ModelFiles
+from rayrl.weights import ModelFiles, Weights
 
 
 @dataclass
@@ -109,6 +109,12 @@ class Fleet:
         for i, worker in enumerate(self._rollout.actors):
             refs = (self._frozen, trained) if frozen is not None else (trained,)
             self._loads.append(_Load(i, worker, version, worker.load.remote(changed, *refs)))
+
+    def show(self, version: int, weights: Weights) -> None:
+        """Have every rollout worker hold this whole model, to caption with it."""
+        ref = ray.put(weights)
+        self.publish(version, ref, frozen=ref)
+        self.confirm(version)
 
     def confirm(self, version: int) -> None:
         """Wait until every worker has pulled ``version`` and those before it; a worker that does

@@ -1,0 +1,59 @@
+"""Cross-entropy beside the objective: how good stage 1 was after how long, and what more of it
+would have given in the time that the objective took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rayrl.actors.fleet import Fleet
+from rayrl.config import Config
+from rayrl.heldout import Heldout
+from rayrl.vlm import load_captioner
+from rayrl.weights import pack
+from rayrl.xe import Snapshot, train_xe
+
+
+@dataclass(frozen=True)
+class XeCurve:
+    """Scores cross-entropy models on the held-out images with a run's own rollout workers."""
+
+    config: Config
+    folder: Path
+    fleet: Fleet
+    heldout: Heldout
+    say: Callable[[str], None]
+
+    def stage1(self, snapshots: Sequence[Snapshot]) -> None:
+        """The models of stage 1 over its training time, into ``xe/metrics.jsonl``."""
+        self._score(snapshots, self.folder / "xe" / "metrics.jsonl")
+
+    def control(self, stage1: Snapshot, seconds: float) -> float:
+        """Held-out CIDEr-D (x100) of stage 1's last model after ``seconds`` more of cross-entropy,
+        and of what came before into ``xe_baseline.jsonl``.
+
+        It trains where the learner did, so that must have ended."""
+        self.say(f"control: cross-entropy for {seconds:.0f} s more")
+        out = self.folder / "control"
+        snapshots = train_xe(self.config, stage1.folder, out, name="xe", seconds=seconds)
+        start = replace(stage1, steps=0, seconds=0.0)
+        return self._score([start, *snapshots], self.folder / "xe_baseline.jsonl")[-1]
+
+    def _score(self, snapshots: Sequence[Snapshot], file: Path) -> list[float]:
+        """One line of ``file`` a model; the fleet then holds the last one."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        model, scores = self.config.model, []
+        with file.open("w", encoding="utf-8") as out:
+            for i, snapshot in enumerate(snapshots):
+                captioner = load_captioner(
+                    snapshot.folder, dtype=model.dtype, trust_remote_code=model.trust_remote_code
+                )
+                self.fleet.show(i, pack(captioner.model, version=i))
+                captions = [c.text for c in self.fleet.greedy(self.heldout.prompts, i)]
+                scores.append(self.heldout.score(captions)[0])
+                row = {"step": snapshot.steps, "seconds": snapshot.seconds}
+                out.write(json.dumps({**row, "eval/cider_d": scores[-1]}) + "\n")
+                self.say(f"cross-entropy, step {snapshot.steps}: held-out CIDEr-D {scores[-1]:.1f}")
+        return scores
