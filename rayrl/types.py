@@ -8,10 +8,13 @@ item, what it had and what was wanted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from rayrl.packing import pack, unpack
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
@@ -95,6 +98,14 @@ class RolloutGroup:
     @property
     def captions(self) -> list[str]:
         return [completion.text for completion in self.completions]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "completions"}
+        return _unpacked_group, (rest, pack(self.completions))
+
+
+def _unpacked_group(rest: dict[str, Any], completions: dict[str, Any]) -> RolloutGroup:
+    return RolloutGroup(completions=tuple(unpack(Completion, completions)), **rest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
