@@ -183,7 +183,11 @@ def _report(
 def _matched(file: Path, data: Dataset) -> list[str]:
     """The captions of a results file in the order of the data."""
     references = dict[ImageId, Sequence[str]](zip(data.ids, data.captions, strict=True))
-    return match(read_results(file), references)[0]
+    captions = read_results(file)
+    try:
+        return match(captions, references)[0]
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _training(options: Options, config: Config) -> tuple[list[str], dict[str, str]]:

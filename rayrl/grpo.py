@@ -19,7 +19,7 @@ from rayrl import cli
 from rayrl.actors.cluster import connect, failing_in_one_line
 from rayrl.actors.fleet import Fleet, Pending
 from rayrl.actors.learner import LearnerActor
-from rayrl.actors.reward import placements
+from rayrl.actors.reward import check_terms, placements
 from rayrl.backup import Backup
 from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from rayrl.config import Config
@@ -34,7 +34,7 @@ from rayrl.remote import RemoteCopies, open_copies
 from rayrl.report import write_report
 from rayrl.resume import open_run_folder
 from rayrl.rewards.score import Dropped
-from rayrl.rewards.statistics import reward_signature, reward_statistics
+from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
 from rayrl.rollout_metrics import group_metrics, sample_records, summarize
 from rayrl.skipped import save_replay
 from rayrl.types import Prompt, ScoredGroup, StepReport
@@ -235,10 +235,14 @@ def run_job(config: Config, *, resume: bool) -> bool:
     open_run_folder(folder, config, copies, resume=resume, say=print)
     count = min(len(val_data), config.train.eval_images)
     heldout = Heldout([val_data[i] for i in range(count)], folder)
+    statistics = reward_statistics(train_data.references(), config.reward)
     local = connect(_cpus(config))
     try:
+        check_terms(config.reward, statistics)
         snapshots = run_stage1(config, folder)
-        run = _start(config, folder, train_data, heldout, snapshots[-1], copies, resume=resume)
+        run = _start(
+            config, folder, train_data, heldout, statistics, snapshots[-1], copies, resume=resume
+        )
         run.backup.base(resumed=resume)
         try:
             with run.stop.listening(run.log.message):
@@ -267,6 +271,7 @@ def _start(
     folder: Path,
     train_data: Dataset,
     heldout: Heldout,
+    statistics: Statistics,
     stage1: Snapshot,
     copies: RemoteCopies | None,
     *,
@@ -281,7 +286,6 @@ def _start(
         runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
     ).remote(config, files)
     needs = build(config.objective).needs
-    statistics = reward_statistics(train_data.references(), config.reward)
     last = list_checkpoints(folder / "checkpoints")[-1] if resume else None
     log = RunLog(
         folder,

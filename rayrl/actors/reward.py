@@ -21,6 +21,7 @@ from rayrl.rewards.term import Failure
 from rayrl.types import RolloutGroup, ScoredGroup
 
 ATTEMPTS = 2
+_START_S = 600.0
 
 
 def placements(config: RewardConfig) -> dict[str, dict[str, float]]:
@@ -30,6 +31,24 @@ def placements(config: RewardConfig) -> dict[str, dict[str, float]]:
         for name, term in config.terms.items()
         if term.asks is not None
     }
+
+
+def check_terms(config: RewardConfig, statistics: Statistics) -> None:
+    """Start every term once where it will run, and end it again: before hours of training, not
+    after.  The default terms need nothing and are not started.
+
+    RuntimeError for a term that does not start, or not within ten minutes.
+    """
+    if config.terms == RewardConfig().terms:
+        return
+    actor = RewardActor.remote(config, (ray.put(statistics),))  # type: ignore[attr-defined]
+    try:
+        ray.get(actor.ready.remote())
+    except RayActorError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise RuntimeError(f"the rewards do not start: {reason}") from error
+    finally:
+        ray.kill(actor)
 
 
 # A batch waits here until it is sampled; questions about an earlier one must not wait behind it.
@@ -76,6 +95,12 @@ class RewardActor:
             self._seconds[name] = self._seconds.get(name, 0.0) + result.seconds
         return combine(groups, scores, self._config)
 
+    def ready(self) -> None:
+        """Wait until every term apart has started; RuntimeError for one that does not."""
+        deadline = time.monotonic() + _START_S
+        for term in self._apart.values():
+            term.check(deadline)
+
     def take_seconds(self) -> dict[str, float]:
         """Seconds that each term has taken since the last call."""
         taken, self._seconds = self._seconds, {}
@@ -116,14 +141,24 @@ class _TermApart:
         self._actor = self._start()
         self._answer: Any = None
 
+    def check(self, deadline: float) -> None:
+        """RuntimeError where the term does not start before ``deadline``."""
+        self._answer = self._actor.ready.remote()
+        answer = self.answer(deadline)
+        if isinstance(answer, Failure):
+            raise RuntimeError(f"reward term {self._name} does not start: {answer.reason}")
+
     def submit(self, batch: Sequence[Any]) -> None:
         self._answer = self._actor.score.remote(*batch)
 
-    def answer(self, deadline: float) -> TermScores | Failure:
-        """RuntimeError where the term cannot start: another attempt would not mend that."""
+    def answer(self, deadline: float) -> Any:
+        """What its actor answers, or a failure.
+
+        RuntimeError where the term cannot start: another attempt would not mend that.
+        """
         left = max(0.0, deadline - time.monotonic())
         try:
-            return ray.get(self._answer, timeout=left)  # type: ignore[no-any-return]
+            return ray.get(self._answer, timeout=left)
         except GetTimeoutError:
             return Failure(f"no answer in time from its actor, which asks for {dict(self._asked)}")
         except RayActorError as error:
@@ -146,6 +181,9 @@ class TermActor:
 
     def __init__(self, config: RewardConfig, statistics: Statistics) -> None:
         self._scorer = Scorer(config, statistics)
+
+    def ready(self) -> None:
+        """Answers once the term has started."""
 
     def score(self, groups: list[RolloutGroup], step_df: DocumentFrequency | None) -> TermScores:
         (scores,) = self._scorer.score_terms(groups, step_df).values()

@@ -14,7 +14,7 @@ from rayrl.rewards.function import FunctionTerm
 from rayrl.rewards.http import ChatTerm, Client, HttpTerm
 from rayrl.rewards.model_terms import ClipScoreTerm, MeteorTerm, SpiceTerm
 from rayrl.rewards.rouge import rouge_l
-from rayrl.rewards.statistics import Statistics
+from rayrl.rewards.statistics import Statistics, check_eos
 from rayrl.rewards.term import CaptionTerm, Term
 
 
@@ -39,12 +39,7 @@ def _cider(config: c.RewardConfig, statistics: Statistics) -> Term:
             f"reward.df {config.df}: no document frequencies given; count them with "
             "reward_statistics(references, config)"
         )
-    if df.eos != config.eos:
-        raise ValueError(
-            f"the document frequencies {df.source} were counted with eos={df.eos}, the rewards "
-            f"declare eos={config.eos}; set reward.eos, or count them again with "
-            "reward_statistics(references, config)"
-        )
+    check_eos(df, config)
     return CiderTerm(df, statistics.index)
 
 

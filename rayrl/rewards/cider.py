@@ -74,6 +74,11 @@ class CiderD:
         finished: Sequence[bool] | None = None,
     ) -> Scores:
         """The scores per n, float64 [N, 4]; their mean over n is ``score``."""
+        if not isinstance(captions, list | tuple):
+            raise ValueError(
+                f"captions are a {type(captions).__name__}, want a list; from the dicts of "
+                "pycocoevalcap: score([res[i][0] for i in res], [gts[i] for i in res])"
+            )
         if len(captions) != len(references):
             raise ValueError(
                 f"{len(captions)} captions but {len(references)} lists of references, want as many"

@@ -19,6 +19,8 @@ from rayrl.rewards.ngrams import (
     WORD_BITS,
     Caption,
     Int64,
+    check_listed,
+    check_words,
     encode,
     first_children,
     levels,
@@ -72,8 +74,13 @@ class DocumentFrequency:
     ) -> DocumentFrequency:
         """Count over each image's reference captions, tokenized (words joined by spaces, or lists
         of words).  With ``eos`` every caption ends with the extra word ``<eos>``."""
-        documents = [[split(caption) for caption in captions] for captions in references]
+        documents = []
+        for i, captions in enumerate(references):
+            check_listed(i, captions)
+            documents.append([split(caption) for caption in captions])
         captions = [caption for document in documents for caption in document]
+        for caption in captions:
+            check_words(caption, caption)
         words = sorted(
             {word for caption in captions for word in caption} | ({EOS} if eos else set())
         )
@@ -202,6 +209,11 @@ class DocumentFrequency:
     @classmethod
     def load(cls, path: str | Path) -> DocumentFrequency:
         """Read what ``save`` wrote; ValueError where it is not that, or is damaged."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file; DocumentFrequency.from_references(...).save(path) "
+                "writes one"
+            )
         try:
             with np.load(path, allow_pickle=False) as file:
                 header: Mapping[str, object] = json.loads(file["header"].tobytes())

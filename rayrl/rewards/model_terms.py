@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 from rayrl.rewards.meteor import Meteor
 from rayrl.rewards.spice import Spice
@@ -11,14 +10,12 @@ from rayrl.rewards.term import Failure, Item, Scores, split_scores
 
 
 class MeteorTerm:
-    """METEOR in one long-lived Java process, which is started again once when it fails."""
+    """METEOR in one long-lived Java process; when it fails, another one tries once more."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-
-    @cached_property
-    def _meteor(self) -> Meteor:
-        return Meteor(self._timeout_s)
+        # It loads for many seconds, in which the first batch can be sampled.
+        self._meteor = Meteor(timeout_s)
 
     def score(self, items: Sequence[Item]) -> list[Scores | Failure]:
         captions, references = _flat(items)
@@ -29,7 +26,7 @@ class MeteorTerm:
             except (TimeoutError, ChildProcessError) as error:
                 reason = str(error)
                 self._meteor.close()
-                del self._meteor
+                self._meteor = Meteor(self._timeout_s)
         return [Failure(reason)] * len(items)
 
 

@@ -58,8 +58,31 @@ class Level:
 
 
 def split(caption: Caption) -> Sequence[str]:
-    """The words of a tokenized caption."""
-    return caption.split() if isinstance(caption, str) else caption
+    """The words of a tokenized caption; ValueError for something else."""
+    if isinstance(caption, str):
+        return caption.split()
+    if isinstance(caption, list | tuple):
+        return caption
+    raise ValueError(f"caption {caption!r:.80}, want a str or a list of words")
+
+
+def check_words(words: Iterable[object], caption: object) -> None:
+    """ValueError for what is no word, such as a whole caption in a list, or a number."""
+    for word in words:
+        if not isinstance(word, str) or " " in word:
+            raise ValueError(
+                f"caption {caption!r:.80} has the word {word!r:.80}, want a caption as one str or "
+                "as a list of its words"
+            )
+
+
+def check_listed(i: int, captions: object) -> None:
+    """ValueError unless item ``i`` has a list of captions rather than one caption or none."""
+    if isinstance(captions, str | bytes) or not hasattr(captions, "__len__"):
+        raise ValueError(
+            f"item {i}: references {captions!r:.80}, want a list of captions; of a dict of image "
+            "to captions pass the values"
+        )
 
 
 def encode(captions: Iterable[Caption], ids: Mapping[str, int]) -> Tokens:
@@ -70,9 +93,12 @@ def encode(captions: Iterable[Caption], ids: Mapping[str, int]) -> Tokens:
 
 def encode_growing(captions: Iterable[Caption], ids: dict[str, int]) -> Tokens:
     """Word ids of captions; words without one are added to ``ids`` with the next."""
-    return _encode(
-        captions, ids, lambda words: [ids.setdefault(word, len(ids) + 1) for word in words]
-    )
+
+    def grow(words: Sequence[str]) -> list[int]:
+        check_words(words, words)
+        return [ids.setdefault(word, len(ids) + 1) for word in words]
+
+    return _encode(captions, ids, grow)
 
 
 def _encode(
@@ -87,7 +113,7 @@ def _encode(
         words = split(caption)
         try:
             row = list(map(lookup, words))
-        except KeyError:
+        except (KeyError, TypeError):  # what is no word need not be hashable
             row = with_unknown(words)
         flat += row
         lengths.append(len(row))
@@ -95,6 +121,7 @@ def _encode(
 
 
 def _temporary_ids(words: Sequence[str], ids: Mapping[str, int]) -> list[int]:
+    check_words(words, words)
     temporary: dict[str, int] = {}
     return [
         ids[word]

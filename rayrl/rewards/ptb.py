@@ -39,7 +39,11 @@ def tokenize(caption: str) -> list[str]:
 
     They are the words that pycocoevalcap's scorers see: where the reference writes a no-break
     space inside a token (``5 1/2``), the words on both sides are separate here.
+
+    ValueError for what is no str, such as the NaN of a missing caption.
     """
+    if not isinstance(caption, str):
+        raise ValueError(f"caption {caption!r:.80}, want a str")
     caption = caption.replace("\n", " ")
     if _ACROSS_SPACES.search(caption):
         return _tokenize(caption)

@@ -17,6 +17,7 @@ from rayrl.rewards.ngrams import (
     Caption,
     Int64,
     Tokens,
+    check_listed,
     encode_growing,
     find,
     first_children,
@@ -190,11 +191,12 @@ def digests_of(references: Sequence[References]) -> list[bytes]:
     digests = []
     for i, item in enumerate(references):
         if id(item) not in seen:
-            if isinstance(item, str):
-                raise ValueError(f"item {i}: references {item!r}, want a list of captions")
+            check_listed(i, item)
             if not len(item):
                 raise ValueError(f"item {i}: no reference caption, want at least one")
-            joined = "\n".join(text if isinstance(text, str) else " ".join(text) for text in item)
+            joined = "\n".join(
+                text if isinstance(text, str) else " ".join(map(str, split(text))) for text in item
+            )
             seen[id(item)] = blake2b(joined.encode(), digest_size=16).digest()
         digests.append(seen[id(item)])
     return digests

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ImageId = int | str
 
@@ -13,11 +14,12 @@ def read_results(path: str | Path) -> dict[ImageId, str]:
     """A results file: a JSON list of ``{"image_id": ..., "caption": ...}``, one for each image, or
     an object of image to caption.  ValueError names the first wrong entry."""
     try:
-        loaded = json.loads(Path(path).read_text())
+        text = Path(path).read_text(encoding="utf-8-sig")
+        loaded = json.loads(text, object_pairs_hook=_Object)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
-    if isinstance(loaded, dict):
-        loaded = [{"image_id": image, "caption": caption} for image, caption in loaded.items()]
+    if isinstance(loaded, _Object):
+        loaded = [{"image_id": image, "caption": caption} for image, caption in loaded.pairs]
     if not isinstance(loaded, list):
         raise ValueError(f"{path}: holds {type(loaded).__name__}, want a list of results")
     captions: dict[ImageId, str] = {}
@@ -25,7 +27,7 @@ def read_results(path: str | Path) -> dict[ImageId, str]:
         if not isinstance(entry, dict) or not {"image_id", "caption"} <= set(entry):
             raise ValueError(f"{path}: entry {i} is {entry!r}, want image_id and caption")
         image, caption = entry["image_id"], entry["caption"]
-        if not isinstance(image, int | str):
+        if not isinstance(image, int | str) or isinstance(image, bool):
             raise ValueError(f"{path}: entry {i} has image_id {image!r}, want an int or a str")
         if not isinstance(caption, str):
             raise ValueError(f"{path}: image {image} has caption {caption!r}, want one str")
@@ -33,6 +35,14 @@ def read_results(path: str | Path) -> dict[ImageId, str]:
             raise ValueError(f"{path}: image {image} has two captions, want one for each image")
         captions[image] = caption
     return captions
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that knows of keys which it holds twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.pairs = pairs
 
 
 def write_results(path: str | Path, captions: Mapping[ImageId, str]) -> None:

@@ -37,6 +37,7 @@ def reward_statistics(references: Sequence[Sequence[str]], config: RewardConfig)
         return Statistics()
     tokenized = [[ptb.tokenize(caption) for caption in captions] for captions in references]
     df = _document_frequency(tokenized, config)
+    check_eos(df, config)
     return Statistics(df, ReferenceIndex.build(df, tokenized))
 
 
@@ -60,6 +61,16 @@ def batch_document_frequency(
     """Document frequencies of images that are scored together, by prompt id; raw captions."""
     tokenized = [tokenized_references(some) for some in references.values()]
     return DocumentFrequency.from_references(tokenized, eos=eos, source="batch")
+
+
+def check_eos(df: DocumentFrequency, config: RewardConfig) -> None:
+    """ValueError where ``df`` was counted with another ``eos`` than ``config`` declares."""
+    if df.eos != config.eos:
+        raise ValueError(
+            f"the document frequencies {df.source} were counted with eos={df.eos}, the rewards "
+            f"declare eos={config.eos}; set reward.eos, or count them again with "
+            "reward_statistics(references, config)"
+        )
 
 
 def reward_signature(config: RewardConfig, statistics: Statistics) -> str:

@@ -19,6 +19,7 @@ from rayrl.rewards.bleu import bleu
 from rayrl.rewards.cider import CiderD, DocumentFrequency
 from rayrl.rewards.java import MetricUnavailable
 from rayrl.rewards.meteor import Meteor
+from rayrl.rewards.ngrams import check_listed
 from rayrl.rewards.rouge import rouge_l
 from rayrl.rewards.signature import PTB_SIGNATURE, cider_signature
 from rayrl.rewards.spice import Spice
@@ -45,6 +46,8 @@ class CaptionSet:
             values = getattr(self, name)
             if values is not None and len(values) != len(self.captions):
                 raise ValueError(f"{len(self.captions)} captions but {len(values)} {name}")
+        for i, some in enumerate(self.references):
+            check_listed(i, some)
 
     @cached_property
     def tokens(self) -> list[list[str]]:

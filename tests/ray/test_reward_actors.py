@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +260,101 @@ def test_frequencies_of_the_step_do_not_depend_on_how_many_workers_share_it(monk
         cider = result.rewards
         np.testing.assert_allclose(rewards, cider + np.minimum(cider, words), rtol=1e-6)
         assert greedy == pytest.approx(result.greedy_reward + min(result.greedy_reward, 3 / 2))
+
+
+JAVA = """
+import json, sys
+if sys.argv[1] == "-version":
+    sys.exit(print('openjdk version "17"', file=sys.stderr))
+items = json.load(open(sys.argv[sys.argv.index("-jar") + 2]))
+scores = [{"image_id": i["image_id"], "scores": {"All": {"f": len(i["test"])}}} for i in items]
+json.dump(scores, open(sys.argv[sys.argv.index("-out") + 1], "w"))
+"""
+
+
+def stand_ins(folder: Path) -> dict[str, str]:
+    """An environment with a program in place of Java and a pycocoevalcap with SPICE's models."""
+    spice = folder / "pycocoevalcap" / "spice"
+    (spice / "lib").mkdir(parents=True)
+    models = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+    for file in ("../__init__.py", "spice-1.0.jar", *(f"lib/{name}" for name in models)):
+        (spice / file).touch()
+    java = folder / "java"
+    java.write_text(f"#!{sys.executable}{JAVA}")
+    java.chmod(0o755)
+    return {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{folder}:{ROOT}",
+    }
+
+
+def test_spice_and_clip_score_are_rewards_in_actors_of_their_own(tmp_path):
+    """SPICE's models are not everywhere: a program in its place scores the letters of a caption."""
+    from rayrl.actors.reward import RewardActor
+    from rayrl.rewards.model_terms import ClipScoreTerm
+    from rayrl.rewards.term import Item
+    from tests.unit.test_rewards_clipscore import picture, tiny_clip
+
+    folder = str(tiny_clip(tmp_path / "clip"))
+    clip = {"kind": "clip_score", "folder": folder, "cpus": 0.5, "references": True}
+    config = RewardConfig(terms={"spice": 0.25, "clip": clip})
+    environment = {"env_vars": stand_ins(tmp_path)}
+    actor = RewardActor.options(runtime_env=environment).remote(config, (ray.put(Statistics()),))
+    pictured = [
+        replace(group, prompt=replace(group.prompt, image=picture(i)))
+        for i, group in enumerate(groups())
+    ]
+    results = ray.get(actor.score.remote(pictured), timeout=300)
+    term = ClipScoreTerm(folder, "cpu", references=True)
+    items = [Item(group.prompt, CAPTIONS, (True,) * 3) for group in pictured]
+    for result, want in zip(results, term.score(items), strict=True):
+        assert result.terms["spice"].tolist() == [len(caption) for caption in CAPTIONS]
+        np.testing.assert_allclose(result.terms["clip"], want, rtol=1e-5)
+        np.testing.assert_allclose(
+            result.rewards, result.terms["spice"] / 4 + result.terms["clip"], rtol=1e-6
+        )
+
+
+@pytest.mark.java
+@pytest.mark.skipif(shutil.which("java") is None, reason="no java on the PATH")
+def test_meteor_is_a_reward_in_an_actor_of_its_own():
+    actor, _ = start({"cider_d": 1.0, "meteor": 10.0}, timeout_s=300.0)
+    results = ray.get(actor.score.remote(groups()), timeout=300)
+    # pycocoevalcap's values.
+    red, green = (0.4996193377772159, 1 / 27, 0.3308534455565891), (0.331280768046896, 1 / 27)
+    np.testing.assert_allclose(results[0].terms["meteor"], red, rtol=1e-6)
+    for result in results[1:]:
+        np.testing.assert_allclose(result.terms["meteor"][:2], green, rtol=1e-6)
+    for result in results:
+        rewards = result.terms["cider_d"] + 10 * result.terms["meteor"]
+        np.testing.assert_allclose(result.rewards, rewards, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"spice": 1.0}, "no stanford-corenlp-3.6.0.jar and .* fetches them|no java on the PATH"),
+        ({"mine": apart("no_such_function")}, "mine does not start: .* no function 'no_such_f"),
+        ({"mine": {"kind": "function", "path": "no_such:f"}}, "do not start: .*no module 'no_such"),
+        ({"clip_score": {"folder": "/nowhere"}}, "do not start: .*no CLIP model at /nowhere"),
+    ],
+)
+def test_terms_that_cannot_start_are_found_before_the_training(terms, message):
+    from rayrl.actors.reward import check_terms
+
+    with pytest.raises(RuntimeError, match=message):
+        check_terms(RewardConfig(terms=terms), Statistics())
+
+
+def test_terms_that_can_start_pass_the_check_and_leave_nothing_running():
+    from rayrl.actors.reward import check_terms
+
+    before = ray.available_resources()["GPU"]
+    check_terms(RewardConfig(terms={"rouge_l": 1.0, "words": apart("words")}), Statistics())
+    deadline = time.monotonic() + 60
+    while ray.available_resources()["GPU"] < before:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.1)
 
 
 def test_a_term_that_cannot_start_ends_the_run_with_its_reason():

@@ -165,6 +165,13 @@ def test_two_files_are_compared_by_the_paired_bootstrap(folder, capsys):
     assert rows["bleu_4"][2:] == ["+0.00", "[+0.00,", "+0.00]", "1.0000"]
 
 
+def test_a_comparison_says_which_file_is_wrong(folder, capsys):
+    write("short.json", results({7: "a"}))
+    assert run("--compare", "results.json", "short.json", "--references", "references.json") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("eval_coco.py: short.json: 2 of 3 images have no caption")
+
+
 def test_the_self_test_prints_the_golden_values(capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert run("--self-test") == 0

@@ -245,6 +245,35 @@ def test_wrong_shapes_are_named() -> None:
     assert scorer.score([], []).shape == (0,)
 
 
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize(
+    ("captions", "references", "message"),
+    [
+        ({7: ["a b"]}, {7: ["a b"]}, r"captions are a dict.*score\(\[res\[i\]\[0\] for i in res"),
+        ("a b", [["a b"]], "captions are a str, want a list"),
+        ([None], [["a b"]], "caption None, want a str or a list of words"),
+        ([float("nan")], [["a b"]], "caption nan, want a str"),
+        (
+            [["a red dog"]],
+            [["a b"]],
+            r"\['a red dog'.* has the word 'a red dog', want a caption as",
+        ),
+        ([[["a"]]], [["a b"]], r"has the word \['a'\]"),
+        ([[3, 17]], [["a b"]], "has the word 3, want a caption as one str"),
+        (["a"], [None], "item 0: references None, want a list of captions"),
+        (["a"], [[None]], "caption None, want a str"),
+        (["a"], [[["new words"]]], "has the word 'new words'"),
+    ],
+)
+def test_wrong_types_are_named(
+    eos: bool, captions: object, references: object, message: str
+) -> None:
+    scorer = CiderD(DocumentFrequency.from_references([["a b"], ["c"]], eos=eos))
+    with pytest.raises(ValueError, match=message):
+        scorer.score(captions, references)  # type: ignore[arg-type]
+    assert scorer.score(["a b"], [["a b"]]).shape == (1,), "it goes on"
+
+
 @pytest.mark.parametrize("path", ["numpy"], indirect=True)
 def test_more_than_255_references_and_repetitions() -> None:
     """Counts are kept in a byte until one does not fit.  (For wider ones numba compiles anew.)"""

@@ -39,7 +39,11 @@ def picture(seed: int, width: int = 50, height: int = 40) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("clip")
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+def tiny_clip(path: Path) -> Path:
+    """A folder with a random CLIP of the words above."""
     torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}

@@ -89,6 +89,8 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(ValueError, match=r"text.npz: not document frequencies .*read_pickle"):
         DocumentFrequency.load(tmp_path / "text.npz")
+    with pytest.raises(FileNotFoundError, match=r"gone.npz: no such file; .*save\(path\) writes"):
+        DocumentFrequency.load(tmp_path / "gone.npz")
 
 
 def test_one_image_is_refused_with_the_reason() -> None:
@@ -109,6 +111,21 @@ def test_every_caption_a_document() -> None:
     df = DocumentFrequency.from_references(captions, source="caption")
     assert df.num_documents == 5
     assert as_mapping(df)[("a",)] == 5
+
+
+@pytest.mark.parametrize(
+    ("references", "message"),
+    [
+        (["a dog", "a cat"], "item 0: references 'a dog', want a list of captions"),
+        ({7: ["a dog"], 8: ["a cat"]}, "item 0: references 7, want .* pass the values"),
+        ([["a dog"], [None]], "caption None, want a str or a list of words"),
+        ([["a dog"], [["a cat"]]], "has the word 'a cat', want a caption as one str"),
+        ([["a dog"], [[1, 2]]], "has the word 1"),
+    ],
+)
+def test_references_of_wrong_types_are_named(references: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DocumentFrequency.from_references(references)  # type: ignore[arg-type]
 
 
 def test_raw_text_is_warned_of() -> None:

@@ -61,3 +61,9 @@ def test_what_stands_beyond_a_space_matters() -> None:
 )
 def test_long_and_odd_input(text: str, tokens: list[str]) -> None:
     assert tokenize(text) == tokens
+
+
+@pytest.mark.parametrize("caption", [None, float("nan"), 7, ["a dog"]])
+def test_what_is_no_text_is_named(caption: object) -> None:
+    with pytest.raises(ValueError, match=r"caption .*, want a str"):
+        tokenize(caption)  # type: ignore[arg-type]

@@ -160,6 +160,10 @@ def test_unknown_metrics_and_wrong_sizes_are_refused() -> None:
     assert evaluate(data, ("rouge_l",)).scores == {"rouge_l": 1.0}
     with pytest.raises(ValueError, match="1 captions but 2 references"):
         CaptionSet(["a"], [["a"], ["b"]])
+    with pytest.raises(ValueError, match="item 0: references 'a b', want a list of captions"):
+        CaptionSet(["a"], ["a b"])
+    with pytest.raises(ValueError, match="caption None, want a str"):
+        evaluate(CaptionSet([None, "a"], [["a"], ["b"]]), ("rouge_l",))  # type: ignore[list-item]
 
 
 def test_diversity_of_samples() -> None:
@@ -202,6 +206,7 @@ def test_results_survive_a_round_trip_with_number_ids(tmp_path: Path) -> None:
         ([{"image_id": 1.5, "caption": "a"}], "image_id 1.5, want an int or a str"),
         ([{"image_id": 1, "caption": ["a"]}], r"image 1 has caption \['a'\], want one str"),
         ([{"image_id": 1, "caption": "a"}] * 2, "image 1 has two captions"),
+        ([{"image_id": True, "caption": "a"}], "image_id True, want an int or a str"),
     ],
 )
 def test_wrong_results_are_named(tmp_path: Path, value: object, message: str) -> None:
@@ -212,6 +217,12 @@ def test_wrong_results_are_named(tmp_path: Path, value: object, message: str) ->
 def test_results_that_are_not_json(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text("{")
     with pytest.raises(ValueError, match=r"r\.json: not JSON"):
+        read_results(tmp_path / "r.json")
+    (tmp_path / "r.json").write_bytes('{"1": "größe"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"r\.json: not JSON \('utf-8' codec"):
+        read_results(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text('{"1": "a", "2": "b", "1": "c"}')
+    with pytest.raises(ValueError, match="image 1 has two captions"):
         read_results(tmp_path / "r.json")
 
 

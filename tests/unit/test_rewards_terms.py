@@ -407,6 +407,7 @@ def test_meteor_is_started_again_once_and_then_fails(monkeypatch: pytest.MonkeyP
     FlakyMeteor.failures = 2
     dropped = scorer(terms={"meteor": 1.0}).score(GROUPS)
     assert dropped[0] == Dropped("p0", "meteor: Java ended with status 137")
+    assert FlakyMeteor.started == 5, "two in place of those that failed"
 
 
 def test_batch_cider_wants_two_images() -> None:
@@ -419,7 +420,8 @@ def test_nothing_to_score_is_nothing() -> None:
     assert scorer(terms={"cider_d": 1.0, "rouge_l": 1.0}).score([]) == []
 
 
-def test_every_kind_can_be_built_or_says_what_is_missing() -> None:
+def test_every_kind_can_be_built_or_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_terms, "Meteor", FlakyMeteor)
     from rayrl.rewards.config import KINDS
     from rayrl.rewards.java import MetricUnavailable
 
