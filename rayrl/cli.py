@@ -75,13 +75,16 @@ def describe(config: Config) -> str:
     images, captions = train.images_per_step, config.captions_per_step
     per_update = images // learner.minibatches
     micro = -(-per_update // learner.micro_batch_images)
+    parts = f"in {micro} micro-batch{'es' * (micro > 1)}"
+    if learner.micro_batch_tokens:
+        parts = f"in micro-batches of up to {learner.micro_batch_tokens} tokens"
     updates = learner.inner_epochs * learner.minibatches
     ahead = train.max_staleness
     lines = [
         f"a step: {images} images x {train.group_size} captions = {captions} captions "
         f"of up to {config.sampling.max_tokens} tokens",
         f"the update: {updates} optimizer step{'s' * (updates > 1)} a step, each of {per_update} "
-        f"images in {micro} micro-batch{'es' * (micro > 1)}",
+        f"images {parts}",
         f"the run: {train.steps} steps = {train.steps * captions} captions, "
         + (
             "sampled with the newest weights" if not ahead else f"sampled up to {ahead} steps ahead"

@@ -178,6 +178,11 @@ class LearnerConfig(Section):
     """Optimizer steps a pass; the images of a step are shuffled into this many parts."""
     micro_batch_images: PositiveInt = 32
     """Images whose groups go through the model at once; changes memory, not results."""
+    micro_batch_tokens: NonNegativeInt = 0
+    """Tokens of prompts and captions that go through the model at once, padding included; 0 counts
+    images alone.  An image above it goes alone."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of layers for the backward pass and run the layers again in it."""
     feature_cache_mb: NonNegativeInt = 1024
     """Host memory, in MiB, for image features, which are computed once per image and run while
     vision tower and connector are frozen; 0 computes them at every pass."""

@@ -58,22 +58,41 @@ def minibatches(
             yield shuffled[start : start + size]
 
 
-def micro_batches(indices: Sequence[int], config: LearnerConfig) -> Iterator[list[int]]:
-    """The images of a minibatch in the parts that go through the model at once."""
-    size = config.micro_batch_images
-    for start in range(0, len(indices), size):
-        yield list(indices[start : start + size])
+def micro_batches(
+    indices: Sequence[int], tokens: Sequence[int], config: LearnerConfig
+) -> Iterator[list[int]]:
+    """The images of a minibatch in the parts that go through the model at once: at most
+    ``micro_batch_images`` and, where that is not 0, ``micro_batch_tokens``.
+
+    tokens: of every image of the step, its prompt's and its captions'.  A part's rows are as long
+    as its longest, so images of similar length go together, the longest first.
+    """
+    most, budget = config.micro_batch_images, config.micro_batch_tokens
+    if not budget:
+        for start in range(0, len(indices), most):
+            yield list(indices[start : start + most])
+        return
+    part: list[int] = []
+    for image in sorted(indices, key=lambda i: -tokens[i]):
+        if part and (len(part) == most or (len(part) + 1) * tokens[part[0]] > budget):
+            yield part
+            part = []
+        part.append(image)
+    if part:
+        yield part
 
 
 def rank_micro_batches(
-    indices: Sequence[int], config: LearnerConfig, ranks: Ranks
+    indices: Sequence[int], tokens: Sequence[int], config: LearnerConfig, ranks: Ranks
 ) -> list[tuple[list[int], bool]]:
     """The micro-batches of this rank's share of a minibatch, each with whether it counts.
 
     They are equally many on every rank, for all take part in every collective: where a rank runs
     out of images, one goes through the model once more and counts for nothing.
     """
-    shares = [list(micro_batches(ranks.share(indices, r), config)) for r in range(ranks.size)]
+    shares = [
+        list(micro_batches(ranks.share(indices, r), tokens, config)) for r in range(ranks.size)
+    ]
     mine = [(part, True) for part in shares[ranks.rank]]
     most = max(len(share) for share in shares)
     return mine + [([indices[0]], False)] * (most - len(mine))

@@ -93,7 +93,7 @@ class Forward:
         """Log-probs [P, G, T] of a whole step, without gradient; ranks share the work."""
         logprobs = torch.zeros_like(groups.rollout_logprobs)
         everyone = range(len(groups.image_ids))
-        for part, counts in rank_micro_batches(everyone, self._config, self._ranks):
+        for part, counts in rank_micro_batches(everyone, inputs.tokens, self._config, self._ranks):
             mine = self(model, groups.select(part), inputs.select(part)).logprobs
             if counts:
                 logprobs[part] = mine

@@ -89,6 +89,9 @@ class StepInputs:
         self._instruction = instruction
         self._expected = batch.prompt_token_ids
         self._prompt_ids = batch.prompt_ids
+        captions = batch.mask.sum((1, 2)).tolist()
+        self.tokens = [len(ids) + n for ids, n in zip(self._expected, captions, strict=True)]
+        """Of every image, its prompt's and its captions'."""
 
     def select(self, indices: Sequence[int]) -> PromptBatch:
         """Inputs of these prompts.  Raises ValueError naming the prompt where the engine used

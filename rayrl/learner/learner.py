@@ -11,6 +11,7 @@ Knows torch and nothing of Ray.  A step trains on P groups of G captions:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,9 +186,13 @@ class Learner:
         images = len(groups.image_ids)
         parts = (
             (self._micro_batch(groups.select(rows), rows, inputs), counts)
-            for rows, counts in rank_micro_batches(range(images), self._config, self._ranks)
+            for rows, counts in self._parts(range(images), inputs)
         )
         return replace(groups, **self._providers.at_start(images, parts))
+
+    def _parts(self, indices: Sequence[int], inputs: StepInputs) -> list[tuple[list[int], bool]]:
+        """This rank's micro-batches of some images, each with whether it counts."""
+        return rank_micro_batches(indices, inputs.tokens, self._config, self._ranks)
 
     def _micro_batch(
         self, groups: GroupBatch, rows: list[int], inputs: StepInputs, *, with_entropy: bool = False
@@ -215,7 +220,7 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         self._providers.before_update()
         parts, mine = [], Means()
-        for images, counts in rank_micro_batches(indices, self._config, self._ranks):
+        for images, counts in self._parts(indices, inputs):
             loss = self.loss(prepared, images, inputs, normalizer, counts=counts)
             loss.loss.backward()
             self.policy.masters.collect()

@@ -14,6 +14,7 @@ from rayrl.learner.forward import Forward, feature_cache
 from rayrl.learner.inputs import InputCache, StepInputs
 from rayrl.learner.masters import Masters
 from rayrl.learner.parallel import Ranks, shard
+from rayrl.learner.recompute import recompute_layers
 from rayrl.learner.state import load_model_files, model_files
 from rayrl.types import TrainBatch
 from rayrl.vlm import choose_trainable, load_captioner
@@ -61,6 +62,8 @@ class Policy:
             ranks=ranks,
             features=self.features,
         )
+        if config.activation_checkpointing:
+            recompute_layers(self.model)
         if ranks.sharded:
             for each in (self.model, self.reference):
                 if each is not None:

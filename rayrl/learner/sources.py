@@ -16,7 +16,7 @@ def provided(config: LearnerConfig, images_per_step: int) -> frozenset[str]:
     """What a learner of these settings can give an objective beyond tokens and rewards: losses
     over whole minibatches only where a rank's share of one goes through the model at once."""
     largest = -(-(images_per_step // config.minibatches) // config.num_workers)
-    whole = largest <= config.micro_batch_images
+    whole = largest <= config.micro_batch_images and not config.micro_batch_tokens
     return PROVIDED | {"whole_minibatch"} if whole else frozenset(PROVIDED)
 
 
