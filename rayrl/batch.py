@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -36,6 +36,8 @@ def make_batch(groups: Sequence[ScoredGroup]) -> TrainBatch:
             logprobs[p, g, :n] = completion.logprobs
             mask[p, g, :n] = True
     greedy = [group.greedy_reward for group in groups]
+    spans = [group.wrong_spans for group in groups]
+    prefixes = [group.prefix_rewards for group in groups]
     return TrainBatch(
         prompt_ids=tuple(group.group.prompt.prompt_id for group in groups),
         images=tuple(group.group.prompt.image for group in groups),
@@ -52,4 +54,24 @@ def make_batch(groups: Sequence[ScoredGroup]) -> TrainBatch:
         greedy_rewards=None
         if any(value is None for value in greedy)
         else np.array(greedy, np.float32),
+        texts=tuple(tuple(c.text for c in row) for row in completions),
+        references=tuple(group.group.prompt.references for group in groups),
+        fields=_stacked([group.fields for group in groups]),
+        wrong_spans=None if None in spans else tuple(some for some in spans if some is not None),
+        prefix_rewards=None
+        if any(some is None for some in prefixes)
+        else tuple(some for some in prefixes if some is not None),
     )
+
+
+def _stacked(fields: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The fields that every group has, [P, ...]; shorter ones end in NaN."""
+    names = set.intersection(*(set(some) for some in fields))
+    stacked = {}
+    for name in sorted(names):
+        rows = [some[name] for some in fields]
+        longest = max(len(row) for row in rows)
+        if any(len(row) < longest for row in rows):
+            rows = [np.pad(row, (0, longest - len(row)), constant_values=np.nan) for row in rows]
+        stacked[name] = np.stack(rows)
+    return stacked

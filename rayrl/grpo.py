@@ -229,7 +229,7 @@ def run_job(config: Config, *, resume: bool) -> bool:
     """From data to report; returns whether all steps were done (a stop between steps is not)."""
     folder = Path(config.run_folder)
     # What an objective lacks is said before hours of stage 1, not after.
-    build(config.objective).check(provided(config.learner, config.train.images_per_step))
+    build(config.objective).check(provided(config))
     train_data, val_data = load_split(config.data, "train"), load_split(config.data, "val")
     copies = open_copies(config.train.checkpoint_uri)
     open_run_folder(folder, config, copies, resume=resume, say=print)

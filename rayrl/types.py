@@ -112,12 +112,22 @@ def _unpacked_group(rest: dict[str, Any], completions: dict[str, Any]) -> Rollou
 class ScoredGroup:
     """A group with its reward terms (each [G]) and their weighted sum ``rewards`` [G].
 
-    ``greedy_reward`` is the reward of ``group.greedy`` where there is one, else None."""
+    ``greedy_reward`` is the reward of ``group.greedy`` where there is one, else None.  Some
+    objectives want more:
+
+    fields: by the objective's name for them, arrays whose first axis is G, or N for
+        ``reference_rewards`` [N]
+    wrong_spans: for each caption the (start, end) characters of its text that a judge calls wrong
+    prefix_rewards: for each caption the rewards of its first 0, 1, ... words, but not all of them
+    """
 
     group: RolloutGroup
     terms: Mapping[str, FloatArray]
     rewards: FloatArray
     greedy_reward: float | None = None
+    fields: Mapping[str, np.ndarray] = field(default_factory=dict)
+    wrong_spans: tuple[tuple[tuple[int, int], ...], ...] | None = None
+    prefix_rewards: tuple[FloatArray, ...] | None = None
 
     def __post_init__(self) -> None:
         who, size = self.group.prompt.prompt_id, self.group.group_size
@@ -138,6 +148,9 @@ class TrainBatch:
     EOS counts once.  ``truncated`` [P,G] marks captions that ran into the length limit.
     ``prompt_token_ids`` and ``images`` hold one entry per image.
     ``terms`` maps a reward term to [P,G]; ``greedy_rewards`` is [P] or None.
+    ``texts`` and ``references`` are captions and references of each image.
+    ``fields``, ``wrong_spans`` and ``prefix_rewards`` are those of ``ScoredGroup``, an image each;
+    ``fields`` have a first axis P and NaN where an image has fewer references.
     """
 
     prompt_ids: tuple[str, ...]
@@ -151,6 +164,11 @@ class TrainBatch:
     truncated: BoolArray
     terms: Mapping[str, FloatArray] = field(default_factory=dict)
     greedy_rewards: FloatArray | None = None
+    texts: tuple[tuple[str, ...], ...] = ()
+    references: tuple[tuple[str, ...], ...] = ()
+    fields: Mapping[str, np.ndarray] = field(default_factory=dict)
+    wrong_spans: tuple[tuple[tuple[tuple[int, int], ...], ...], ...] | None = None
+    prefix_rewards: tuple[tuple[FloatArray, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         p, g, t = self.token_ids.shape

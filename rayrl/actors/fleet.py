@@ -20,6 +20,7 @@ from rayrl.actors.reward import RewardActor
 from rayrl.actors.rollout import RolloutActor
 from rayrl.config import Config
 from rayrl.engine.base import Sampling, request_seed
+from rayrl.objectives import build
 from rayrl.rewards.score import Dropped
 from rayrl.rewards.statistics import Statistics, step_document_frequency
 from rayrl.types import Completion, Prompt, ScoredGroup
@@ -261,7 +262,12 @@ class Fleet:
     def _start_reward(self) -> Any:
         return RewardActor.options(  # type: ignore[attr-defined]
             num_cpus=self._config.train.reward_cpus
-        ).remote(self._config.reward, self._statistics, self._config.train.reward_timeout_s)
+        ).remote(
+            self._config.reward,
+            self._statistics,
+            self._config.train.reward_timeout_s,
+            build(self._config.objective).needs,
+        )
 
 
 def _split(items: list[Prompt], parts: int) -> list[list[Prompt]]:

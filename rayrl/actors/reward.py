@@ -7,7 +7,7 @@ drops the groups of its batch; the terms beside it go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -63,7 +63,11 @@ class RewardActor:
     """
 
     def __init__(
-        self, config: RewardConfig, statistics: tuple[Any], timeout_s: float = 120.0
+        self,
+        config: RewardConfig,
+        statistics: tuple[Any],
+        timeout_s: float = 120.0,
+        needs: Collection[str] = (),
     ) -> None:
         self._config = config
         # The rest is for the other terms and the way.
@@ -71,9 +75,9 @@ class RewardActor:
         apart = placements(config)
         near = [name for name in config.terms if name not in apart]
         (shared,) = statistics
-        self._near = Scorer(_part(config, near), ray.get(shared))
+        self._near = Scorer(_part(config, near), ray.get(shared), needs)
         self._apart = {
-            name: _TermApart(name, _part(config, [name]), shared, asked)
+            name: _TermApart(name, _part(config, [name]), shared, asked, needs)
             for name, asked in apart.items()
         }
         self._seconds: dict[str, float] = {}
@@ -93,7 +97,7 @@ class RewardActor:
         scores |= self._collect(groups, shared)
         for name, result in scores.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + result.seconds
-        return combine(groups, scores, self._config)
+        return combine(groups, scores, self._config, self._near.similarity(groups, step_df))
 
     def ready(self) -> None:
         """Wait until every term apart has started; RuntimeError for one that does not."""
@@ -135,9 +139,15 @@ class _TermApart:
     """A term in an actor of its own, and its answer to the batch that was last submitted."""
 
     def __init__(
-        self, name: str, config: RewardConfig, statistics: Any, asked: Mapping[str, float]
+        self,
+        name: str,
+        config: RewardConfig,
+        statistics: Any,
+        asked: Mapping[str, float],
+        needs: Collection[str],
     ) -> None:
-        self._name, self._config, self._statistics, self._asked = name, config, statistics, asked
+        self._name, self._asked = name, asked
+        self._arguments = (config, statistics, needs)
         self._actor = self._start()
         self._answer: Any = None
 
@@ -172,15 +182,17 @@ class _TermApart:
         self._actor = self._start()
 
     def _start(self) -> Any:
-        return TermActor.options(**self._asked).remote(self._config, self._statistics)  # type: ignore[attr-defined]
+        return TermActor.options(**self._asked).remote(*self._arguments)  # type: ignore[attr-defined]
 
 
 @ray.remote
 class TermActor:
     """One term of ``config``."""
 
-    def __init__(self, config: RewardConfig, statistics: Statistics) -> None:
-        self._scorer = Scorer(config, statistics)
+    def __init__(
+        self, config: RewardConfig, statistics: Statistics, needs: Collection[str]
+    ) -> None:
+        self._scorer = Scorer(config, statistics, needs)
 
     def ready(self) -> None:
         """Answers once the term has started."""
@@ -191,7 +203,8 @@ class TermActor:
 
 
 def _part(config: RewardConfig, names: Sequence[str]) -> RewardConfig:
-    return config.model_copy(update={"terms": {name: config.terms[name] for name in names}})
+    update = {"terms": {name: config.terms[name] for name in names}, "constraints": {}}
+    return config.model_copy(update=update)
 
 
 def _failed(groups: Sequence[RolloutGroup], failure: Failure, seconds: float) -> TermScores:

@@ -10,12 +10,18 @@ import torch
 
 from rayrl.config import LearnerConfig
 from rayrl.learner.parallel import Ranks
-from rayrl.objectives.batch import GroupBatch
+from rayrl.objectives.batch import OPTIONAL_FIELDS, GroupBatch
 from rayrl.types import TrainBatch
+
+_DTYPES = {"b": torch.bool, "i": torch.long}
 
 
 def group_batch(batch: TrainBatch, device: str | torch.device) -> GroupBatch:
-    """The step's groups on ``device``, every caption valid."""
+    """The step's groups on ``device``, every caption valid.
+
+    Raises ValueError on a field that no objective knows."""
+    if unknown := batch.fields.keys() - OPTIONAL_FIELDS.keys():
+        raise ValueError(f"batch: unknown fields {', '.join(sorted(unknown))}")
 
     def tensor(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.as_tensor(np.asarray(array), dtype=dtype, device=device)
@@ -33,6 +39,10 @@ def group_batch(batch: TrainBatch, device: str | torch.device) -> GroupBatch:
         valid=torch.ones(batch.rewards.shape, dtype=torch.bool, device=device),
         truncated=tensor(batch.truncated, torch.bool),
         greedy_rewards=None if batch.greedy_rewards is None else tensor(batch.greedy_rewards),
+        **{
+            name: tensor(value, _DTYPES.get(value.dtype.kind, torch.float32))
+            for name, value in batch.fields.items()
+        },
     )
 
 

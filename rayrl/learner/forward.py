@@ -67,21 +67,40 @@ class Forward:
         with_states: bool = False,
     ) -> LogprobOutput:
         """Log-probs [P, G, T] of the micro-batch of ``prompts``, with gradient."""
+        return self.captions(
+            model,
+            groups.token_ids,
+            groups.mask,
+            prompts,
+            with_entropy=with_entropy,
+            with_states=with_states,
+        )
+
+    def captions(
+        self,
+        model: Any,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        prompts: PromptBatch,
+        *,
+        temperature: float | None = None,
+        with_entropy: bool = False,
+        with_states: bool = False,
+    ) -> LogprobOutput:
+        """The same of any captions [P, N, L], at the sampling's temperature or another."""
         encoded, given = 1.0, {}
         if self._features is not None:
             misses = self._features.misses
             given["image_features"] = self._features.features(model, *prompts)
             encoded = (self._features.misses - misses) / len(prompts.image_keys)
         backward = torch.is_grad_enabled()
-        self.flops += self._counter.count(
-            prompts.inputs, groups.mask, backward=backward, encoded=encoded
-        )
+        self.flops += self._counter.count(prompts.inputs, mask, backward=backward, encoded=encoded)
         return self._outputs(
             model,
             prompts.inputs,
-            groups.token_ids,
-            groups.mask,
-            temperature=self._temperature,
+            ids,
+            mask,
+            temperature=temperature or self._temperature,
             banned_ids=self._banned_ids,
             with_entropy=with_entropy,
             with_states=with_states,

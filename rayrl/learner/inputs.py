@@ -86,6 +86,7 @@ class StepInputs:
         self._cache = cache
         self._model = model
         self._images = batch.images
+        self._references = batch.references
         self._instruction = instruction
         self._expected = batch.prompt_token_ids
         self._prompt_ids = batch.prompt_ids
@@ -102,6 +103,12 @@ class StepInputs:
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
         return PromptBatch(inputs, [image_key(self._images[i]) for i in indices])
+
+    def references(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
+        """The reference captions of these prompts; ValueError where the batch has none."""
+        if len(self._references) != len(self._images):
+            raise ValueError("the batch has no reference captions, which the objective trains on")
+        return [self._references[i] for i in indices]
 
     def _check(self, inputs: BatchFeature, indices: Sequence[int]) -> None:
         """The learner must see the very ids that the engine sampled after."""

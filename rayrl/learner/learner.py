@@ -37,8 +37,9 @@ from rayrl.learner.policy import Policy
 from rayrl.learner.providers import MicroBatch
 from rayrl.learner.replay import make_replay
 from rayrl.learner.sources import make_providers
+from rayrl.learner.spans import with_token_fields
 from rayrl.objectives.batch import GroupBatch
-from rayrl.objectives.compile import PROVIDED
+from rayrl.objectives.compile import CONFIGURED, PROVIDED
 from rayrl.objectives.config import NO_SOURCES, SourcesConfig
 from rayrl.objectives.objective import LossOutput, Objective, Prepared
 from rayrl.objectives.reduce import Normalizer
@@ -70,7 +71,7 @@ class Learner:
     ) -> None:
         self._ranks = ranks
         self._config = config
-        objective.check(PROVIDED | {"whole_minibatch"})
+        objective.check({*PROVIDED, *CONFIGURED, "whole_minibatch"})
         self.objective = objective
         self._objective_state = objective.initial_state()
         self._instruction = instruction
@@ -90,9 +91,8 @@ class Learner:
         self._providers = make_providers(
             objective.needs,
             sources,
+            self.policy,
             updates_per_step=self._updates_per_step,
-            hidden_size=self.policy.model.get_output_embeddings().in_features,
-            device=self.policy.device,
             ranks=ranks,
         )
         self._replay: Checkpoint | None = None
@@ -117,6 +117,7 @@ class Learner:
         meter = StepMeter(policy.device, policy.model.dtype, self._named, self._ranks)
         flops, sums, problems = policy.forward.flops, Means(), list[str]()
         self._replay = None
+        batch = with_token_fields(batch, policy.processor.tokenizer)
         inputs = self.inputs(batch)
         groups = self._with_start_fields(group_batch(batch, policy.device), inputs)
         before = self._objective_state

@@ -28,6 +28,7 @@ class Policy:
     trainable: names of the parameters that train; named: by name, what the optimizer steps (the
         parameters themselves, or their float32 ``masters``)
     forward: log-probs of the model or the reference
+    processor, eos_id: how captions are written as tokens
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class Policy:
             device="cpu" if ranks.sharded else self.device,
             trust_remote_code=model.trust_remote_code,
         )
-        self.model, self._processor = captioner.model, captioner.processor
+        self.model, self.processor = captioner.model, captioner.processor
+        self.eos_id = captioner.eos_ids[0]
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if with_reference else None
         self.trainable = choose_trainable(self.model, model.trainable)
-        self._inputs = InputCache(self._processor)
+        self._inputs = InputCache(self.processor)
         self.features = feature_cache(self.model, config)
         self.forward = Forward(
             config,
@@ -85,7 +87,7 @@ class Policy:
 
     def files(self) -> ModelFiles:
         """What ``from_pretrained`` loads, on rank 0; called on every rank."""
-        return model_files(self.model, self._processor, self._ranks)
+        return model_files(self.model, self.processor, self._ranks)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint's weights.

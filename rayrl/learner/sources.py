@@ -4,38 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from rayrl.config import LearnerConfig
+from rayrl.config import Config
+from rayrl.learner.anchors import Anchors
 from rayrl.learner.heads import Critic
 from rayrl.learner.parallel import SOLO, Ranks
+from rayrl.learner.policy import Policy
 from rayrl.learner.providers import Collisions, OldLogprobs, Provider, Providers
 from rayrl.objectives.compile import PROVIDED
 from rayrl.objectives.config import SourcesConfig
+from rayrl.rewards.config import FunctionConfig, HttpConfig
 
 
-def provided(config: LearnerConfig, images_per_step: int) -> frozenset[str]:
-    """What a learner of these settings can give an objective beyond tokens and rewards: losses
-    over whole minibatches only where a rank's share of one goes through the model at once."""
-    largest = -(-(images_per_step // config.minibatches) // config.num_workers)
-    whole = largest <= config.micro_batch_images and not config.micro_batch_tokens
-    return PROVIDED | {"whole_minibatch"} if whole else frozenset(PROVIDED)
+def provided(config: Config) -> frozenset[str]:
+    """What a run of these settings can give an objective beyond tokens and rewards."""
+    judge = any(isinstance(t, FunctionConfig | HttpConfig) for t in config.reward.terms.values())
+    given = {
+        "whole_minibatch": _whole_minibatches(config),
+        "similarity": config.reward.counts_ngrams,
+        "judge_ok": bool(config.reward.constraints),
+        "reward_versions": judge,
+        "token_credit": judge,
+    }
+    return PROVIDED.difference(given) | {need for need, there in given.items() if there}
+
+
+def _whole_minibatches(config: Config) -> bool:
+    """Whether a rank's share of a minibatch goes through the model at once."""
+    learner = config.learner
+    largest = -(-(config.train.images_per_step // learner.minibatches) // learner.num_workers)
+    return largest <= learner.micro_batch_images and not learner.micro_batch_tokens
 
 
 def make_providers(
     needs: Collection[str],
     config: SourcesConfig,
+    policy: Policy,
     *,
     updates_per_step: int,
-    hidden_size: int,
-    device: str,
     ranks: Ranks = SOLO,
 ) -> Providers:
-    """The providers of ``needs`` beyond the reference model, for a policy with hidden states of
-    ``hidden_size``."""
+    """The providers of ``needs`` beyond the reference model."""
+    hidden_size = policy.model.get_output_embeddings().in_features
     # With one update a step the losses' own pass is the old policy.
     wanted = {*needs, *(["old_logprobs"] if updates_per_step > 1 else [])}
     makers: dict[str, Callable[[], Provider]] = {
         "old_logprobs": OldLogprobs,
         "collision": Collisions,
-        "values": lambda: Critic(hidden_size, lr=config.head_lr, device=device, ranks=ranks),
+        "anchor_logprobs": lambda: Anchors(policy.processor, policy.eos_id),
+        "values": lambda: Critic(hidden_size, lr=config.head_lr, device=policy.device, ranks=ranks),
     }
     return Providers((make() for need, make in makers.items() if need in wanted), ranks)

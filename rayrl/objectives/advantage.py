@@ -66,9 +66,10 @@ def log_mean_exp_baseline(
 def reference_value_baseline(
     rewards: Tensor, reference_rewards: Tensor, *, value_temperature: float
 ) -> Tensor:
-    """r - V*, V* = tau log mean exp(r_ref / tau) over reference captions (A*-PO, 2505.20686)."""
+    """r - V*, V* = tau log mean exp(r_ref / tau) over reference captions (A*-PO, 2505.20686);
+    NaN where an image has fewer of them."""
     scaled = reference_rewards / value_temperature
-    return rewards - value_temperature * _log_mean_exp(scaled, None)
+    return rewards - value_temperature * _log_mean_exp(scaled, reference_rewards.isfinite())
 
 
 def length_weighted_baseline(

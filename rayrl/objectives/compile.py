@@ -52,10 +52,19 @@ _NEED_OF = {"total": "whole_minibatch"}
 PROVIDED = frozenset(
     {
         *("ref_logprobs", "greedy_rewards", "old_logprobs", "entropy", "terms", "extrapolate"),
-        *("values", "policy_values", "collision"),
+        *("values", "policy_values", "collision", "anchor_logprobs", "anchor_mask"),
+        *("reference_rewards", "similarity", "prefix_values"),
     }
 )
 """Needs that the driver and the learner of this package always can bring."""
+
+_JUDGE = "a reward term of kind function or http that gives them"
+CONFIGURED: Mapping[str, str] = {
+    "judge_ok": "reward.constraints",
+    "reward_versions": _JUDGE,
+    "token_credit": _JUDGE,
+}
+"""Needs that are brought once something is configured, and what."""
 
 _ROOTS = frozenset(
     {
@@ -113,10 +122,15 @@ def missing(name: str, compiled: Compiled, lacking: Collection[str]) -> str:
     """In words: what is lacking and which part needs it."""
     words = {**OPTIONAL_FIELDS, **GRAPH_FIELDS, **SERVICES}
     lines = [
-        f"{need} ({words.get(need, 'a rollout planner')}), for {', '.join(compiled.needs_of[need])}"
+        f"{need} ({words.get(need, 'a rollout planner')}{_remedy(need)}), "
+        f"for {', '.join(compiled.needs_of[need])}"
         for need in sorted(lacking)
     ]
     return f"objective {name} needs " + "; ".join(lines)
+
+
+def _remedy(need: str) -> str:
+    return f"; configure {CONFIGURED[need]}" if need in CONFIGURED else ""
 
 
 def _switched_off(bound: BoundPart) -> bool:

@@ -145,12 +145,11 @@ def _pairs(values: Values) -> Metrics:
 
 def _critic(values: Values) -> Metrics:
     """Explained variance of the critic at the start of the step, over tokens: 1 minus the sum of
-    (R - V)^2 over that of (R - mean)^2, R the returns and the mean that of the tokens at hand."""
+    (R - V)^2 over that of (R - mean)^2, R the returns and the mean that of the whole step."""
     if values.get("values") is None:
         return {}
     mask = values["mask"]
     returns = undiscounted_returns(values["rewards"]).expand_as(mask)
-    mean = masked_sum(returns, mask).sum() / mask.sum()
-    spread = masked_sum((returns - mean).square(), mask).sum()
+    spread = masked_sum((returns - values["mean_return"][:, None, None]).square(), mask).sum()
     error = masked_sum((returns - values["values"]).square(), mask).sum()
     return {"objective/critic_explained_variance": (spread - error, spread)}

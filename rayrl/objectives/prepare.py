@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayrl.objectives import stats
 from rayrl.objectives.batch import GroupBatch
 from rayrl.objectives.compile import Compiled
 from rayrl.objectives.inject import BoundPart
@@ -55,7 +56,16 @@ class Preparation:
             fields["pair_weights"] = weights
             fields["active"] = (weights.flatten(1) != 0).any(1).to(keep.dtype)
         fields["token_weights"] = self._token_weights()
+        if self._batch.values is not None:
+            fields["mean_return"] = self._mean_return()
         return fields
+
+    def _mean_return(self) -> Tensor:
+        """The mean return of the step's tokens, the same for every image [P]."""
+        mask = self._batch.mask
+        returns = stats.undiscounted_returns(self._values["rewards"]).expand_as(mask)
+        mean = stats.masked_sum(returns, mask).sum() / mask.sum().clamp(min=1)
+        return mean.expand(len(mask))
 
     def _keep(self) -> Tensor:
         keep = self._batch.valid.to(self._batch.rewards.dtype)

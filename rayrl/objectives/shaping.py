@@ -69,10 +69,12 @@ def sigmoid_over_greedy(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
 
 def quantile_in_reference(rewards: Tensor, reference_rewards: Tensor) -> Tensor:
     """The share of the reference's captions with a lower reward, ties counting half (InfAlign,
-    2412.19792); any increasing map of all rewards leaves it unchanged."""
+    2412.19792); any increasing map of all rewards leaves it unchanged.  NaN where an image has
+    fewer of them."""
     below = (reference_rewards[:, None] < rewards[..., None]).to(rewards.dtype)
     equal = (reference_rewards[:, None] == rewards[..., None]).to(rewards.dtype)
-    return (below + equal / 2).mean(-1)
+    count = reference_rewards.isfinite().sum(-1, keepdim=True)
+    return (below + equal / 2).sum(-1) / count
 
 
 def quantile_in_group(rewards: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rayrl.objectives import preset
 from rayrl.objectives.batch import GRAPH_FIELDS, OPTIONAL_FIELDS
-from rayrl.objectives.compile import PROVIDED, SERVICES
+from rayrl.objectives.compile import CONFIGURED, PROVIDED, SERVICES
 from rayrl.objectives.plan import SLOTS, Plan
 from rayrl.objectives.preset_base import CLIPPED, TRUNCATED_IS, Preset
 from rayrl.objectives.presets import ALTERNATIVES, FAMILIES, PRESETS, plans_of
@@ -37,7 +37,8 @@ def tables() -> str:
         "bring beyond tokens, log-probs and rewards.  *Clipped* stands for ratio: token; bounds:",
         "fixed(clip_low=0.2, clip_high=0.2); surrogate: min_clip.  Status: **ready** runs with",
         "this package as it is; **ready, whole** does when micro-batches are as large as",
-        "minibatches; **waits** runs on tensors, and waits for a provider of its needs.",
+        "minibatches, **ready with** a setting or a reward term when that is there; **waits** runs",
+        "on tensors, and waits for a provider of its needs.",
         "",
     ]
     for family, members in FAMILIES.items():
@@ -83,8 +84,10 @@ def _slots(plan: Plan) -> str:
 
 
 def _status(one: Preset, needs: frozenset[str]) -> str:
-    waits = needs - PROVIDED - {"whole_minibatch"}
+    waits = needs - PROVIDED - CONFIGURED.keys() - {"whole_minibatch"}
     state = "waits" if waits else "ready, whole" if "whole_minibatch" in needs else "ready"
+    wants = sorted({CONFIGURED[need] for need in needs if need in CONFIGURED})
+    state += f" with {'; '.join(wants)}" if wants and not waits else ""
     return state + {"abstract": ", formula from the abstract only"}.get(one.basis, "")
 
 

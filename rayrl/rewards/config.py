@@ -39,6 +39,10 @@ class Asks(NamedTuple):
     gpus: float
 
 
+CONSTRAINT = r"^(>=|<=|>|<) *-?\d+(\.\d+)?$"
+"""A bound on a term's score."""
+
+
 class TermConfig(Section):
     """One reward term."""
 
@@ -313,7 +317,19 @@ class RewardConfig(Section):
     many reward workers share it; or a file, .npz of DocumentFrequency.save or .p of
     self-critical.pytorch."""
 
+    constraints: dict[str, Annotated[str, Field(pattern=CONSTRAINT)]] = Field(default={})
+    """What a caption must satisfy, by term, such as `length: ">= 0"`; some objectives learn from
+    whether it does."""
+
     _complete = field_validator("terms", mode="before")(complete_terms)
+
+    @model_validator(mode="after")
+    def _constrained_terms_exist(self) -> RewardConfig:
+        for name in self.constraints:
+            if name not in self.terms:
+                near = get_close_matches(name, self.terms, n=1) or list(self.terms)
+                raise ValueError(f"constraints: no term {name!r}, want one of {', '.join(near)}")
+        return self
 
     @field_validator("terms")
     @classmethod

@@ -45,6 +45,16 @@ def mbleu4(groups: Groups) -> float:
     )
 
 
+def similarity(groups: Groups, df: DocumentFrequency) -> npt.NDArray[np.float64]:
+    """CIDEr / 10 between the K captions of each image, [N, K, K], symmetric: 1 for captions that
+    say the same, 0 where they have no word in common."""
+    k = _samples(groups)
+    captions = [caption for group in groups for caption in group for _ in group]
+    references = [[other] for group in groups for _ in group for other in group]
+    kernel = Cider(df).score(captions, references).reshape(-1, k, k) / 10.0
+    return (kernel + kernel.transpose(0, 2, 1)) / 2  # type: ignore[no-any-return]
+
+
 def self_cider(groups: Groups, df: DocumentFrequency) -> npt.NDArray[np.float64]:
     """Self-CIDEr of each image, 0 (K times the same) to 1 (nothing in common).
 
@@ -52,10 +62,7 @@ def self_cider(groups: Groups, df: DocumentFrequency) -> npt.NDArray[np.float64]
     -log(sqrt(l_1) / sum sqrt(l)) / log K, where l_1 is the largest.
     """
     k = _samples(groups)
-    captions = [caption for group in groups for caption in group for _ in group]
-    references = [[other] for group in groups for _ in group for other in group]
-    kernel = Cider(df).score(captions, references).reshape(-1, k, k) / 10.0
-    roots = np.sqrt(np.maximum(0.0, np.linalg.eigvalsh((kernel + kernel.transpose(0, 2, 1)) / 2)))
+    roots = np.sqrt(np.maximum(0.0, np.linalg.eigvalsh(similarity(groups, df))))
     total = roots.sum(axis=1)
     share = np.divide(roots[:, -1], total, out=np.ones(len(total)), where=total > 0)
     # Adding 0 turns the -0.0 of equal captions into 0.0.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from rayrl.rewards.term import Failure, Item, Scores, Term
+from rayrl.rewards.term import Failure, Item, Scores, Term, scores_of
 
 Rule = Callable[[Scores], Scores]
 """The scores of M members [M, G] to one score a caption [G]."""
@@ -40,7 +40,7 @@ class EnsembleTerm:
             rows = []
             failures = []
             for name, (_, scale) in self._members.items():
-                value = by_member[name][i]
+                value = scores_of(by_member[name][i])
                 if isinstance(value, Failure):
                     failures.append(Failure(f"{name}: {value.reason}"))
                 else:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from rayrl.rewards.term import Failure, Item, Scores
+from rayrl.rewards.term import Failure, Item, Judged, Scores
 from rayrl.types import Prompt
 
-RewardFunction = Callable[[list[str], Prompt], Sequence[float]]
-"""Raw captions of one image [G] and its prompt (image bytes, text, references) to scores [G]."""
+RewardFunction = Callable[[list[str], Prompt], Sequence[float] | Judged]
+"""Raw captions of one image [G] and its prompt (image bytes, text, references) to scores [G], or
+to scores with the judge's version and wrong spans of each caption."""
 
 # What a function may raise to say that it cannot score a group.  Other exceptions (a wrong name or
 # type) are mistakes in the function and end the run.
@@ -28,10 +30,10 @@ class FunctionTerm:
         self._function = load_function(path)
         self._retries = retries
 
-    def score(self, items: Sequence[Item]) -> list[Scores | Failure]:
+    def score(self, items: Sequence[Item]) -> list[Scores | Judged | Failure]:
         return [self._score(item) for item in items]
 
-    def _score(self, item: Item) -> Scores | Failure:
+    def _score(self, item: Item) -> Scores | Judged | Failure:
         reason = ""
         for _ in range(self._retries + 1):
             try:
@@ -39,9 +41,10 @@ class FunctionTerm:
             except _FAILURES as error:
                 reason = f"{self._path} raised {type(error).__name__}: {error}"
                 continue
-            scores = np.asarray(values, dtype=np.float64)
+            judged = values if isinstance(values, Judged) else None
+            scores = np.asarray(judged.scores if judged else values, dtype=np.float64)
             if scores.shape == (len(item.captions),):
-                return scores
+                return replace(judged, scores=scores) if judged else scores
             return Failure(
                 f"{self._path} gave scores of shape {scores.shape} for "
                 f"{len(item.captions)} captions"

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rayrl.credentials import redacted
-from rayrl.rewards.term import Failure, Item, Scores
+from rayrl.rewards.term import Failure, Item, Judged, Scores
 
 T = TypeVar("T")
 _RETRIED_STATUS = frozenset({408, 425, 429})
@@ -106,13 +106,15 @@ class Client:
 class HttpTerm:
     """A reward server.  It gets ``{"items": [{"prompt_id", "prompt", "image" (base64), "captions",
     "references"}, ...]}`` with up to ``items_per_request`` images, and answers ``{"scores":
-    [[one number a caption], ...]}``."""
+    [[one number a caption], ...]}``, and if it likes ``"versions"`` (of the judge, one a caption)
+    and ``"wrong_spans"`` ([[start, end], ...] in characters, a list a caption) of the same
+    form."""
 
     def __init__(self, client: Client, items_per_request: int) -> None:
         self._client = client
         self._items_per_request = items_per_request
 
-    def score(self, items: Sequence[Item]) -> list[Scores | Failure]:
+    def score(self, items: Sequence[Item]) -> list[Scores | Judged | Failure]:
         size = self._items_per_request
         batches = [items[i : i + size] for i in range(0, len(items), size)]
         return [result for batch in self._client.map(self._score, batches) for result in batch]
@@ -187,12 +189,23 @@ def _as_json(item: Item) -> dict[str, object]:
     }
 
 
-def _read_scores(answer: Any, items: Sequence[Item]) -> list[Scores]:
+def _read_scores(answer: Any, items: Sequence[Item]) -> list[Scores | Judged]:
     scores = [np.asarray(row, dtype=np.float64) for row in answer["scores"]]
     got, want = [row.shape for row in scores], [(len(item.captions),) for item in items]
     if got != want:
         raise ValueError(f"scores of shapes {got}, want {want}")
-    return scores
+    if not {"versions", "wrong_spans"} & answer.keys():
+        return list(scores)
+    none = [None] * len(items)
+    rows = zip(scores, answer.get("versions", none), answer.get("wrong_spans", none), strict=True)
+    return [
+        Judged(
+            some,
+            None if versions is None else tuple(int(v) for v in versions),
+            None if spans is None else tuple(tuple((int(a), int(b)) for a, b in s) for s in spans),
+        )
+        for some, versions, spans in rows
+    ]
 
 
 def _collect(answers: list[float | Failure]) -> Scores | Failure:

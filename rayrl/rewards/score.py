@@ -6,8 +6,9 @@ A group that a term cannot score is dropped, with the reason; it never gets 0.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +16,11 @@ from rayrl.rewards import ptb
 from rayrl.rewards.build import build_terms
 from rayrl.rewards.cider import CiderD, DocumentFrequency
 from rayrl.rewards.config import RewardConfig
+from rayrl.rewards.extras import extra_items, group_similarity
+from rayrl.rewards.judgements import judgements, satisfied
 from rayrl.rewards.statistics import Statistics
-from rayrl.rewards.term import Failure, Item, Scores
-from rayrl.types import Completion, RolloutGroup, ScoredGroup
+from rayrl.rewards.term import Failure, Item, Judged, Scores, scores_of
+from rayrl.types import Completion, FloatArray, RolloutGroup, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,26 +34,46 @@ class Dropped:
 @dataclass(frozen=True, slots=True)
 class TermScores:
     """What one term makes of a batch: for each group the scores of its captions, those of its
-    greedy caption (None without one), or a failure; and the time it took."""
+    greedy caption (None without one), or a failure; and the time it took.
 
-    groups: tuple[Scores | Failure, ...]
+    extras: for each group, by need of the objective, the scores of what was scored for it
+    """
+
+    groups: tuple[Scores | Judged | Failure, ...]
     greedy: tuple[Scores | Failure | None, ...]
     seconds: float
+    extras: tuple[Mapping[str, tuple[Scores, ...] | Failure], ...] = ()
 
 
 class Scorer:
-    """Scores rollout groups with the terms of ``config``."""
+    """Scores rollout groups with the terms of ``config``; ``needs`` are the objective's, some of
+    which want more to be scored (``rayrl.rewards.extras``)."""
 
-    def __init__(self, config: RewardConfig, statistics: Statistics) -> None:
+    def __init__(
+        self, config: RewardConfig, statistics: Statistics, needs: Collection[str] = ()
+    ) -> None:
         """See ``rayrl.rewards.build.build_terms`` for what is refused."""
         self.config = config
+        self._df = statistics.df
+        self._needs = needs
         self._terms = build_terms(config, statistics)
 
     def score(
         self, groups: Sequence[RolloutGroup], step_df: DocumentFrequency | None = None
     ) -> list[ScoredGroup | Dropped]:
         """Each group with its rewards, in order, or the reason why it has none."""
-        return combine(groups, self.score_terms(groups, step_df), self.config)
+        scores = self.score_terms(groups, step_df)
+        return combine(groups, scores, self.config, self.similarity(groups, step_df))
+
+    def similarity(
+        self, groups: Sequence[RolloutGroup], step_df: DocumentFrequency | None = None
+    ) -> list[FloatArray] | None:
+        """How alike the captions of each group are, [G, G]; None without document frequencies, or
+        with one caption a group."""
+        df = step_df or self._df
+        if df is None or not groups or groups[0].group_size < 2:
+            return None
+        return group_similarity(groups, df)
 
     def score_terms(
         self, groups: Sequence[RolloutGroup], step_df: DocumentFrequency | None = None
@@ -60,51 +83,125 @@ class Scorer:
         ``df: batch``; without it they are taken for the whole."""
         items = [_item(group, group.completions, step_df) for group in groups]
         greedy = [_item(group, (group.greedy,), step_df) for group in groups if group.greedy]
+        extras = [extra_items(item, self._needs) for item in items]
+        more = [i for made in extras for some in made.values() for i in _unless_failed(some)]
         scores = {}
         for name, term in self._terms.items():
             start = time.perf_counter()
-            results = term.score([*items, *greedy])
-            of_greedy = iter(results[len(groups) :])
+            results = iter(term.score([*items, *greedy, *more]))
             scores[name] = TermScores(
-                groups=tuple(results[: len(groups)]),
-                greedy=tuple(next(of_greedy) if group.greedy else None for group in groups),
+                groups=tuple(next(results) for _ in groups),
+                greedy=tuple(scores_of(next(results)) if g.greedy else None for g in groups),
+                extras=tuple(
+                    {need: _together(some, results) for need, some in made.items()}
+                    for made in extras
+                ),
                 seconds=time.perf_counter() - start,
             )
         return scores
 
 
+def _unless_failed(items: tuple[Item, ...] | Failure) -> tuple[Item, ...]:
+    return () if isinstance(items, Failure) else items
+
+
+def _together(
+    items: tuple[Item, ...] | Failure, results: Iterator[Scores | Judged | Failure]
+) -> tuple[Scores, ...] | Failure:
+    """The next results, one an item, or the first failure."""
+    if isinstance(items, Failure):
+        return items
+    found = [scores_of(next(results)) for _ in items]
+    failed = [result for result in found if isinstance(result, Failure)]
+    return failed[0] if failed else tuple(r for r in found if not isinstance(r, Failure))
+
+
 def combine(
-    groups: Sequence[RolloutGroup], scores: Mapping[str, TermScores], config: RewardConfig
+    groups: Sequence[RolloutGroup],
+    scores: Mapping[str, TermScores],
+    config: RewardConfig,
+    similarity: Sequence[FloatArray] | None = None,
 ) -> list[ScoredGroup | Dropped]:
-    """Weighted sums of the scores of all terms of ``config``."""
-    return [_combine_one(group, i, scores, config) for i, group in enumerate(groups)]
+    """Weighted sums of the scores of all terms of ``config``; ``similarity`` [G, G] of each
+    group's captions goes with them."""
+    results = [_combine_one(group, i, scores, config) for i, group in enumerate(groups)]
+    if similarity is None:
+        return results
+    return [
+        replace(result, fields={**result.fields, "similarity": kernel})
+        if isinstance(result, ScoredGroup)
+        else result
+        for result, kernel in zip(results, similarity, strict=True)
+    ]
 
 
 def _combine_one(
     group: RolloutGroup, i: int, scores: Mapping[str, TermScores], config: RewardConfig
 ) -> ScoredGroup | Dropped:
     who = group.prompt.prompt_id
-    terms: dict[str, Scores] = {}
-    greedy_reward = 0.0
-    for name, term in config.terms.items():
-        greedy = scores[name].greedy[i]
-        for values in (scores[name].groups[i], greedy):
-            if isinstance(values, Failure):
-                return Dropped(who, f"{name}: {values.reason}")
-            if values is not None and not np.isfinite(values).all():
-                return Dropped(who, f"{name}: scores {values.tolist()}, want finite ones")
-        values = scores[name].groups[i]
-        assert isinstance(values, np.ndarray)
-        terms[name] = values
-        if isinstance(greedy, np.ndarray):
-            greedy_reward += term.weight * float(greedy[0])
-    rewards = sum(term.weight * terms[name] for name, term in config.terms.items())
+    for name in config.terms:
+        if reason := _problem(scores[name], i):
+            return Dropped(who, f"{name}: {reason}")
+    weights = {name: term.weight for name, term in config.terms.items()}
+    answers = {name: scores[name].groups[i] for name in weights}
+    terms = {name: np.asarray(scores_of(answer)) for name, answer in answers.items()}
+    judged = judgements(answers)
+    if isinstance(judged, Failure):
+        return Dropped(who, judged.reason)
+    fields, spans = judged
+    greedy = _weighted(weights, {name: scores[name].greedy[i] for name in weights})
+    extras = _extras(weights, scores, i)
+    if "reference_rewards" in extras:
+        fields["reference_rewards"] = np.concatenate(extras["reference_rewards"])
+    if config.constraints:
+        fields["judge_ok"] = satisfied(terms, config.constraints)
     return ScoredGroup(
         group=group,
         terms={name: values.astype(np.float32) for name, values in terms.items()},
-        rewards=np.asarray(rewards, dtype=np.float32),
-        greedy_reward=greedy_reward if group.greedy is not None else None,
+        rewards=_weighted(weights, terms),
+        greedy_reward=None if group.greedy is None else float(greedy[0]),
+        fields=fields,
+        wrong_spans=spans,
+        prefix_rewards=tuple(extras["prefix_values"]) if "prefix_values" in extras else None,
     )
+
+
+def _extras(
+    weights: Mapping[str, float], scores: Mapping[str, TermScores], i: int
+) -> dict[str, list[FloatArray]]:
+    """By need, the rewards of what was scored beside group i, item by item."""
+    by_term: dict[str, Mapping[str, Any]] = {
+        name: scores[name].extras[i] if scores[name].extras else {} for name in weights
+    }
+    first = next(iter(by_term.values()))
+    return {
+        need: [
+            _weighted(weights, {name: some[need][k] for name, some in by_term.items()})
+            for k in range(len(first[need]))
+        ]
+        for need in first
+    }
+
+
+def _problem(term: TermScores, i: int) -> str:
+    """Why a term's answers for group i cannot be used, if so."""
+    extras = term.extras[i].values() if term.extras else ()
+    for answer in (term.groups[i], term.greedy[i], *extras):
+        if isinstance(answer, Failure):
+            return answer.reason
+        for values in answer if isinstance(answer, tuple) else (answer,):
+            scores = values.scores if isinstance(values, Judged) else values
+            if scores is not None and not np.isfinite(scores).all():
+                return f"scores {scores.tolist()}, want finite ones"
+    return ""
+
+
+def _weighted(weights: Mapping[str, float], scores: Mapping[str, Any]) -> FloatArray:
+    """The weighted sum over terms, of scores of the same captions."""
+    total = sum(
+        weights[name] * np.asarray(scores[name]) for name in weights if scores[name] is not None
+    )
+    return np.asarray(total, dtype=np.float32)
 
 
 def _item(

@@ -45,12 +45,40 @@ class Failure:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Scores [G] of an image's captions with what else a judge has to say.
+
+    versions: for each caption, which version of the judge it was
+    wrong_spans: for each caption the (start, end) characters of its text that are wrong
+    """
+
+    scores: Scores
+    versions: tuple[int, ...] | None = None
+    wrong_spans: tuple[tuple[tuple[int, int], ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("versions", "wrong_spans"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.scores):
+                raise ValueError(f"{name} of {len(value)} captions, want {len(self.scores)}")
+        for g, caption in enumerate(self.wrong_spans or ()):
+            for start, end in caption:
+                if not 0 <= start < end:
+                    raise ValueError(f"caption {g}: wrong span {start, end}, want 0 <= start < end")
+
+
 class Term(Protocol):
     """Scores items; a failure is a value, so that one item's does not take the others with it."""
 
-    def score(self, items: Sequence[Item]) -> list[Scores | Failure]:
+    def score(self, items: Sequence[Item]) -> Sequence[Scores | Judged | Failure]:
         """For each item the scores of its captions, float64, or why there are none."""
         ...
+
+
+def scores_of(answer: Scores | Judged | Failure) -> Scores | Failure:
+    """The scores alone."""
+    return answer.scores if isinstance(answer, Judged) else answer
 
 
 class CaptionTerm:

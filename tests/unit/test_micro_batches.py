@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayrl.config import LearnerConfig
+from rayrl.config import Config, LearnerConfig
 from rayrl.learner.batches import micro_batches, rank_micro_batches
 from rayrl.learner.parallel import Ranks
 from rayrl.learner.sources import provided
@@ -66,5 +66,7 @@ def test_gradients_add_up_to_the_full_batchs(tiny_folder, batch, config, objecti
 
 
 def test_statistics_of_a_minibatch_are_not_promised_for_a_budget_of_tokens():
-    assert "whole_minibatch" in provided(LearnerConfig(), 32)
-    assert "whole_minibatch" not in provided(LearnerConfig(micro_batch_tokens=10**6), 32)
+    assert "whole_minibatch" in provided(Config())
+    assert "whole_minibatch" not in provided(
+        Config(learner=LearnerConfig(micro_batch_tokens=10**6))
+    )
