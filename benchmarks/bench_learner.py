@@ -1,8 +1,10 @@
 """The learner's update, naive against prefix-shared: time, peak memory, utilisation.
 
-    python benchmarks/bench_learner.py                 # this machine; ten minutes on two cores
-    python benchmarks/bench_learner.py --suites gpu    # on a GPU; torch and transformers suffice
-    python benchmarks/bench_learner.py --small         # every row in little, to see that it runs
+    .venv/bin/python benchmarks/bench_learner.py            # this machine; ten minutes on two cores
+    .venv/bin/python benchmarks/bench_learner.py --small    # every row in little; a minute or two
+    PYTHONPATH=. python benchmarks/bench_learner.py --suites gpu --limit-tflops 790   # an H200
+
+The last one needs torch and transformers alone.
 
 An update is forward, backward and AdamW on P images with G captions of 20 tokens each.  Weights,
 pictures and captions are random and share no words, the worst case for sharing.  The methods of a
@@ -256,7 +258,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=12.0, help="of a row's rounds after two")
     parser.add_argument(
-        "--tokens-at-once", type=int, default=8192, help="bounds P on CPU, by the naive way's rows"
+        "--tokens-at-once", type=int, default=12288, help="bounds P on CPU, by the naive way's rows"
     )
     parser.add_argument("--limit-tflops", type=float, help="the physical limit, where known")
     parser.add_argument("--small", action="store_true", help="every row in little; writes nothing")

@@ -19,7 +19,7 @@ class Row:
 
 
 SHAPES = [
-    Row(model=model, image_tokens=tokens, group_size=group, frozen_vision=frozen)
+    Row(model=model, image_tokens=tokens, group_size=group, prompts=16, frozen_vision=frozen)
     for model, tokens in (("tiny-2.5m", 16), ("tiny-1m", 256))
     for group in (8, 16)
     for frozen in (False, True)
