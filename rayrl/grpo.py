@@ -16,15 +16,14 @@ from typing import Any
 import ray
 
 from rayrl import cli
-from rayrl.actors.cluster import connect, failing_in_one_line
+from rayrl.actors.cluster import connect, cpus_of, failing_in_one_line
 from rayrl.actors.fleet import Fleet, Pending
 from rayrl.actors.learner import LearnerActor
-from rayrl.actors.reward import check_terms, placements
+from rayrl.actors.reward import check_terms
 from rayrl.backup import Backup
 from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from rayrl.config import Config
 from rayrl.data import Dataset, load_split
-from rayrl.data.order import prompt_indices
 from rayrl.heldout import Heldout
 from rayrl.interrupt import StopRequest
 from rayrl.learner.sources import provided
@@ -33,11 +32,11 @@ from rayrl.objectives import build
 from rayrl.remote import RemoteCopies, open_copies
 from rayrl.report import write_report
 from rayrl.resume import open_run_folder
-from rayrl.rewards.score import Dropped
 from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
 from rayrl.rollout_metrics import group_metrics, sample_records, summarize
+from rayrl.rounds import Drawn, Rounds
 from rayrl.skipped import save_replay
-from rayrl.types import Prompt, ScoredGroup, StepReport
+from rayrl.types import ScoredGroup, StepReport
 from rayrl.weights import read_model_files
 from rayrl.xe import Snapshot, run_stage1
 from rayrl.xe_curve import XeCurve
@@ -52,6 +51,7 @@ class Run:
     folder: Path
     train_data: Dataset
     heldout: Heldout
+    rounds: Rounds
     fleet: Fleet
     learner: Any
     log: RunLog
@@ -62,33 +62,25 @@ class Run:
     saved_step: int = -1
     problems: list[str] = field(default_factory=list)
 
-    def prompts(self, step: int) -> list[Prompt]:
-        """The prompts of a step: a function of (seed, step), so that a resumed run continues."""
-        size = self.config.train.images_per_step
-        order = prompt_indices(step, size, len(self.train_data), self.config.seed)
-        return [self.train_data[index] for _, index in order]
-
 
 def train(run: Run, start: int) -> int:
     """The loop, from step ``start``; returns the step that it ended after.
 
     Batch k is sampled with version max(start, k - max_staleness): exactly so, because everything
-    is submitted from here and workers keep the order.  A resumed run thus samples each prompt that
-    was not trained on, and no other; ahead of the learner it catches up as a new run does.
+    is submitted from here and workers keep the order.  Further rounds of a batch, where the
+    objective asks for them, are sampled with the newest version.  A resumed run samples each prompt
+    that was not trained on, and no other; ahead of the learner it catches up as a new run does.
     """
     steps, ahead = run.config.train.steps, run.config.train.max_staleness
     pending: list[Pending] = []
     version, submitted = start, start
     while version < steps and not run.stop.requested:
         while submitted < min(steps, version + ahead + 1):
-            pending.append(run.fleet.submit(submitted, version, run.prompts(submitted)))
+            pending.append(run.fleet.submit(submitted, version, run.rounds.begin(submitted)))
             submitted += 1
         started = time.perf_counter()
-        batch = pending.pop(0)
-        with run.phases("rollout"):
-            run.fleet.wait_rollouts(batch)
-        with run.phases("reward"):
-            groups, dropped = _partition(run.fleet.collect(batch))
+        drawn = _all_rounds(run, pending.pop(0), version)
+        groups = drawn.whole
         with run.phases("learner"):
             report = ray.get(run.learner.update.remote(groups))
         version = report.weight_version
@@ -96,12 +88,9 @@ def train(run: Run, start: int) -> int:
             run.fleet.publish(version, run.learner.weights.remote(trained_only=True))
             if ahead == 0:
                 run.fleet.confirm(version)
-        metrics = {**report.metrics, **group_metrics(groups, version - 1)}
+        metrics = {**report.metrics, **group_metrics(groups, version - 1), **drawn.metrics()}
         metrics.update(run.fleet.reward_seconds())
-        metrics["groups/dropped"] = float(len(dropped))
-        metrics["captions_per_second"] = run.config.captions_per_step / (
-            time.perf_counter() - started
-        )
+        metrics["captions_per_second"] = drawn.num_captions / (time.perf_counter() - started)
         _after_step(run, report, metrics, groups)
     if run.saved_step != version > start:
         # The request to stop came after the step had decided that it was not the last.
@@ -109,19 +98,17 @@ def train(run: Run, start: int) -> int:
     return version
 
 
-def _partition(
-    results: Sequence[ScoredGroup | Dropped],
-) -> tuple[list[ScoredGroup], list[Dropped]]:
-    """Whole groups and dropped ones; a step without any whole group is an error."""
-    groups = [result for result in results if isinstance(result, ScoredGroup)]
-    dropped = [result for result in results if isinstance(result, Dropped)]
-    if not groups:
-        first = dropped[0]
-        raise RuntimeError(
-            f"all {len(dropped)} groups of the step were dropped; "
-            f"the first, {first.prompt_id}: {first.reason}"
-        )
-    return groups, dropped
+def _all_rounds(run: Run, batch: Pending, version: int) -> Drawn:
+    """Wait for a batch, and sample and score what its rewards make the objective ask for."""
+    while True:
+        with run.phases("rollout"):
+            run.fleet.wait_rollouts(batch)
+        with run.phases("reward"):
+            results = run.fleet.collect(batch)
+        requests = run.rounds.go_on(batch.step, results)
+        if not requests:
+            return run.rounds.finish(batch.step)
+        batch = run.fleet.submit(batch.step, version, requests, before=batch)
 
 
 def _after_step(
@@ -173,6 +160,7 @@ def save(run: Run) -> None:
     run.saved_step = checkpoint.step
     meta = {**checkpoint.meta, "data": run.train_data.fingerprint(), "seed": run.config.seed}
     meta["signatures"] = dict(run.signatures)
+    meta["rounds"] = run.rounds.state()
     whole = Checkpoint(
         step=checkpoint.step,
         model_files=checkpoint.model_files,
@@ -197,6 +185,7 @@ def restore(run: Run) -> int:
             f"the training data changed since step {checkpoint.step} (fingerprint {found}, now "
             f"{here}): resume with the same data or start a new run folder"
         )
+    run.rounds.restore(checkpoint.meta["rounds"])
     return int(ray.get(run.learner.restore.remote(checkpoint)))
 
 
@@ -236,7 +225,7 @@ def run_job(config: Config, *, resume: bool) -> bool:
     count = min(len(val_data), config.train.eval_images)
     heldout = Heldout([val_data[i] for i in range(count)], folder)
     statistics = reward_statistics(train_data.references(), config.reward)
-    local = connect(_cpus(config))
+    local = connect(cpus_of(config))
     try:
         check_terms(config.reward, statistics)
         snapshots = run_stage1(config, folder)
@@ -255,15 +244,6 @@ def run_job(config: Config, *, resume: bool) -> bool:
     finally:
         if local:
             ray.shutdown()
-
-
-def _cpus(config: Config) -> float:
-    """CPUs of all actors together, and two for Ray Data while stage 1 trains."""
-    train, rollout = config.train, config.rollout
-    apart = sum(asked["num_cpus"] for asked in placements(config.reward).values())
-    workers = rollout.num_workers * rollout.cpus
-    workers += train.reward_workers * (train.reward_cpus + apart)
-    return max(workers + config.learner.cpus, config.xe.num_workers * config.learner.cpus + 2)
 
 
 def _start(
@@ -285,7 +265,7 @@ def _start(
         num_gpus=config.learner.gpus,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
     ).remote(config, files)
-    needs = build(config.objective).needs
+    objective = build(config.objective)
     last = list_checkpoints(folder / "checkpoints")[-1] if resume else None
     log = RunLog(
         folder,
@@ -298,7 +278,8 @@ def _start(
         folder=folder,
         train_data=train_data,
         heldout=heldout,
-        fleet=Fleet(config, files, statistics, greedy_baseline="greedy_rewards" in needs),
+        rounds=Rounds.of_run(config, objective.planners, train_data, stage1.folder),
+        fleet=Fleet(config, files, statistics, greedy_baseline="greedy_rewards" in objective.needs),
         learner=learner,
         log=log,
         backup=Backup(copies, folder, keep=config.train.keep_checkpoints, say=log.message),

@@ -6,6 +6,7 @@ engines and the learner read it through this module, so that both see the same p
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -288,6 +289,14 @@ def caption_token_ids(processor: Any, caption: str, eos_id: int) -> list[int]:
     """A reference caption as the model writes it: a leading space, then the end token."""
     ids = processor.tokenizer(f" {caption.strip()}", add_special_tokens=False)["input_ids"]
     return [*ids, eos_id]
+
+
+def caption_prefix_ids(processor: Any, caption: str) -> list[int]:
+    """A reference caption as the model begins one: no end token, and nothing from the first
+    special token on (an image placeholder in a caption's text would want an image)."""
+    ids = processor.tokenizer(f" {caption.strip()}", add_special_tokens=False)["input_ids"]
+    special = set(processor.tokenizer.all_special_ids)
+    return list(itertools.takewhile(lambda token: token not in special, ids))
 
 
 def model_name(path: str | Path) -> str:

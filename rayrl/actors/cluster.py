@@ -12,6 +12,9 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
+from rayrl.actors.reward import placements
+from rayrl.config import Config
+
 
 def connect(num_cpus: float) -> bool:
     """Connect this driver to Ray; returns whether a local Ray was started.
@@ -53,3 +56,12 @@ def failing_in_one_line(program: str) -> Iterator[None]:
         raise SystemExit(f"{program}: failed: {lines[-1]}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def cpus_of(config: Config) -> float:
+    """CPUs of all actors together, and two for Ray Data while stage 1 trains."""
+    train, rollout = config.train, config.rollout
+    apart = sum(asked["num_cpus"] for asked in placements(config.reward).values())
+    workers = rollout.num_workers * rollout.cpus
+    workers += train.reward_workers * (train.reward_cpus + apart)
+    return max(workers + config.learner.cpus, config.xe.num_workers * config.learner.cpus + 2)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 
@@ -19,12 +19,15 @@ from rayrl.actors.pool import LOST, Pool, RestartBudget
 from rayrl.actors.reward import RewardActor
 from rayrl.actors.rollout import RolloutActor
 from rayrl.config import Config
-from rayrl.engine.base import Sampling, request_seed
+from rayrl.engine.base import Sampling
 from rayrl.objectives import build
 from rayrl.rewards.score import Dropped
 from rayrl.rewards.statistics import Statistics, step_document_frequency
+from rayrl.rounds import Request
 from rayrl.types import Completion, Prompt, ScoredGroup
 from rayrl.weights import ModelFiles, Weights
+
+_Item = TypeVar("_Item")
 
 
 @dataclass
@@ -32,8 +35,7 @@ class _Share:
     """One worker's part of a batch."""
 
     worker: int
-    prompts: list[Prompt]
-    seeds: list[int]
+    requests: list[Request]
     actor: Any = None
     rollout: Any = None
     scored: Any = None
@@ -136,15 +138,28 @@ class Fleet:
                     f"rollout worker {load.worker} holds version {held}, want {load.version}"
                 )
 
-    def submit(self, step: int, version: int, prompts: Sequence[Prompt]) -> Pending:
-        """Send a step's prompts to be sampled with ``version`` and scored; does not wait."""
-        references = {prompt.prompt_id: prompt.references for prompt in prompts}
-        df = ray.put(step_document_frequency(references, self._config.reward))
+    def submit(
+        self,
+        step: int,
+        version: int,
+        requests: Sequence[Request],
+        *,
+        before: Pending | None = None,
+    ) -> Pending:
+        """Send a round of a step to be sampled with ``version`` and scored; does not wait.
+
+        ``before`` is the step's round before: document frequencies stay those of the first, so that
+        the captions of a group are scored alike."""
+        references = {r.prompt.prompt_id: r.prompt.references for r in requests}
+        df = (
+            before.df
+            if before
+            else ray.put(step_document_frequency(references, self._config.reward))
+        )
         pending = Pending(step=step, version=version, df=df)
-        for i, part in enumerate(_split(list(prompts), len(self._rollout))):
+        for i, part in enumerate(_split(list(requests), len(self._rollout))):
             if part:
-                seeds = [request_seed(self._config.seed, step, p.prompt_id) for p in part]
-                share = _Share(worker=i, prompts=part, seeds=seeds)
+                share = _Share(worker=i, requests=part)
                 self._send(share, pending)
                 pending.shares.append(share)
         return pending
@@ -159,8 +174,8 @@ class Fleet:
         self.confirm(pending.version)
 
     def collect(self, pending: Pending) -> list[ScoredGroup | Dropped]:
-        """The batch's results in prompt order, scored or dropped with a reason.  Lost groups are
-        sampled or scored again."""
+        """The batch's results in the order of its requests, scored or dropped with a reason.
+        Lost groups are sampled or scored again."""
         results: list[ScoredGroup | Dropped] = []
         for share in pending.shares:
             while True:
@@ -222,9 +237,7 @@ class Fleet:
 
     def _send(self, share: _Share, pending: Pending) -> None:
         share.actor = self._rollout.actors[share.worker]
-        share.rollout = share.actor.generate.remote(
-            share.prompts, self._sampling, share.seeds, pending.version
-        )
+        share.rollout = share.actor.generate.remote(share.requests, self._sampling, pending.version)
         reward = self._reward.actors[self._scorer(share, pending)]
         share.scored = reward.score.remote(share.rollout, pending.df)
 
@@ -270,7 +283,7 @@ class Fleet:
         )
 
 
-def _split(items: list[Prompt], parts: int) -> list[list[Prompt]]:
+def _split(items: list[_Item], parts: int) -> list[list[_Item]]:
     """Contiguous parts of nearly equal size, so that concatenating them restores the order."""
     bounds = [len(items) * i // parts for i in range(parts + 1)]
     return [items[a:b] for a, b in itertools.pairwise(bounds)]

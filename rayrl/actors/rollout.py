@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import ray
 
 from rayrl.config import EngineConfig, Part
 from rayrl.engine.base import EngineSetup, Sampling, make_engine
+from rayrl.rounds import Request
 from rayrl.types import Completion, Prompt, RolloutGroup
 from rayrl.weights import ModelFiles, Weights, write_model_files
 
@@ -40,11 +42,20 @@ class RolloutActor:
         return self._engine.weight_version
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], version: int
+        self, requests: Sequence[Request], sampling: Sampling, version: int
     ) -> list[RolloutGroup]:
-        """One group a prompt, refused unless the engine holds exactly ``version``."""
+        """One group a request, refused unless the engine holds exactly ``version``."""
         self._check(version)
-        return self._engine.generate(prompts, sampling, seeds)
+        groups: dict[int, RolloutGroup] = {}
+        for size in sorted({request.size for request in requests}):
+            places = [i for i, request in enumerate(requests) if request.size == size]
+            drawn = self._engine.generate(
+                [requests[i].prompt for i in places],
+                replace(sampling, group_size=size),
+                [requests[i].seed for i in places],
+            )
+            groups |= dict(zip(places, drawn, strict=True))
+        return [groups[i] for i in range(len(requests))]
 
     def greedy(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Completion]:
         """The arg-max caption of each prompt, under the same condition."""

@@ -40,5 +40,10 @@ def prompt_indices(step: int, batch_size: int, num_items: int, seed: int) -> lis
     if num_items < 1:
         raise ValueError(f"num_items {num_items}: want at least one item to order")
     start = step * batch_size
-    places = (divmod(place, num_items) for place in range(start, start + batch_size))
-    return [(epoch, int(epoch_order(num_items, seed, epoch)[index])) for epoch, index in places]
+    return [item_at(place, num_items, seed) for place in range(start, start + batch_size)]
+
+
+def item_at(place: int, num_items: int, seed: int) -> tuple[int, int]:
+    """The (epoch, item) pair at a place, from 0, of the endless sequence epoch 0, epoch 1, ..."""
+    epoch, index = divmod(place, num_items)
+    return epoch, int(epoch_order(num_items, seed, epoch)[index])

@@ -57,12 +57,14 @@ class EngineSetup:
     trust_remote_code: bool = False
 
 
-def request_seed(run_seed: int, step: int, prompt_id: str) -> int:
-    """The seed of one group, so that a group sampled again is the same group.
+def request_seed(run_seed: int, step: int, prompt_id: str, round: int = 0) -> int:
+    """The seed of one group, so that a group sampled again is the same group; the rounds of a step
+    (:mod:`rayrl.rounds`) draw others.
 
     A multiple of 1024, because sample i of a group uses seed + i and groups must not overlap.
     """
-    digest = hashlib.blake2b(f"{run_seed}|{step}|{prompt_id}".encode(), digest_size=6).digest()
+    key = f"{run_seed}|{step}|{prompt_id}" + (f"|{round}" if round else "")
+    digest = hashlib.blake2b(key.encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big") % 2**42 * 1024
 
 

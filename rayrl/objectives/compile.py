@@ -167,7 +167,7 @@ def _check_first_advantage(parts: tuple[BoundPart, ...]) -> None:
 def _sources(bound: BoundPart) -> Iterable[str]:
     """The slots that produce what ``bound`` reads; ValueError on what nothing produces."""
     known = {*ALWAYS, *DERIVED, *OPTIONAL_FIELDS, *GRAPH_FIELDS, *SERVICES, *_NEED_OF}
-    if bound.slot == "rollout":  # the driver calls these, with what it has
+    if bound.slot == "rollout":
         return
     for name in bound.inputs:
         if name not in known:
@@ -186,7 +186,8 @@ def _read(bound: BoundPart, slot: str) -> str:
 
 def _needs(bound: BoundPart) -> Iterable[str]:
     if bound.slot == "rollout":
-        yield bound.name
+        if "drawn" not in bound.inputs:
+            yield bound.name
         return
     for name in bound.inputs:
         if name in bound.optional:

@@ -115,11 +115,10 @@ class Objective:
         self.plan = plan
         self._compiled: Compiled = compile_plan(name, plan)
 
-    @property
-    def rollout(self) -> Mapping[str, BoundPart]:
-        """The plans for sampling, by name, that the driver carries out: functions of
-        :mod:`rayrl.objectives.planners` with their parameters in ``params``."""
-        return {planner.name: planner for planner in self._compiled.slots["rollout"]}
+    def planners(self, step: int) -> tuple[BoundPart, ...]:
+        """What the driver asks, while it samples step ``step`` (from 0), for further rounds: see
+        :mod:`rayrl.rounds`."""
+        return self._compiled.slots["rollout"]
 
     @property
     def needs(self) -> frozenset[str]:

@@ -26,6 +26,7 @@ from rayrl.objectives import (
     ratio,
     reduce,
     regularize,
+    sampling,
     scores,
     segments,
     select,
@@ -38,7 +39,7 @@ from rayrl.objectives.inject import BoundPart, bind
 from rayrl.objectives.plan import Part, near
 
 MODULES: Mapping[str, tuple[ModuleType, ...]] = {
-    "rollout": (planners,),
+    "rollout": (sampling, planners),
     "select": (select,),
     "labels": (labels,),
     "segments": (segments,),

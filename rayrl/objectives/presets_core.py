@@ -125,6 +125,7 @@ CORE: Mapping[str, Preset] = {
         source="2503.14476",
         plan=replace(
             CLIPPED,
+            rollout=(part("refill", min_spread=0.0, refill_rounds=3),),
             select=(part("spread_above", min_spread=0.0), part("not_truncated")),
             aggregate=(
                 part(
@@ -140,7 +141,7 @@ CORE: Mapping[str, Preset] = {
         ),
         limit="clip_high 0.2, nothing selected, equal lengths: grpo without KL",
         basis="code",
-        note="lengths scaled from 20480 and 4096; a step is not refilled with further groups",
+        note="lengths scaled from 20480 and 4096; refilling stops after refill_rounds",
         recommended=True,
     ),
     "lite_ppo": Preset(

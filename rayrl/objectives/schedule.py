@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from rayrl.objectives.batch import GroupBatch
+from rayrl.objectives.inject import BoundPart
 from rayrl.objectives.objective import LossOutput, Objective, Prepared, State
 from rayrl.objectives.plan import Phases
 from rayrl.objectives.reduce import Normalizer
@@ -32,6 +33,9 @@ class Schedule(Objective):
     def check(self, provides: Any) -> None:
         for objective in self._objectives:
             objective.check(provides)
+
+    def planners(self, step: int) -> tuple[BoundPart, ...]:
+        return self._objectives[self.phase_at(step)].planners(step)
 
     def phase_at(self, step: int) -> int:
         """Which objective step ``step`` (from 0) uses."""

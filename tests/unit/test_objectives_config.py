@@ -223,7 +223,7 @@ def test_fields_of_wrong_shapes_are_refused() -> None:
 
 def test_parameters_of_a_preset_have_names_of_their_own() -> None:
     """So that an override by name alone can only mean one thing (or one thing on purpose)."""
-    shared = {"beta", "kl_max", "main_term"}
+    shared = {"beta", "kl_max", "main_term", "min_spread"}
     for name, one in PRESETS.items():
         for plan in plans_of(one):
             names = [key for _, item in plan.parts() for key in item.params]

@@ -203,9 +203,10 @@ def test_a_caption_that_only_the_scorer_likes_is_a_hard_negative() -> None:
 
 def test_the_driver_finds_the_planners_with_their_parameters() -> None:
     objective = preset("ghpo_reference_hints", hint_floor=0.2)
-    assert set(objective.rollout) == {"needs_hint", "reference_prefix"}
-    assert objective.rollout["needs_hint"].params == {"hint_floor": 0.2}
-    assert objective.rollout["needs_hint"].function is planners.needs_hint
+    hint, prefix = objective.planners(0)
+    assert (hint.name, prefix.name) == ("needs_hint", "reference_prefix")
+    assert hint.params == {"hint_floor": 0.2}
+    assert hint.function is planners.needs_hint
     assert objective.needs == {"needs_hint", "reference_prefix", "forced"}
 
 

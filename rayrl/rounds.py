@@ -1,0 +1,284 @@
+"""What a step samples: a first round of groups, then further rounds that depend on their rewards.
+
+A part in an objective's ``rollout`` slot is a planner.  It sees what was drawn so far and asks for
+more: other images in place of flat groups, captions that start with words of a reference, more
+captions where rewards spread.  A request says itself how what it brings joins the group that is
+there, so a planner is one pure function (:mod:`rayrl.objectives.sampling` has them).
+
+    requests = rounds.begin(step)                  the first round
+    while requests:
+        results = sample and score requests        in order
+        requests = rounds.go_on(step, results)     the next round, or none
+    drawn = rounds.finish(step)                    the step's groups
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayrl.config import Config
+from rayrl.data.order import item_at
+from rayrl.engine.base import request_seed
+from rayrl.rewards.score import Dropped
+from rayrl.types import Prompt, ScoredGroup
+
+Join = Callable[[ScoredGroup | None, ScoredGroup], ScoredGroup]
+"""Makes one group of the one that is there, if any, and the one that was sampled."""
+
+Planner = Callable[[Mapping[str, Any]], list["Request"]]
+"""A rollout part with its parameters; reads by name ``drawn``, ``take`` (the next so many prompts
+of the run's order) and ``encode`` (the token ids of a caption's text, without an end token)."""
+
+
+def replaced(old: ScoredGroup | None, new: ScoredGroup) -> ScoredGroup:
+    """The new group in place of the old one."""
+    return new
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """``size`` captions of a prompt, for the group in place ``slot`` of the step, each beginning
+    with the token ids ``forced``.  ``seed`` is set by :func:`seeded`."""
+
+    slot: int
+    prompt: Prompt
+    size: int
+    forced: tuple[int, ...] = ()
+    join: Join = replaced
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(
+                f"prompt {self.prompt.prompt_id}: {self.size} captions, want at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A step so far.
+
+    groups: by slot the scored group, None before it is sampled or where none could be scored
+    round: rounds that are scored; planners are asked before the first (0) and after each
+    busy: slots that another planner asks for in this round already
+    mean_reward: running mean over the groups of earlier steps, None before the first
+    """
+
+    step: int
+    total_steps: int
+    group_size: int
+    prompts: tuple[Prompt, ...]
+    groups: tuple[ScoredGroup | None, ...]
+    dropped: tuple[Dropped, ...] = ()
+    round: int = 0
+    busy: frozenset[int] = frozenset()
+    mean_reward: float | None = None
+    num_captions: int = 0
+    asked_again: int = 0
+
+    @property
+    def free(self) -> list[int]:
+        """Slots that nothing was asked for yet in this round."""
+        return [slot for slot in range(len(self.prompts)) if slot not in self.busy]
+
+    @property
+    def free_groups(self) -> list[tuple[int, ScoredGroup]]:
+        """Those of them that hold a group, with it."""
+        pairs = ((slot, self.groups[slot]) for slot in self.free)
+        return [(slot, group) for slot, group in pairs if group is not None]
+
+    @property
+    def whole(self) -> list[ScoredGroup]:
+        """The groups to train on.
+
+        Raises RuntimeError where there is none, with the reason of the first dropped one."""
+        groups = [group for group in self.groups if group is not None]
+        if not groups:
+            first = self.dropped[0]
+            raise RuntimeError(
+                f"all {len(self.dropped)} groups of the step were dropped; "
+                f"the first, {first.prompt_id}: {first.reason}"
+            )
+        return groups
+
+    def metrics(self) -> dict[str, float]:
+        """How much was sampled, and what was lost."""
+        return {
+            "rounds/count": float(self.round),
+            "rounds/captions": float(self.num_captions),
+            "rounds/asked_again": float(self.asked_again),
+            "groups/dropped": float(len(self.dropped)),
+        }
+
+
+def plan(
+    drawn: Drawn, planners: Sequence[Planner], supplies: Mapping[str, Any]
+) -> tuple[Request, ...]:
+    """What to sample next: what the planners ask for, each for slots that those before it left
+    alone, and in the first round a whole group of every other prompt."""
+    requests: list[Request] = []
+    for planner in planners:
+        asked = planner({**supplies, "drawn": drawn})
+        requests += asked
+        drawn = replace(drawn, busy=drawn.busy | {request.slot for request in asked})
+    if drawn.round == 0:
+        requests += [
+            Request(slot=slot, prompt=drawn.prompts[slot], size=drawn.group_size)
+            for slot in drawn.free
+        ]
+    return tuple(sorted(requests, key=lambda request: request.slot))
+
+
+def seeded(requests: Sequence[Request], run_seed: int, drawn: Drawn) -> tuple[Request, ...]:
+    """The requests with their seeds, a function of (run seed, step, prompt, round): a request that
+    is made again brings the same captions.  Sample i of a request uses seed + i, so requests for
+    one prompt follow each other."""
+    sizes: dict[str, int] = {}
+    out = []
+    for request in requests:
+        who = request.prompt.prompt_id
+        first = request_seed(run_seed, drawn.step, who, drawn.round)
+        out.append(replace(request, seed=first + sizes.get(who, 0)))
+        sizes[who] = sizes.get(who, 0) + request.size
+    return tuple(out)
+
+
+def joined(
+    drawn: Drawn, requests: Sequence[Request], results: Sequence[ScoredGroup | Dropped]
+) -> Drawn:
+    """The step with a round's results.  One that was dropped leaves its slot as it was."""
+    groups, dropped = list(drawn.groups), list(drawn.dropped)
+    for request, result in zip(requests, results, strict=True):
+        if isinstance(result, Dropped):
+            dropped.append(result)
+        else:
+            groups[request.slot] = request.join(groups[request.slot], result)
+    return replace(
+        drawn,
+        groups=tuple(groups),
+        dropped=tuple(dropped),
+        round=drawn.round + 1,
+        num_captions=drawn.num_captions + sum(request.size for request in requests),
+        asked_again=drawn.asked_again + (len(requests) if drawn.round else 0),
+    )
+
+
+@dataclass
+class Rounds:
+    """The rounds of all steps that are on the way, and the prompts they take.
+
+    Prompts are taken from an endless sequence, in the order in which steps begin and go on.  That
+    order is the driver's own, so which prompt goes where depends on nothing that runs in parallel;
+    :meth:`state` is all that a resumed run needs to go on with exactly the next prompts.
+
+    prompt_at: the prompt at a place (from 0) of the sequence
+    """
+
+    planners: Callable[[int], Sequence[Planner]]
+    prompt_at: Callable[[int], Prompt]
+    encode: Callable[[str], list[int]]
+    images_per_step: int
+    group_size: int
+    total_steps: int
+    seed: int
+    _next: int = 0
+    _first: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _drawn: dict[int, Drawn] = field(default_factory=dict)
+    _asked: dict[int, tuple[Request, ...]] = field(default_factory=dict)
+    _mean_reward: float | None = None
+
+    @classmethod
+    def of_run(
+        cls,
+        config: Config,
+        planners: Callable[[int], Sequence[Planner]],
+        data: Sequence[Prompt],
+        model: Path,
+    ) -> Rounds:
+        """Those of a run on ``data`` in the order of the run's seed; ``model`` is a folder."""
+
+        @functools.cache
+        def processor() -> Any:
+            from rayrl.vlm import load_processor
+
+            return load_processor(model, trust_remote_code=config.model.trust_remote_code)
+
+        def encode(text: str) -> list[int]:
+            from rayrl.vlm import caption_prefix_ids
+
+            return caption_prefix_ids(processor(), text)
+
+        return cls(
+            planners=planners,
+            prompt_at=lambda place: data[item_at(place, len(data), config.seed)[1]],
+            encode=encode,
+            images_per_step=config.train.images_per_step,
+            group_size=config.train.group_size,
+            total_steps=config.train.steps,
+            seed=config.seed,
+        )
+
+    def begin(self, step: int) -> tuple[Request, ...]:
+        """The first round of ``step``; on the prompts that the step had, if it began before the
+        run was resumed."""
+        if step not in self._first:
+            self._first[step] = (self._next, self.images_per_step)
+            self._next += self.images_per_step
+        start, count = self._first[step]
+        prompts = tuple(self.prompt_at(place) for place in range(start, start + count))
+        self._drawn[step] = Drawn(
+            step=step,
+            total_steps=self.total_steps,
+            group_size=self.group_size,
+            prompts=prompts,
+            groups=(None,) * count,
+        )
+        return self._plan(step)
+
+    def go_on(self, step: int, results: Sequence[ScoredGroup | Dropped]) -> tuple[Request, ...]:
+        """The next round of ``step``, given the results of the last one in the order of its
+        requests; empty when the step is complete."""
+        drawn = joined(self._drawn[step], self._asked[step], results)
+        self._drawn[step] = replace(drawn, mean_reward=self._mean_reward)
+        return self._plan(step)
+
+    def finish(self, step: int) -> Drawn:
+        """The complete step, which is then forgotten."""
+        del self._first[step], self._asked[step]
+        drawn = self._drawn.pop(step)
+        mean = float(np.mean([group.rewards.mean() for group in drawn.whole]))
+        before = mean if self._mean_reward is None else self._mean_reward
+        self._mean_reward = before + _NEWEST * (mean - before)
+        return drawn
+
+    def state(self) -> dict[str, Any]:
+        """Where the run is, as JSON values: the next place, and the places of the steps that have
+        begun and are not finished."""
+        first = {str(step): list(places) for step, places in self._first.items()}
+        return {"next": self._next, "first": first, "mean_reward": self._mean_reward}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state`."""
+        self._next, self._mean_reward = state["next"], state["mean_reward"]
+        self._first = {int(step): (a, n) for step, (a, n) in state["first"].items()}
+
+    def _plan(self, step: int) -> tuple[Request, ...]:
+        drawn = self._drawn[step]
+        supplies = {"take": self._take, "encode": self.encode}
+        requests = plan(drawn, self.planners(step), supplies)
+        self._asked[step] = seeded(requests, self.seed, drawn)
+        return self._asked[step]
+
+    def _take(self, count: int) -> list[Prompt]:
+        start, self._next = self._next, self._next + count
+        return [self.prompt_at(place) for place in range(start, start + count)]
+
+
+_NEWEST = 0.1
+"""Weight of a step in the running mean of rewards, for planners that compare with the past."""
