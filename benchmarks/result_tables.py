@@ -144,7 +144,24 @@ def sync(result: Result) -> list[str]:
 
 
 def rewards(result: Result) -> list[str]:
-    microseconds = result["cider_d_us_per_caption"]
+    microseconds = {
+        name: us
+        for name, us in result["cider_d_us_per_caption"].items()
+        if not name.startswith("largest difference")
+    }
     slowest = max(microseconds.values())
     rows = [[name, f"{us:.1f}", f"{slowest / us:.0f}"] for name, us in microseconds.items()]
-    return table(["CIDEr-D", "µs a caption", "times the slowest"], rows)
+    lines = table(["CIDEr-D", "µs a caption", "times the slowest"], rows)
+    promised = [
+        [name, one["target"], f"{one['here']:g}", "yes" if one["reached"] else "no"]
+        for name, one in result["promised"].items()
+    ]
+    return [*lines, "", *table(["promised", "target", "here", "reached"], promised)]
+
+
+def reward_step(result: Result) -> list[str]:
+    header = ["captions a step", *(f"{name}, s" for name in result["seconds"])]
+    seconds = [f"{value:.3f}" for value in result["seconds"].values()]
+    percent = f"{result['rewards_percent_of_step']:.1f} (target {result['target_percent']:g})"
+    row = [str(result["captions_per_step"]), *seconds, percent]
+    return table([*header, "rewards, % of the step"], [row])

@@ -74,6 +74,13 @@ SECTIONS = (
         result_tables.rewards,
     ),
     Section(
+        "reward-step",
+        "Rewards in a step",
+        "Seconds by which the driver waits for each phase of the main job on this machine, CIDEr-D "
+        "alone.",
+        result_tables.reward_step,
+    ),
+    Section(
         "fleet",
         "The driver under load",
         "A whole job whose engines only take their time and whose learner takes none. All workers "

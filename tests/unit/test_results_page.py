@@ -140,3 +140,23 @@ def test_tables_of_steps_fleet_and_sync_hold_the_numbers():
 def test_what_has_no_result_is_named_as_not_measured(part, tmp_path):
     text = "\n".join(write_results.section(part, tmp_path))
     assert f"Not measured yet: `python benchmarks/bench_{part.name.replace('-', '_')}.py`" in text
+
+
+def test_tables_of_rewards_hold_the_numbers_and_the_promises():
+    microseconds = {
+        "pycocoevalcap": 600.0,
+        "rayrl numba": 6.0,
+        "largest difference to pycocoevalcap": 1e-15,
+    }
+    promised = {"times faster than pycocoevalcap": {"target": ">= 60", "here": 1e2, "reached": 1}}
+    lines = result_tables.rewards({"cider_d_us_per_caption": microseconds, "promised": promised})
+    assert "| rayrl numba | 6.0 | 100 |" in lines
+    assert lines[-1] == "| times faster than pycocoevalcap | >= 60 | 100 | yes |"
+    assert not any("difference" in line for line in lines)
+    step = {
+        "captions_per_step": 2048,
+        "seconds": {"rollout": 6.0, "reward": 0.0512},
+        "rewards_percent_of_step": 0.84,
+        "target_percent": 3.0,
+    }
+    assert result_tables.reward_step(step)[-1] == "| 2048 | 6.000 | 0.051 | 0.8 (target 3) |"
