@@ -40,8 +40,8 @@ def first_images(batch, count):
     changes = {}
     for spec in fields(batch):
         value = getattr(batch, spec.name)
-        if spec.name == "terms":
-            changes["terms"] = {name: term[:count] for name, term in value.items()}
+        if isinstance(value, dict):
+            changes[spec.name] = {name: term[:count] for name, term in value.items()}
         elif value is not None:
             changes[spec.name] = value[:count]
     return replace(batch, **changes)
@@ -73,8 +73,12 @@ CASES = {
     "an image at a time": {"images": 5, "minibatches": 5, "inner_epochs": 2},
     # Three go through one rank's model, and two and one that does not count through the other's.
     "uneven micro-batches": {"images": 5, "micro_batch_images": 1},
-    "frozen vision": {"images": 5, "trainable": ("connector", "language")},
+    # Features are cached by the rank that saw the image, so ranks leave the tower out at
+    # different times.
+    "cached features": {"images": 5, "trainable": ("language",), "minibatches": 5},
     "naive": {"images": 5, "prefix_shared": False},
+    "recomputed": {"images": 5, "activation_checkpointing": True},
+    "token budget": {"images": 5, "micro_batch_tokens": 100},
     "dr_grpo": {"images": 5, "objective": "dr_grpo"},
     "pairs": {"images": 5, "objective": "online_dpo"},
     # Statistics over the minibatch: a square root, the tokens with the largest covariance, bounds.
