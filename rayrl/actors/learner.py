@@ -29,6 +29,7 @@ class LearnerActor:
                 config=config.learner,
                 objective=build(config.objective),
                 sources=config.objective.sources,
+                num_terms=len(config.reward.terms),
                 temperature=config.sampling.temperature,
                 instruction=config.data.instruction,
                 total_steps=config.train.steps,

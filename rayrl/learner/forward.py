@@ -57,6 +57,15 @@ class Forward:
         self._features = features
         self.flops = 0.0
 
+    def for_another(self, model: Any) -> Forward:
+        """The same for a model of its own, with other image features, whole on every rank."""
+        return Forward(
+            self._config,
+            FlopCounter(model),
+            temperature=self._temperature,
+            banned_ids=self._banned_ids,
+        )
+
     def __call__(
         self,
         model: Any,

@@ -97,3 +97,38 @@ class Critic(HeadProvider):
         states = part.policy.states
         assert states is not None
         return states.spread(self.module(states.hidden))
+
+
+class TermAdapters(nn.Module):
+    """For each of K reward terms a residual of low rank on the hidden state before the model's own
+    output matrix, so that a head costs 2 D r weights and not D V.  They start at 0, where every
+    head is the policy."""
+
+    def __init__(self, hidden_size: int, terms: int, *, rank: int, seed: int = 0) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        down = torch.randn(terms, hidden_size, rank, generator=draw) / hidden_size**0.5
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(torch.zeros(terms, rank, hidden_size))
+
+    def forward(self, hidden: Tensor, term: int) -> Tensor:
+        """Hidden states [N, D] of one head; gradients reach the model's own states too."""
+        moved = hidden.to(self.down.dtype) @ self.down[term] @ self.up[term]
+        return hidden + moved.to(hidden.dtype)
+
+
+class TermHeads(HeadProvider):
+    """Log-probs of the captions by one output head for each reward term, in the terms' order."""
+
+    def __init__(
+        self, hidden_size: int, terms: int, *, lr: float, device: str, ranks: Ranks = SOLO
+    ) -> None:
+        adapters = TermAdapters(hidden_size, terms, rank=16).to(device)
+        super().__init__("term_heads", adapters, lr=lr, ranks=ranks)
+        self._terms = terms
+
+    def in_update(self, part: MicroBatch) -> dict[str, Tensor]:
+        states = part.policy.states
+        assert states is not None
+        each = [states.logprobs(self.module(states.hidden, k))[0] for k in range(self._terms)]
+        return {"head_logprobs": torch.stack(each, -1)}

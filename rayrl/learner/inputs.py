@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,15 +94,19 @@ class StepInputs:
         self.tokens = [len(ids) + n for ids, n in zip(self._expected, captions, strict=True)]
         """Of every image, its prompt's and its captions'."""
 
-    def select(self, indices: Sequence[int]) -> PromptBatch:
-        """Inputs of these prompts.  Raises ValueError naming the prompt where the engine used
-        other prompt ids."""
-        inputs = self._cache.batch([self._images[i] for i in indices], self._instruction)
+    def select(
+        self, indices: Sequence[int], change: Callable[[bytes], bytes] | None = None
+    ) -> PromptBatch:
+        """Inputs of these prompts, perhaps with a ``change`` of their encoded images.  Raises
+        ValueError naming the prompt where the engine used other prompt ids."""
+        images = [self._images[i] for i in indices]
+        images = images if change is None else [change(image) for image in images]
+        inputs = self._cache.batch(images, self._instruction)
         self._check(inputs, indices)
         inputs = inputs.to(self._model.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
-        return PromptBatch(inputs, [image_key(self._images[i]) for i in indices])
+        return PromptBatch(inputs, [image_key(image) for image in images])
 
     def references(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
         """The reference captions of these prompts; ValueError where the batch has none."""

@@ -68,6 +68,7 @@ class Learner:
         seed: int,
         ranks: Ranks = SOLO,
         sources: SourcesConfig = NO_SOURCES,
+        num_terms: int = 1,
     ) -> None:
         self._ranks = ranks
         self._config = config
@@ -81,7 +82,7 @@ class Learner:
             folder,
             model=model,
             config=config,
-            with_reference="ref_logprobs" in objective.needs,
+            with_reference=bool(objective.needs & {"ref_logprobs", "augmented_ref_logprobs"}),
             temperature=temperature,
             ranks=ranks,
         )
@@ -93,6 +94,7 @@ class Learner:
             sources,
             self.policy,
             updates_per_step=self._updates_per_step,
+            num_terms=num_terms,
             ranks=ranks,
         )
         self._replay: Checkpoint | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,6 +79,24 @@ class Policy:
     def inputs(self, batch: TrainBatch, instruction: str) -> StepInputs:
         """The processor's output for a batch's prompts, on demand."""
         return StepInputs(self._inputs, self.model, batch, instruction)
+
+    def others(self, folders: Sequence[str]) -> list[Any]:
+        """Models of these folders that do not train.  ValueError where one is missing or writes
+        captions in other tokens than this one."""
+        return [self._other(folder) for folder in folders]
+
+    def _other(self, folder: str) -> Any:
+        if not Path(folder).is_dir():
+            raise ValueError(f"no model folder {folder!r}, which the objective's sources name")
+        other = load_captioner(
+            folder,
+            dtype=self._config.dtype,
+            device=self.device,
+            trust_remote_code=self._config.trust_remote_code,
+        )
+        if other.processor.tokenizer.get_vocab() != self.processor.tokenizer.get_vocab():
+            raise ValueError(f"{folder}: its tokens are not those of the model that trains")
+        return other.model.requires_grad_(False)
 
     def weights(self, version: int, *, trained_only: bool) -> Weights | None:
         """All parameters, or those that train, as they compute.  On rank 0; the others, on which

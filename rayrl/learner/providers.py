@@ -92,15 +92,20 @@ class OldLogprobs(Provider):
         return {"old_logprobs": part.policy.logprobs}
 
 
-class FrozenLogprobs(Provider):
-    """Log-probs of the captions under a model that does not train."""
+class OtherModels(Provider):
+    """Log-probs of the captions under models that do not train: [P,G,T,K] for K of them, or
+    [P,G,T] for the only one where there can be no more."""
 
-    def __init__(self, name: str, model: Any) -> None:
+    def __init__(self, name: str, models: Sequence[Any], forward: Forward, *, single: bool) -> None:
         self._name = name
-        self._model = model
+        self._models = [(model, forward.for_another(model)) for model in models]
+        self._single = single
 
     def at_start(self, part: MicroBatch) -> dict[str, Tensor]:
-        return {self._name: part.forward(self._model, part.groups, part.prompts).logprobs}
+        each = [
+            forward(model, part.groups, part.prompts).logprobs for model, forward in self._models
+        ]
+        return {self._name: each[0] if self._single else torch.stack(each, -1)}
 
 
 class Collisions(Provider):

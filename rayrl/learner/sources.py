@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection
 
 from rayrl.config import Config
 from rayrl.learner.anchors import Anchors
-from rayrl.learner.heads import Critic
+from rayrl.learner.changed import ChangedImages
+from rayrl.learner.heads import Critic, TermHeads
 from rayrl.learner.parallel import SOLO, Ranks
 from rayrl.learner.policy import Policy
-from rayrl.learner.providers import Collisions, OldLogprobs, Provider, Providers
+from rayrl.learner.providers import Collisions, OldLogprobs, OtherModels, Provider, Providers
 from rayrl.objectives.compile import PROVIDED
 from rayrl.objectives.config import SourcesConfig
 from rayrl.rewards.config import FunctionConfig, HttpConfig
@@ -24,6 +25,8 @@ def provided(config: Config) -> frozenset[str]:
         "judge_ok": bool(config.reward.constraints),
         "reward_versions": judge,
         "token_credit": judge,
+        "guide_logprobs": bool(config.objective.sources.guide),
+        "auxiliary_logprobs": bool(config.objective.sources.auxiliaries),
     }
     return PROVIDED.difference(given) | {need for need, there in given.items() if there}
 
@@ -41,6 +44,7 @@ def make_providers(
     policy: Policy,
     *,
     updates_per_step: int,
+    num_terms: int,
     ranks: Ranks = SOLO,
 ) -> Providers:
     """The providers of ``needs`` beyond the reference model."""
@@ -50,6 +54,18 @@ def make_providers(
     makers: dict[str, Callable[[], Provider]] = {
         "old_logprobs": OldLogprobs,
         "collision": Collisions,
+        "guide_logprobs": lambda: OtherModels(
+            "guide_logprobs", policy.others([config.guide]), policy.forward, single=True
+        ),
+        "auxiliary_logprobs": lambda: OtherModels(
+            "auxiliary_logprobs", policy.others(config.auxiliaries), policy.forward, single=False
+        ),
+        "augmented_logprobs": lambda: ChangedImages(
+            policy.reference, config.image_change, config.change_strength
+        ),
+        "head_logprobs": lambda: TermHeads(
+            hidden_size, num_terms, lr=config.head_lr, device=policy.device, ranks=ranks
+        ),
         "anchor_logprobs": lambda: Anchors(policy.processor, policy.eos_id),
         "values": lambda: Critic(hidden_size, lr=config.head_lr, device=policy.device, ranks=ranks),
     }

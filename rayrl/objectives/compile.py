@@ -53,7 +53,8 @@ PROVIDED = frozenset(
     {
         *("ref_logprobs", "greedy_rewards", "old_logprobs", "entropy", "terms", "extrapolate"),
         *("values", "policy_values", "collision", "anchor_logprobs", "anchor_mask"),
-        *("reference_rewards", "similarity", "prefix_values"),
+        *("reference_rewards", "similarity", "prefix_values", "head_logprobs"),
+        *("augmented_logprobs", "augmented_ref_logprobs"),
     }
 )
 """Needs that the driver and the learner of this package always can bring."""
@@ -63,6 +64,8 @@ CONFIGURED: Mapping[str, str] = {
     "judge_ok": "reward.constraints",
     "reward_versions": _JUDGE,
     "token_credit": _JUDGE,
+    "guide_logprobs": "objective.sources.guide",
+    "auxiliary_logprobs": "objective.sources.auxiliaries",
 }
 """Needs that are brought once something is configured, and what."""
 

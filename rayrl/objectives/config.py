@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
@@ -17,6 +17,15 @@ class SourcesConfig(Section):
 
     head_lr: PositiveFloat = 1e-2
     """Learning rate of what trains beside the policy: a critic, heads of single reward terms."""
+    guide: str = ""
+    """Folder of a preference-tuned copy of the model, which credits single tokens."""
+    auxiliaries: tuple[str, ...] = ()
+    """Folders of copies of the model, each trained on one auxiliary reward."""
+    image_change: Literal["crop", "mask"] = "crop"
+    """What is done to an image where captions are also scored after a changed one: a window of it,
+    or grey over a window."""
+    change_strength: float = Field(default=0.5, ge=0, lt=1)
+    """How much of each side of the image the window takes away or covers."""
 
 
 NO_SOURCES = SourcesConfig()

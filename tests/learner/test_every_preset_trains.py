@@ -10,6 +10,7 @@ import torch
 
 from rayrl.objectives import preset, presets
 from rayrl.objectives.compile import CONFIGURED, PROVIDED
+from rayrl.objectives.config import SourcesConfig
 from rayrl.vlm import load_captioner
 from tests.unit.test_learner import batch, learner, parameters
 
@@ -36,7 +37,7 @@ def one_thread():
 
 
 def test_most_presets_can_be_fed():
-    assert len(FEASIBLE) >= 118
+    assert len(FEASIBLE) >= 123
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,8 @@ def full_batch(tiny_folder, batch, prompts):
 
 @pytest.mark.parametrize("name", sorted(set(FEASIBLE) - OTHER_TERMS - NOTHING_PASSES))
 def test_five_steps_change_the_weights_and_report_finite_metrics(tiny_folder, full_batch, name):
-    subject = learner(tiny_folder, objective=name)
+    models = {"guide": str(tiny_folder), "auxiliaries": (str(tiny_folder),)}
+    subject = learner(tiny_folder, objective=name, sources=SourcesConfig(**models), num_terms=2)
     before = parameters(subject)
     for _ in range(5):
         report = subject.update(full_batch)

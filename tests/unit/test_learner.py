@@ -28,6 +28,7 @@ def learner(
     trainable=("vision", "connector", "language"),
     ranks=SOLO,
     sources=NO_SOURCES,
+    num_terms=1,
     dtype="float32",
     **config,
 ):
@@ -42,6 +43,7 @@ def learner(
         seed=0,
         ranks=ranks,
         sources=sources,
+        num_terms=num_terms,
     )
 
 
