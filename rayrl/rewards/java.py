@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,19 +41,22 @@ class JavaProcess:
     nothing is written where it is installed and many can run at once."""
 
     def __init__(self, command: list[str], timeout_s: float) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="rayrl-java-")
-        self._errors = Path(self._folder.name) / "stderr"
+        folder = tempfile.TemporaryDirectory(prefix="rayrl-java-")
+        self.folder = Path(folder.name)
+        self._errors = self.folder / "stderr"
         self._timeout_s = timeout_s
         self._unread = b""
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 command,
-                cwd=self._folder.name,
+                cwd=self.folder,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 bufsize=0,
             )
+        # Nobody may be left to close it.
+        self._end = weakref.finalize(self, _end, self._process, folder)
 
     def ask(self, line: str, num_answers: int = 1) -> list[str]:
         """Send a line; the lines of the answer.
@@ -70,9 +74,7 @@ class JavaProcess:
 
     def close(self) -> None:
         """End the program and remove its folder."""
-        self._process.kill()
-        self._process.communicate()
-        self._folder.cleanup()
+        self._end()
 
     def _read_line(self, deadline: float) -> str:
         assert self._process.stdout is not None
@@ -91,3 +93,9 @@ class JavaProcess:
         status = self._process.wait()
         said = self._errors.read_text(errors="replace").strip().splitlines()[-3:]
         return ChildProcessError(f"Java ended with status {status}: {' / '.join(said)}")
+
+
+def _end(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
+    process.kill()
+    process.communicate()
+    folder.cleanup()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +43,7 @@ def test_equals_pycocoevalcap(meteor: Meteor) -> None:
 
 
 def test_one_process_serves_many_calls_and_leaves_nothing_behind(meteor: Meteor) -> None:
-    folder = Path(meteor._process._folder.name)
+    folder = meteor._process.folder
     first = meteor.score(CAPTIONS[:1], REFERENCES[:1])
     for _ in range(3):
         assert meteor.score(CAPTIONS[:1], REFERENCES[:1])[0] == first[0]

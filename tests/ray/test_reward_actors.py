@@ -173,8 +173,8 @@ def test_the_seconds_of_a_batch_do_not_wait_for_the_next_one_to_be_sampled(tmp_p
 
 @pytest.mark.parametrize("name", ["words_after_dying_once", "words_after_hanging_once"])
 def test_a_term_that_dies_or_hangs_once_is_tried_again(name, tmp_path):
-    actor, _ = start({"cider_d": 1.0, "words": apart(name)}, timeout_s=40.0)
-    results = ray.get(actor.score.remote(groups(str(tmp_path / "marker"))), timeout=120)
+    actor, _ = start({"cider_d": 1.0, "words": apart(name)}, timeout_s=70.0)
+    results = ray.get(actor.score.remote(groups(str(tmp_path / "marker"))), timeout=180)
     assert [result.terms["words"].tolist() for result in results] == [[7, 2, 5]] * 3
 
 
@@ -318,7 +318,11 @@ def test_spice_and_clip_score_are_rewards_in_actors_of_their_own(tmp_path):
 @pytest.mark.java
 @pytest.mark.skipif(shutil.which("java") is None, reason="no java on the PATH")
 def test_meteor_is_a_reward_in_an_actor_of_its_own():
-    actor, _ = start({"cider_d": 1.0, "meteor": 10.0}, timeout_s=300.0)
+    from rayrl.actors.reward import RewardActor
+
+    config = RewardConfig(terms={"cider_d": 1.0, "meteor": 10.0})
+    statistics = reward_statistics([group.prompt.references for group in groups()], config)
+    actor = RewardActor.remote(config, (ray.put(statistics),), 300.0)
     results = ray.get(actor.score.remote(groups()), timeout=300)
     # pycocoevalcap's values.
     red, green = (0.4996193377772159, 1 / 27, 0.3308534455565891), (0.331280768046896, 1 / 27)

@@ -3,7 +3,9 @@ when it goes wrong.  The real METEOR is in tests/java."""
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -48,6 +50,16 @@ def test_its_folder_is_its_own_and_goes_with_it(tmp_path: Path) -> None:
     first.close()
     second.close()
     assert not any(folder.exists() for folder in folders)
+
+
+def test_a_program_that_nobody_holds_any_more_is_ended(tmp_path: Path) -> None:
+    process = JavaProcess([str(program(tmp_path, ECHO))], timeout_s=10)
+    assert process.ask("a man") == ["<a man>"]
+    folder, running = process.folder, process._process
+    del process
+    gc.collect()
+    assert running.returncode == -signal.SIGKILL
+    assert not folder.exists()
 
 
 def test_a_silent_program_times_out(tmp_path: Path) -> None:
