@@ -30,10 +30,9 @@ def blocks(language: str) -> list[str]:
 
 
 def terms_with(kind: str) -> dict:
-    """The rewards of the example that has a term of ``kind``."""
+    """The rewards of the first example that has a term of ``kind``."""
     found = [yaml.safe_load(block)["reward"] for block in blocks("yaml")]
-    (reward,) = [r for r in found if any(kind in (n, k) for n, k in kinds(r))]
-    return reward
+    return next(r for r in found if any(kind in (n, k) for n, k in kinds(r)))
 
 
 def kinds(reward: dict) -> list[tuple[str, str]]:
@@ -85,10 +84,20 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_every_yaml_example_is_a_configuration() -> None:
     found = blocks("yaml")
-    assert len(found) == 6
+    assert len(found) == 7
     for block in found:
         config = Config.model_validate(yaml.safe_load(block))
         assert len(config.reward.terms) >= 1
+
+
+def test_a_judge_says_where_a_caption_is_wrong(modules) -> None:
+    modules("my_judge")
+    (block,) = [block for block in blocks("yaml") if "constraints" in block]
+    first, _ = scored(yaml.safe_load(block)["reward"])
+    # "a brown dog on a sofa" says nothing new; "a boat" does, once.
+    assert first.wrong_spans == ((), ((2, 6),))
+    assert first.fields["judge_ok"].tolist() == [True, True]
+    assert first.fields["reward_versions"].tolist() == [1, 1]
 
 
 def test_the_table_of_kinds_has_every_kind_and_its_settings() -> None:
