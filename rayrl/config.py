@@ -154,6 +154,18 @@ class RolloutConfig(Section):
     """Workers that may be replaced in a run before it fails with the first cause."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685) in place of the weights themselves."""
+
+    rank: NonNegativeInt = 0
+    """Rank of the adapters on the linear layers of `model.trainable`; 0 trains the weights."""
+    alpha: PositiveInt = 32
+    """Scale of what adapters add, over the rank."""
+    publish: Literal["merged", "adapters"] = "merged"
+    """What engines pull after a step: whole weights with the adapters in them, or the adapters
+    alone, which they add to the base that they hold."""
+
+
 class LearnerConfig(Section):
     """The update."""
 
@@ -181,6 +193,7 @@ class LearnerConfig(Section):
     micro_batch_tokens: NonNegativeInt = 0
     """Tokens of prompts and captions that go through the model at once, padding included; 0 counts
     images alone.  An image above it goes alone."""
+    lora: LoraConfig = LoraConfig()
     activation_checkpointing: bool = False
     """Keep only the inputs of layers for the backward pass and run the layers again in it."""
     feature_cache_mb: NonNegativeInt = 1024
@@ -199,6 +212,12 @@ class LearnerConfig(Section):
     """GPUs of a rank."""
     timeout_s: PositiveFloat = 600.0
     """A rank that keeps the others waiting for this long counts as dead."""
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> LearnerConfig:
+        if self.lora.rank and self.parallel == "fsdp" and self.num_workers > 1:
+            raise ValueError("lora.rank with parallel fsdp: adapters train on whole models (data)")
+        return self
 
 
 class TrainConfig(Section):

@@ -69,7 +69,7 @@ def load_config(options: Options, overrides: Sequence[str]) -> Config:
     file = options.config
     if options.checkpoint:
         folder = options.checkpoint.resolve()
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(
                 f"{options.checkpoint}: no model folder (one with a config.json), such as "
                 "RUN_FOLDER/checkpoints/latest"

@@ -20,6 +20,7 @@ from rayrl.actors.cluster import connect, cpus_of, failing_in_one_line
 from rayrl.actors.fleet import Fleet, Pending
 from rayrl.actors.learner import LearnerActor
 from rayrl.actors.reward import check_terms
+from rayrl.adapters import with_base
 from rayrl.backup import Backup
 from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from rayrl.config import Config
@@ -45,10 +46,11 @@ from rayrl.xe_curve import XeCurve
 @dataclass
 class Run:
     """The parts of a run: workers, data, logs.  The driver owns it and is the only writer of the
-    run folder."""
+    run folder.  ``base`` is the folder of the stage-1 model."""
 
     config: Config
     folder: Path
+    base: Path
     train_data: Dataset
     heldout: Heldout
     rounds: Rounds
@@ -163,7 +165,7 @@ def save(run: Run) -> None:
     meta["rounds"] = run.rounds.state()
     whole = Checkpoint(
         step=checkpoint.step,
-        model_files=checkpoint.model_files,
+        model_files=with_base(checkpoint.model_files, run.base),
         arrays=checkpoint.arrays,
         meta=meta,
     )
@@ -276,6 +278,7 @@ def _start(
     return Run(
         config=config,
         folder=folder,
+        base=stage1.folder,
         train_data=train_data,
         heldout=heldout,
         rounds=Rounds.of_run(config, objective.planners, train_data, stage1.folder),

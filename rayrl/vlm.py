@@ -18,6 +18,7 @@ from PIL import Image
 
 from rayrl.config import Part, TinyConfig
 from rayrl.data.images import decode
+from rayrl.weights import ADAPTER_CONFIG
 
 IMAGE_TOKEN = "<image>"
 CHAT_TEMPLATE = (
@@ -70,16 +71,21 @@ def load_captioner(
     trust_remote_code: bool = False,
 ) -> Captioner:
     """Load model and processor from a folder or hub name, in evaluation mode (dropout off, as in
-    the reinforcement stage of arXiv 2503.01333)."""
+    the reinforcement stage of arXiv 2503.01333).  Adapters are merged into their base."""
     from transformers import AutoModelForImageTextToText
 
     quiet_transformers()
+    base = base_folder(path)
     model = AutoModelForImageTextToText.from_pretrained(
-        path,
+        base,
         dtype=getattr(torch, dtype),
         trust_remote_code=trust_remote_code,
         use_safetensors=True,  # never a pickle
     )
+    if base != path:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
     processor = load_processor(path, trust_remote_code=trust_remote_code)
     model.to(device)  # type: ignore[arg-type]
     return Captioner(
@@ -89,6 +95,19 @@ def load_captioner(
         banned_ids=banned_ids(model.config, processor),
         pad_id=int(processor.tokenizer.pad_token_id),
     )
+
+
+def base_folder(path: str | Path) -> str | Path:
+    """The model that the adapters of a folder are for, or the folder itself where it has none.
+
+    Raises FileNotFoundError when that model is not there."""
+    adapters = Path(path) / ADAPTER_CONFIG
+    if not adapters.is_file():
+        return path
+    base = str(json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise FileNotFoundError(f"{path}: its adapters are for {base}, which is not there")
+    return base
 
 
 def eos_ids(model: Any, processor: Any) -> tuple[int, ...]:

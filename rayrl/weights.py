@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,9 @@ import torch
 _SAMPLED_ELEMENTS = 4096
 
 ModelFiles = Mapping[str, np.ndarray]
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""Where PEFT says of a folder that it holds adapters, and of which base."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,9 +71,22 @@ def pack(
     names: Collection[str] | None = None,
     gather: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.cpu,
 ) -> Weights:
-    """Copy a model's parameters (or those in ``names``) to host memory as one version.
+    """Copy a model's parameters (or those in ``names``) to host memory as one version; see
+    :func:`pack_tensors`."""
+    named = model.named_parameters(remove_duplicate=False)
+    return pack_tensors(named, version, names, gather)
 
-    gather: from a parameter to its whole values in host memory, one parameter after the other
+
+def pack_tensors(
+    named: Iterable[tuple[str, torch.Tensor]],
+    version: int,
+    names: Collection[str] | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.cpu,
+) -> Weights:
+    """Copy tensors (or those in ``names``) to host memory as one version.  A parameter that comes
+    under a second name is tied to the first.
+
+    gather: from a tensor to its whole values in host memory, one tensor after the other
 
     Raises ValueError naming the first parameter that is not finite: a broken policy must not
     reach the engines.
@@ -78,8 +94,10 @@ def pack(
     arrays: dict[str, np.ndarray] = {}
     halves, tied = set(), {}
     first_name: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        source = first_name.setdefault(id(parameter), name)
+    for name, parameter in named:
+        source = name
+        if isinstance(parameter, torch.nn.Parameter):
+            source = first_name.setdefault(id(parameter), name)
         if names is not None and source not in names:
             continue
         if source != name:
@@ -132,7 +150,7 @@ def load_into(model: torch.nn.Module, weights: Weights) -> None:
 def read_model_files(folder: str | Path) -> dict[str, np.ndarray]:
     """All files of a model folder (not of its sub-folders) as byte arrays."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise FileNotFoundError(f"{folder}: no config.json, so this is not a model folder")
     return {
         file.name: np.fromfile(file, dtype=np.uint8)
@@ -148,6 +166,7 @@ def write_model_files(files: ModelFiles, folder: Path, *, with_weights: bool) ->
     for name, content in files.items():
         if Path(name).name != name:
             raise ValueError(f"model file {name!r}: want a bare file name")
-        if with_weights or not name.endswith((".safetensors", ".safetensors.index.json")):
+        weights = (".safetensors", ".safetensors.index.json", ADAPTER_CONFIG)
+        if with_weights or not name.endswith(weights):
             content.tofile(folder / name)
     return folder

@@ -20,7 +20,7 @@ from rayrl.data.config import DataConfig, Split
 from rayrl.engine.base import EngineSetup, Sampling, make_engine, request_seed
 from rayrl.progress import open_progress
 from rayrl.types import Prompt
-from rayrl.vlm import load_captioner
+from rayrl.vlm import base_folder, load_captioner
 from rayrl.weights import pack, read_model_files, write_model_files
 
 
@@ -104,7 +104,7 @@ def share_model(config: Config, checkpoint: Path) -> tuple[list[Any], list[Any]]
     weights = pack(captioner.model, version=0)
     small = {
         name: content
-        for name, content in read_model_files(checkpoint).items()
+        for name, content in read_model_files(base_folder(checkpoint)).items()
         if not name.endswith(".safetensors")
     }
     return [ray.put(small)], [ray.put(weights)]

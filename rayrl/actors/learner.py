@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ray
 
+from rayrl.adapters import AdapterWeights
 from rayrl.batch import make_batch
 from rayrl.checkpoint import Checkpoint
 from rayrl.config import Config
@@ -47,7 +48,7 @@ class LearnerActor:
         """What the last step skipped, if it did."""
         return self._learner.replay()
 
-    def weights(self, *, trained_only: bool) -> Weights | None:
+    def weights(self, *, trained_only: bool) -> Weights | AdapterWeights | None:
         return self._learner.weights(trained_only=trained_only)
 
     def checkpoint(self) -> Checkpoint | None:

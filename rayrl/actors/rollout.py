@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ray
 
+from rayrl.adapters import AdapterWeights
 from rayrl.config import EngineConfig, Part
 from rayrl.engine.base import EngineSetup, Sampling, make_engine
 from rayrl.rounds import Request
@@ -23,6 +24,7 @@ class RolloutActor:
     def __init__(
         self, files: ModelFiles, config: EngineConfig, group_size: int, trust_remote_code: bool
     ) -> None:
+        self._base: Weights | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="rayrl-engine-")
         folder = write_model_files(files, Path(self._folder.name), with_weights=False)
         self._engine = make_engine(
@@ -34,10 +36,14 @@ class RolloutActor:
             )
         )
 
-    def load(self, changed: Sequence[Part], *versions: Weights) -> int:
+    def load(self, changed: Sequence[Part], *versions: Weights | AdapterWeights) -> int:
         """Apply weights in turn (all parameters first, then those that trained); returns the
         version that the engine then holds."""
-        for weights in versions:
+        if isinstance(versions[0], Weights) and isinstance(versions[-1], AdapterWeights):
+            # It stays in Ray's shared memory; adapters of later versions go onto it.
+            self._base = versions[0]
+        for given in versions:
+            weights = given if isinstance(given, Weights) else given.merged(self._base)
             self._engine.load_weights(weights, changed=changed)
         return self._engine.weight_version
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rayrl.adapters import AdapterWeights
 from rayrl.checkpoint import Checkpoint, join_state, split_state
 from rayrl.config import LearnerConfig, ModelConfig
 from rayrl.learner.batches import group_batch, minibatches, rank_micro_batches
@@ -85,6 +86,7 @@ class Learner:
             with_reference=bool(objective.needs & {"ref_logprobs", "augmented_ref_logprobs"}),
             temperature=temperature,
             ranks=ranks,
+            seed=seed,
         )
         self._named = self.policy.named
         self._optimizer = make_optimizer(self._named, config)
@@ -142,7 +144,7 @@ class Learner:
                         images=indices,
                         state=before,
                         problem=problem,
-                        model_files=policy.files(),
+                        model_files=policy.files(whole=True),
                     )
                 continue
             self._objective_state, decisions = self.objective.control(
@@ -183,9 +185,8 @@ class Learner:
     def _with_start_fields(self, groups: GroupBatch, inputs: StepInputs) -> GroupBatch:
         """Add what does not change during the step: log-probs under the reference model, and what
         the providers bring."""
-        if self.policy.reference is not None:
-            ref_logprobs = self.policy.forward.frozen(self.policy.reference, groups, inputs)
-            groups = replace(groups, ref_logprobs=ref_logprobs)
+        if self.policy.has_reference:
+            groups = replace(groups, ref_logprobs=self.policy.ref_logprobs(groups, inputs))
         images = len(groups.image_ids)
         parts = (
             (self._micro_batch(groups.select(rows), rows, inputs), counts)
@@ -282,7 +283,7 @@ class Learner:
         torch.nn.utils.clip_grads_with_norm_(parameters, self._config.grad_clip, norm)
         return float(norm)
 
-    def weights(self, *, trained_only: bool) -> Weights | None:
+    def weights(self, *, trained_only: bool) -> Weights | AdapterWeights | None:
         """The current version: all parameters, or those that train.  On rank 0; the others, on
         which it must be called too, return None."""
         return self.policy.weights(self.weight_version, trained_only=trained_only)
@@ -306,6 +307,7 @@ class Learner:
                 "weight_version": self.weight_version,
                 "objective_state": state,
                 "skipped_in_a_row": self._skipped_in_a_row,
+                **self.policy.meta(),
             },
         )
 

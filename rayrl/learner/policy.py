@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rayrl.adapters import AdapterWeights
 from rayrl.checkpoint import Checkpoint
 from rayrl.config import LearnerConfig, ModelConfig
+from rayrl.learner.families import bare_model
 from rayrl.learner.flops import FlopCounter
 from rayrl.learner.forward import Forward, feature_cache
 from rayrl.learner.inputs import InputCache, StepInputs
+from rayrl.learner.lora import Adapters
 from rayrl.learner.masters import Masters
 from rayrl.learner.parallel import Ranks, shard
 from rayrl.learner.recompute import recompute_layers
 from rayrl.learner.state import load_model_files, model_files
+from rayrl.objectives.batch import GroupBatch
 from rayrl.types import TrainBatch
 from rayrl.vlm import choose_trainable, load_captioner
-from rayrl.weights import ModelFiles, Weights, pack
+from rayrl.weights import ModelFiles, Weights, pack, pack_tensors
 
 
 class Policy:
     """A captioner that trains.
 
-    model: computes log-probs; reference: the same model as it was at the start, or None
-    trainable: names of the parameters that train; named: by name, what the optimizer steps (the
-        parameters themselves, or their float32 ``masters``)
+    model: computes log-probs; reference: a copy of it as it was at the start, where one is asked
+        for and needed (with ``adapters`` it is the model itself)
+    trainable: names of the published parameters that change; named: what the optimizer steps, by
+        name (the parameters that train, or their float32 ``masters``)
     forward: log-probs of the model or the reference
     processor, eos_id: how captions are written as tokens
     """
@@ -42,6 +48,7 @@ class Policy:
         with_reference: bool,
         temperature: float,
         ranks: Ranks,
+        seed: int,
     ) -> None:
         self._config = model
         self._ranks = ranks
@@ -54,8 +61,19 @@ class Policy:
         )
         self.model, self.processor = captioner.model, captioner.processor
         self.eos_id = captioner.eos_ids[0]
-        self.reference = copy.deepcopy(self.model).requires_grad_(False) if with_reference else None
-        self.trainable = choose_trainable(self.model, model.trainable)
+        self.adapters: Adapters | None = None
+        self.reference: Any = None
+        if config.lora.rank:
+            self.adapters = Adapters(self.model, config.lora, model.trainable, seed)
+            self.model = self.adapters.model
+            self._fingerprint = self.adapters.fingerprint()
+            self.trainable = self.adapters.changed
+        else:
+            if with_reference:
+                self.reference = copy.deepcopy(self.model).requires_grad_(False)
+            self.trainable = choose_trainable(self.model, model.trainable)
+        self._publishes_adapters = config.lora.publish == "adapters"
+        self.has_reference = with_reference
         self._inputs = InputCache(self.processor)
         self.features = feature_cache(self.model, config)
         self.forward = Forward(
@@ -72,8 +90,8 @@ class Policy:
             for each in (self.model, self.reference):
                 if each is not None:
                     shard(each, self.forward.compute, self.device)
-        parameters = dict(self.model.named_parameters())
-        self.masters = Masters({name: parameters[name] for name in self.trainable})
+        parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.masters = Masters(parameters)
         self.named = self.masters.named
 
     def inputs(self, batch: TrainBatch, instruction: str) -> StepInputs:
@@ -98,22 +116,57 @@ class Policy:
             raise ValueError(f"{folder}: its tokens are not those of the model that trains")
         return other.model.requires_grad_(False)
 
-    def weights(self, version: int, *, trained_only: bool) -> Weights | None:
-        """All parameters, or those that train, as they compute.  On rank 0; the others, on which
-        it must be called too, return None."""
+    def ref_logprobs(self, groups: GroupBatch, inputs: StepInputs) -> torch.Tensor:
+        """Log-probs [P, G, T] under the model as it was at the start: a frozen copy, or, with
+        adapters, the same model with them off."""
+        with self.adapters.off() if self.adapters else nullcontext():
+            model = self.model if self.adapters else self.reference
+            return self.forward.frozen(model, groups, inputs)
+
+    def weights(self, version: int, *, trained_only: bool) -> Weights | AdapterWeights | None:
+        """All parameters, or those that change, as they compute; where adapters are published, the
+        base and the adapters.  On rank 0; the others, on which it must be called too, return
+        None."""
         names = self.trainable if trained_only else None
+        if self.adapters is not None:
+            if self._ranks.rank > 0:
+                return None
+            if self._publishes_adapters and trained_only:
+                return self.adapters.weights(version)
+            named = self.adapters.tensors(merged=not self._publishes_adapters)
+            return pack_tensors(named, version, names)
         weights = pack(self.model, version, names, gather=self._ranks.gathered)
         return weights if self._ranks.rank == 0 else None
 
-    def files(self) -> ModelFiles:
-        """What ``from_pretrained`` loads, on rank 0; called on every rank."""
+    def files(self, *, whole: bool = False) -> ModelFiles:
+        """What ``from_pretrained`` loads, on rank 0; called on every rank.  With adapters those
+        alone, unless the ``whole`` model is asked for."""
+        if self.adapters is not None:
+            bare = bare_model(self.model)
+            if not whole:
+                return self.adapters.files(self.processor)
+            state = dict(self.adapters.tensors(merged=True))
+            return model_files(bare, self.processor, self._ranks, state)
         return model_files(self.model, self.processor, self._ranks)
+
+    def meta(self) -> dict[str, str]:
+        """What a checkpoint must say of the weights that are not in it."""
+        return {"base_fingerprint": self._fingerprint} if self.adapters is not None else {}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint's weights.
 
         Raises ValueError naming the first parameter when it is one of another model."""
-        load_model_files(self.model, checkpoint.model_files, self._config)
+        if self.adapters is None:
+            load_model_files(self.model, checkpoint.model_files, self._config)
+        else:
+            found = checkpoint.meta.get("base_fingerprint")
+            if found != self._fingerprint:
+                raise ValueError(
+                    f"checkpoint of step {checkpoint.step}: its adapters are for a base of "
+                    f"fingerprint {found}, this run's has {self._fingerprint}"
+                )
+            self.adapters.restore(checkpoint.model_files)
         self.masters.restore(checkpoint.arrays)
         if self.features is not None:
             self.features.clear()

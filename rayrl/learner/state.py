@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,15 @@ from rayrl.vlm import load_captioner
 from rayrl.weights import ModelFiles, read_model_files, write_model_files
 
 
-def model_files(model: Any, processor: Any, ranks: Ranks = SOLO) -> ModelFiles:
-    """What ``from_pretrained`` needs of model and processor, as files in memory; on rank 0."""
-    state = _whole_state(model, ranks)
+def model_files(
+    model: Any,
+    processor: Any,
+    ranks: Ranks = SOLO,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> ModelFiles:
+    """What ``from_pretrained`` needs of model and processor, as files in memory; on rank 0.
+    ``state`` takes the place of the model's own."""
+    state = _whole_state(model, ranks) if state is None else state
     if ranks.rank > 0:
         return {}
     with tempfile.TemporaryDirectory() as folder:

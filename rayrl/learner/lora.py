@@ -1,0 +1,145 @@
+"""Low-rank adapters (arXiv 2106.09685) through PEFT, which only this module imports."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayrl.adapters import AdapterWeights, merge, pairs_checksum
+from rayrl.config import LoraConfig
+from rayrl.vlm import part_of
+from rayrl.weights import ModelFiles, read_model_files
+
+_WRAP, _LAYER = "base_model.model.", ".base_layer."
+_WEIGHTS = "adapter_model.safetensors"
+_SAMPLED_ELEMENTS = 4096
+
+
+class Adapters:
+    """Adapters on every linear layer of the parts that train, the output head left out.
+
+    ``model`` is the adapted model, in which nothing but the adapters trains; its base stays as it
+    is, so that with the adapters :meth:`off` it is the reference.
+    """
+
+    def __init__(self, model: Any, config: LoraConfig, parts: Collection[str], seed: int) -> None:
+        try:
+            import peft
+        except ImportError:
+            raise ValueError(
+                f"learner.lora.rank {config.rank} needs PEFT: install rayrl[lora]"
+            ) from None
+        head = model.get_output_embeddings()
+        targets = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+            and module is not head
+            and part_of(f"{name}.weight") in parts
+        ]
+        if not targets:
+            raise ValueError(
+                f"no linear layer belongs to {sorted(parts)} in {type(model).__name__}"
+            )
+        options = peft.LoraConfig(
+            r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=targets
+        )
+        with torch.random.fork_rng(devices=[]):
+            # Every rank draws the same A; B starts at 0, so the policy starts at the base.
+            torch.manual_seed(seed)
+            self.model = peft.get_peft_model(model, options).eval()
+        self.scale = config.alpha / config.rank
+        # PEFT has put a layer of its own in the place of each.
+        self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
+
+    def off(self) -> AbstractContextManager[None]:
+        """While entered, the model computes as its base."""
+        context: AbstractContextManager[None] = self.model.disable_adapter()
+        return context
+
+    def tensors(self, *, merged: bool) -> Iterator[tuple[str, Tensor]]:
+        """The base's parameters under the names they have without adapters, those that adapters
+        change merged with them or as they are."""
+        for wrapped, parameter in self.model.named_parameters(remove_duplicate=False):
+            name = wrapped.removeprefix(_WRAP).replace(_LAYER, ".")
+            if ".lora_" in wrapped:
+                continue
+            layer = name.removesuffix(".weight")
+            if merged and _LAYER in wrapped and wrapped.endswith(".weight"):
+                yield name, merge(parameter, *self._pair(layer), self.scale)
+            else:
+                yield name, parameter
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the parameters that adapters change."""
+        return [f"{name}.weight" for name in self._layers]
+
+    def weights(self, version: int) -> AdapterWeights:
+        """The adapters alone, in host memory.
+
+        Raises ValueError naming the first that is not finite."""
+        pairs = {}
+        for name in self._layers:
+            a, b = (np.array(side.detach().float().cpu().numpy()) for side in self._pair(name))
+            if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                raise ValueError(f"adapters of version {version}: {name} is not finite")
+            pairs[f"{name}.weight"] = (a, b)
+        return AdapterWeights(
+            version=version, scale=self.scale, pairs=pairs, checksum=pairs_checksum(pairs)
+        )
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        module = self._layers[name]
+        return module.lora_A["default"].weight, module.lora_B["default"].weight
+
+    def files(self, processor: Any) -> ModelFiles:
+        """The adapters and the processor.  Without config.json: from_pretrained then takes the
+        base that the adapters name."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            (Path(folder) / "README.md").unlink(missing_ok=True)
+            processor.save_pretrained(folder)
+            return read_model_files(folder)
+
+    def restore(self, files: ModelFiles) -> None:
+        """Inverse of :meth:`files`.
+
+        Raises ValueError where they are no adapters, or those of another model."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load
+
+        if _WEIGHTS not in files:
+            raise ValueError("checkpoint of another model: it holds no adapters")
+        state = load(files[_WEIGHTS].tobytes())
+        have = {name: tuple(value.shape) for name, value in state.items()}
+        want = {
+            name.replace(".default.", "."): tuple(p.shape)
+            for name, p in self.model.named_parameters()
+            if ".lora_" in name
+        }
+        for name in sorted(have.keys() | want.keys()):
+            if have.get(name) != want.get(name):
+                raise ValueError(
+                    f"checkpoint of another model: adapter {name} is {have.get(name, 'absent')} in "
+                    f"the checkpoint and {want.get(name, 'absent')} in this run's model"
+                )
+        set_peft_model_state_dict(self.model, state)
+
+    def fingerprint(self) -> str:
+        """Tells bases apart: names, shapes and a strided sample of the values."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in self.tensors(merged=False):
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLED_ELEMENTS)].float().cpu()
+            digest.update(f"{name}|{tuple(tensor.shape)}|".encode())
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,29 @@
+"""A run that trains adapters and publishes them alone, on a local Ray."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ray.conftest import metrics, run_script
+
+pytestmark = pytest.mark.ray
+
+
+def test_workers_add_adapters_to_their_base_and_agree_with_the_learner(
+    small_job, environment, tmp_path
+):
+    pytest.importorskip("peft")
+    lora = {"learner__lora__rank": 4, "learner__lora__publish": "adapters", "learner__lr": 1e-2}
+    flags = small_job(train__steps=2, train__checkpoint_every=1, **lora)
+    done = run_script("grpo_coco.py", flags, environment)
+    assert done.returncode == 0, done.stderr
+    rows = metrics(tmp_path / "run")
+    # The second batch was sampled with the adapters of the first update.
+    assert rows[2]["kl"] > 0
+    assert all(row["mismatch_kl"] < 1e-7 for row in rows[1:])
+    from rayrl.vlm import load_captioner
+
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    assert (latest / "adapter_model.safetensors").is_file()
+    assert not (latest / "model.safetensors").exists()
+    assert load_captioner(latest).model is not None
