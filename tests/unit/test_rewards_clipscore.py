@@ -149,3 +149,17 @@ def test_long_captions_are_cut(folder: Path) -> None:
     assert long[0] == long[1]
     with pytest.raises(ValueError, match="1 images but 2 captions"):
         clip.score([picture(0)], ["a", "b"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_scores_as_the_cpu_does(folder: Path) -> None:
+    images = [picture(seed) for seed in range(6)]
+    captions = ["a dog runs", "a cat", "a photo", "a dog sits", "a cat runs", "a"]
+    references = [["a dog", "a cat sits"]] * 6
+    for some in (None, references):
+        cpu, gpu = (
+            ClipScore(folder, device, batch_size=4).score(images, captions, some)
+            for device in ("cpu", "cuda")
+        )
+        np.testing.assert_allclose(gpu, cpu, atol=1e-4)
