@@ -31,6 +31,7 @@ class Invocation(NamedTuple):
     dry_run: bool
     resume: bool
     replay: Path | None = None
+    trace: bool = False
 
 
 class UsageError(ValueError):
@@ -103,13 +104,16 @@ def _parse(argv: list[str], program: str, description: str) -> Invocation:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--trace", action="store_true")
     parser.add_argument("--replay", type=Path)
     known, rest = parser.parse_known_args(argv)
     if "--help" in rest or "-h" in rest:
         _overrides(["--help"], program, description)
     replay = None if known.replay is None else _replay_folder(known.replay)
     file = known.config if replay is None or known.config else replay / REPLAY_CONFIG
-    return Invocation(load(file, rest, program=program), known.dry_run, known.resume, replay)
+    return Invocation(
+        load(file, rest, program=program), known.dry_run, known.resume, replay, known.trace
+    )
 
 
 def _replay_folder(path: Path) -> Path:
@@ -125,6 +129,7 @@ def _overrides(flags: Sequence[str], program: str, description: str) -> dict[str
     epilog = (
         "  --config FILE  read this YAML first    --dry-run  print the resolved sizes and stop    "
         "--resume  continue from the run folder's latest checkpoint    "
+        "--trace  write a timeline of all workers to trace.json in the run folder    "
         "--replay FILE  run the learner alone on a step that a run skipped, with that run's "
         "configuration, and say what is not finite"
     )

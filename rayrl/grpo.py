@@ -20,6 +20,8 @@ from rayrl.actors.cluster import connect, cpus_of, failing_in_one_line
 from rayrl.actors.fleet import Fleet, Pending
 from rayrl.actors.learner import LearnerActor
 from rayrl.actors.reward import check_terms
+from rayrl.actors.telemetry import RayMetrics
+from rayrl.actors.tracing import Tracer
 from rayrl.adapters import with_base
 from rayrl.backup import Backup
 from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
@@ -30,9 +32,9 @@ from rayrl.interrupt import StopRequest
 from rayrl.learner.sources import provided
 from rayrl.metrics import Phases, RunLog, write_summary
 from rayrl.objectives import build
-from rayrl.remote import RemoteCopies, open_copies
+from rayrl.remote import RemoteCopies
 from rayrl.report import write_report
-from rayrl.resume import open_run_folder
+from rayrl.resume import check_same_data, open_run_folder
 from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
 from rayrl.rollout_metrics import group_metrics, sample_records, summarize
 from rayrl.rounds import Drawn, Rounds
@@ -59,7 +61,8 @@ class Run:
     log: RunLog
     backup: Backup
     signatures: Mapping[str, str]
-    phases: Phases = field(default_factory=Phases)
+    phases: Phases
+    tracer: Tracer
     stop: StopRequest = field(default_factory=StopRequest)
     saved_step: int = -1
     problems: list[str] = field(default_factory=list)
@@ -91,7 +94,7 @@ def train(run: Run, start: int) -> int:
             if ahead == 0:
                 run.fleet.confirm(version)
         metrics = {**report.metrics, **group_metrics(groups, version - 1), **drawn.metrics()}
-        metrics.update(run.fleet.reward_seconds())
+        metrics.update(run.fleet.reward_seconds() | run.fleet.gauges(pending))
         metrics["captions_per_second"] = drawn.num_captions / (time.perf_counter() - started)
         _after_step(run, report, metrics, groups)
     if run.saved_step != version > start:
@@ -181,12 +184,7 @@ def save(run: Run) -> None:
 def restore(run: Run) -> int:
     """Put the learner where the latest checkpoint was; returns its step."""
     checkpoint = load_checkpoint(run.folder / "checkpoints" / "latest")
-    found, here = checkpoint.meta.get("data"), run.train_data.fingerprint()
-    if found != here:
-        raise ValueError(
-            f"the training data changed since step {checkpoint.step} (fingerprint {found}, now "
-            f"{here}): resume with the same data or start a new run folder"
-        )
+    check_same_data(checkpoint, run.train_data.fingerprint())
     run.rounds.restore(checkpoint.meta["rounds"])
     return int(ray.get(run.learner.restore.remote(checkpoint)))
 
@@ -211,19 +209,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(line, flush=True)
         return
     with failing_in_one_line("grpo_coco.py"):
-        finished = run_job(invocation.config, resume=invocation.resume)
+        finished = run_job(invocation.config, resume=invocation.resume, trace=invocation.trace)
     if not finished:
         raise SystemExit(130)
 
 
-def run_job(config: Config, *, resume: bool) -> bool:
+def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     """From data to report; returns whether all steps were done (a stop between steps is not)."""
     folder = Path(config.run_folder)
     # What an objective lacks is said before hours of stage 1, not after.
     build(config.objective).check(provided(config))
     train_data, val_data = load_split(config.data, "train"), load_split(config.data, "val")
-    copies = open_copies(config.train.checkpoint_uri)
-    open_run_folder(folder, config, copies, resume=resume, say=print)
+    copies = open_run_folder(folder, config, resume=resume, say=print)
     count = min(len(val_data), config.train.eval_images)
     heldout = Heldout([val_data[i] for i in range(count)], folder)
     statistics = reward_statistics(train_data.references(), config.reward)
@@ -232,13 +229,22 @@ def run_job(config: Config, *, resume: bool) -> bool:
         check_terms(config.reward, statistics)
         snapshots = run_stage1(config, folder)
         run = _start(
-            config, folder, train_data, heldout, statistics, snapshots[-1], copies, resume=resume
+            config,
+            folder,
+            train_data,
+            heldout,
+            statistics,
+            snapshots[-1],
+            copies,
+            resume=resume,
+            trace=trace,
         )
         run.backup.base(resumed=resume)
         try:
             with run.stop.listening(run.log.message):
                 return _train_and_report(run, snapshots, resume=resume)
         finally:
+            run.tracer.close()
             run.fleet.shutdown()
             ray.kill(run.learner)
             run.backup.close()
@@ -258,6 +264,7 @@ def _start(
     copies: RemoteCopies | None,
     *,
     resume: bool,
+    trace: bool,
 ) -> Run:
     """Start the workers and the learner from the stage-1 model."""
     files = read_model_files(stage1.folder)
@@ -269,11 +276,14 @@ def _start(
     ).remote(config, files)
     objective = build(config.objective)
     last = list_checkpoints(folder / "checkpoints")[-1] if resume else None
+    fleet = Fleet(config, files, statistics, greedy_baseline="greedy_rewards" in objective.needs)
+    tracer = Tracer(folder if trace else None, fleet.workers, {"learner 0": learner})
     log = RunLog(
         folder,
         total_steps=config.train.steps,
         tensorboard=config.train.tensorboard,
         resume_from=last,
+        also=[RayMetrics(folder.name), tracer],
     )
     return Run(
         config=config,
@@ -282,7 +292,7 @@ def _start(
         train_data=train_data,
         heldout=heldout,
         rounds=Rounds.of_run(config, objective.planners, train_data, stage1.folder),
-        fleet=Fleet(config, files, statistics, greedy_baseline="greedy_rewards" in objective.needs),
+        fleet=fleet,
         learner=learner,
         log=log,
         backup=Backup(copies, folder, keep=config.train.keep_checkpoints, say=log.message),
@@ -290,6 +300,8 @@ def _start(
             "reward": reward_signature(config.reward, statistics),
             "eval/cider_d": heldout.signature,
         },
+        phases=Phases(listener=tracer.phase),
+        tracer=tracer,
     )
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rayrl.progress import Progress, open_progress, progress_text
 
@@ -23,21 +23,30 @@ EVAL_METRIC = "eval/cider_d"
 class Phases:
     """Seconds by phase: ``with phases("rollout"): …``, then :meth:`take`.
 
-    A phase that runs twice adds up; one that raises is counted as far as it came.
+    A phase that runs twice adds up; one that raises is counted as far as it came.  ``listener``
+    hears of each: its name, when it started (seconds since the epoch) and its seconds.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        listener: Callable[[str, float, float], None] | None = None,
+    ) -> None:
         self._clock = clock
+        self._listener = listener
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        started = self._clock()
+        since_epoch, started = time.time(), self._clock()
         try:
             yield
         finally:
             spent = self._clock() - started
             self._seconds[phase] = self._seconds.get(phase, 0.0) + spent
+            if self._listener is not None:
+                self._listener(phase, since_epoch, spent)
 
     def take(self) -> dict[str, float]:
         """``{"seconds/<phase>": seconds}`` since the last call, which starts again from nothing."""
@@ -46,8 +55,14 @@ class Phases:
         return taken
 
 
+class StepSink(Protocol):
+    """Something that is told of every logged step: exported metrics, a trace."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
 class RunLog:
-    """The log of one run folder.
+    """The log of one run folder; ``also`` hears of each step too.
 
     ``resume_from=k`` continues after step k: what the run before wrote between its last
     checkpoint and its end is dropped.  Without it the log starts empty.
@@ -61,6 +76,7 @@ class RunLog:
         total_steps: int,
         tensorboard: bool = True,
         resume_from: int | None = None,
+        also: Sequence[StepSink] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +89,7 @@ class RunLog:
         self._first_score = scores[0] if scores else math.nan
         self._last_score = scores[-1] if scores else math.nan
         self._total, self._last_step = total_steps, keep
+        self._also = also
         self._clock = clock
         self._started: tuple[int, float] | None = None
         self._tensorboard = _open_tensorboard(folder, keep + 1) if tensorboard else None
@@ -95,6 +112,8 @@ class RunLog:
                 self._tensorboard.add_scalar(name, value, step)
         if self._tensorboard is not None:
             self._tensorboard.flush()
+        for sink in self._also:
+            sink.step(step, metrics)
         self._show(step, metrics, now)
 
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:

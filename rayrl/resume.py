@@ -10,20 +10,19 @@ import yaml
 
 from rayrl import cli
 from rayrl.backup import Say, fetch_newest, remote_steps
-from rayrl.checkpoint import list_checkpoints
+from rayrl.checkpoint import Checkpoint, list_checkpoints
 from rayrl.config import Config
-from rayrl.remote import RemoteCopies
+from rayrl.remote import RemoteCopies, open_copies
 
 
-def open_run_folder(
-    folder: Path, config: Config, copies: RemoteCopies | None, *, resume: bool, say: Say
-) -> None:
+def open_run_folder(folder: Path, config: Config, *, resume: bool, say: Say) -> RemoteCopies | None:
     """Refuse to mix runs in one folder, or at one remote place; fetch the newest remote checkpoint
-    if it is later than what is here; save the resolved configuration.
+    if it is later than what is here; save the resolved configuration.  Returns the remote place.
 
     FileNotFoundError where there is nothing to resume, ValueError where a run would be
     overwritten.
     """
+    copies = open_copies(config.train.checkpoint_uri)
     checkpoints = folder / "checkpoints"
     done = list_checkpoints(checkpoints)
     if not resume:
@@ -47,6 +46,17 @@ def open_run_folder(
         for line in changes(yaml.safe_load(file.read_text("utf-8")), yaml.safe_load(text)):
             say(f"resuming with another {line}")
     file.write_text(text, encoding="utf-8")
+    return copies
+
+
+def check_same_data(checkpoint: Checkpoint, fingerprint: str) -> None:
+    """ValueError where a checkpoint was made with other training data."""
+    found = checkpoint.meta.get("data")
+    if found != fingerprint:
+        raise ValueError(
+            f"the training data changed since step {checkpoint.step} (fingerprint {found}, now "
+            f"{fingerprint}): resume with the same data or start a new run folder"
+        )
 
 
 def _refuse_to_mix(place: str, done: list[int], flag: str) -> None:

@@ -186,6 +186,35 @@ class Fleet:
                     self._recover(share, pending, error)
         return results
 
+    def workers(self) -> dict[str, Any]:
+        """The actors by name, ``rollout worker 0`` and so on."""
+        pools = {"rollout worker": self._rollout, "reward worker": self._reward}
+        return {
+            f"{kind} {i}": actor
+            for kind, pool in pools.items()
+            for i, actor in enumerate(pool.actors)
+        }
+
+    def gauges(self, pending: Sequence[Pending]) -> dict[str, float]:
+        """How many workers there are, and how far the batches after the one in training are."""
+        sampled = [
+            batch
+            for batch in pending
+            if not ray.wait(
+                [share.rollout for share in batch.shares],
+                num_returns=len(batch.shares),
+                timeout=0,
+                fetch_local=False,
+            )[1]
+        ]
+        return {
+            "workers/rollout": float(len(self._rollout)),
+            "workers/reward": float(len(self._reward)),
+            "workers/replaced": float(self.restarts),
+            "queue/sampling": float(len(pending) - len(sampled)),
+            "queue/sampled": float(len(sampled)),
+        }
+
     def reward_seconds(self) -> dict[str, float]:
         """Seconds that each reward term has taken since the last call, over all reward workers;
         a worker that died in between took its count along."""

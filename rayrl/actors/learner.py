@@ -14,12 +14,13 @@ from rayrl.checkpoint import Checkpoint
 from rayrl.config import Config
 from rayrl.learner.learner import Learner
 from rayrl.objectives import build
+from rayrl.trace import Traced, traced
 from rayrl.types import ScoredGroup, StepReport
 from rayrl.weights import ModelFiles, Weights, write_model_files
 
 
 @ray.remote
-class LearnerActor:
+class LearnerActor(Traced):
     """Trains the policy.  ``files`` are those of the stage-1 model, the run's reference."""
 
     def __init__(self, config: Config, files: ModelFiles) -> None:
@@ -40,6 +41,7 @@ class LearnerActor:
     def num_parameters(self) -> int:
         return self._learner.num_parameters
 
+    @traced
     def update(self, groups: Sequence[ScoredGroup]) -> StepReport:
         """One step on whole groups."""
         return self._learner.update(make_batch(groups))
@@ -48,9 +50,11 @@ class LearnerActor:
         """What the last step skipped, if it did."""
         return self._learner.replay()
 
+    @traced
     def weights(self, *, trained_only: bool) -> Weights | AdapterWeights | None:
         return self._learner.weights(trained_only=trained_only)
 
+    @traced
     def checkpoint(self) -> Checkpoint | None:
         return self._learner.checkpoint()
 

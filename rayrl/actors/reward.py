@@ -18,6 +18,7 @@ from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.score import Dropped, Scorer, TermScores, combine
 from rayrl.rewards.statistics import Statistics
 from rayrl.rewards.term import Failure
+from rayrl.trace import Traced, traced
 from rayrl.types import RolloutGroup, ScoredGroup
 
 ATTEMPTS = 2
@@ -53,7 +54,7 @@ def check_terms(config: RewardConfig, statistics: Statistics) -> None:
 
 # A batch waits here until it is sampled; questions about an earlier one must not wait behind it.
 @ray.remote(allow_out_of_order_execution=True)  # type: ignore[call-overload]
-class RewardActor:
+class RewardActor(Traced):
     """Scores whole batches of groups.
 
     ``statistics`` holds the one reference to what the driver counted (Ray would resolve a bare
@@ -82,6 +83,7 @@ class RewardActor:
         }
         self._seconds: dict[str, float] = {}
 
+    @traced
     def score(
         self, groups: list[RolloutGroup], step_df: DocumentFrequency | None = None
     ) -> list[ScoredGroup | Dropped]:

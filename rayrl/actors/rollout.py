@@ -13,12 +13,13 @@ from rayrl.adapters import AdapterWeights
 from rayrl.config import EngineConfig, Part
 from rayrl.engine.base import EngineSetup, Sampling, make_engine
 from rayrl.rounds import Request
+from rayrl.trace import Traced, traced
 from rayrl.types import Completion, Prompt, RolloutGroup
 from rayrl.weights import ModelFiles, Weights, write_model_files
 
 
 @ray.remote
-class RolloutActor:
+class RolloutActor(Traced):
     """Samples groups with the weights that it pulled last; a fresh one holds none (version -1)."""
 
     def __init__(
@@ -36,6 +37,7 @@ class RolloutActor:
             )
         )
 
+    @traced
     def load(self, changed: Sequence[Part], *versions: Weights | AdapterWeights) -> int:
         """Apply weights in turn (all parameters first, then those that trained); returns the
         version that the engine then holds."""
@@ -47,6 +49,7 @@ class RolloutActor:
             self._engine.load_weights(weights, changed=changed)
         return self._engine.weight_version
 
+    @traced
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, version: int
     ) -> list[RolloutGroup]:
@@ -63,6 +66,7 @@ class RolloutActor:
             groups |= dict(zip(places, drawn, strict=True))
         return [groups[i] for i in range(len(requests))]
 
+    @traced
     def greedy(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Completion]:
         """The arg-max caption of each prompt, under the same condition."""
         self._check(version)

@@ -16,7 +16,7 @@ from rayrl.progress import duration
 from rayrl.report.captions import change, example_groups, largest_advantage, mark_words, pick_images
 from rayrl.report.charts import number
 from rayrl.report.curves import score_charts, step_charts
-from rayrl.report.run_folder import RunFolder, read_run
+from rayrl.report.run_folder import RunFolder, growth, read_run
 
 
 def write_report(folder: Path) -> Path:
@@ -90,7 +90,15 @@ def _facts(run: RunFolder) -> list[str]:
     ]
     done, total = run.steps, run.total_steps
     steps = f"{total} steps" if done == total else f"{done} of {total} steps so far"
-    return [steps, *(text.format(value) for text, value in facts if value is not None)]
+    losses = [
+        (sum(row.get("groups/dropped", 0.0) for row in run.metrics), "group", "dropped"),
+        (growth([row.get("workers/replaced", 0.0) for row in run.metrics]), "worker", "replaced"),
+    ]
+    return [
+        steps,
+        *(text.format(value) for text, value in facts if value is not None),
+        *(f"{n:.0f} {what}{'s' * (n > 1)} {fate}" for n, what, fate in losses if n),
+    ]
 
 
 def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,13 @@ from rayrl.metrics import EVAL_METRIC, read_jsonl
 
 Row = Mapping[str, Any]
 _SECONDS = "seconds/"
+
+
+def growth(values: Sequence[float]) -> float:
+    """How much a counter grew that begins again at 0 whenever the run is resumed."""
+    return sum(
+        after - before if after >= before else after for before, after in pairwise([0.0, *values])
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

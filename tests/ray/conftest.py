@@ -102,7 +102,8 @@ def without_time(rows: list[dict]) -> list[dict]:
         {
             k: v
             for k, v in row.items()
-            if k not in ("time", "captions_per_second", *MEASURED) and "seconds/" not in k
+            if k not in ("time", "captions_per_second", *MEASURED)
+            and not any(part in k for part in ("seconds/", "queue/"))
         }
         for row in rows
     ]

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.ray
 
 def test_a_run_with_vllm_leaves_everything_a_person_needs(small_job, environment, tmp_path):
     pytest.importorskip("vllm")
-    flags = small_job(engine__backend="vllm", train__tensorboard=True)
+    flags = small_job("--trace", engine__backend="vllm", train__tensorboard=True)
     done = run_script("grpo_coco.py", flags, environment)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
@@ -47,9 +47,43 @@ def test_a_run_with_vllm_leaves_everything_a_person_needs(small_job, environment
     assert (folder / "report.html").stat().st_size > 10_000
     assert (folder / "config.yaml").is_file()
     assert list(folder.rglob("events.out.tfevents*"))
+    check_trace(folder)
     from rayrl.vlm import load_captioner
 
     assert load_captioner(folder / "checkpoints" / "latest").model is not None
+
+
+def check_trace(folder) -> None:
+    """Every worker's calls lie inside the phase of the driver that waited for them."""
+    events = json.loads((folder / "trace.json").read_text())
+    lanes = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert {"driver", "learner 0", "rollout worker 0", "reward worker 0"} <= set(lanes.values())
+    spans = [
+        (lanes[e["pid"], e["tid"]], e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6)
+        for e in events
+        if e["ph"] == "X"
+    ]
+
+    def of(lane: str, name: str) -> list[tuple[float, float]]:
+        return sorted((a, b) for where, what, a, b in spans if (where, what) == (lane, name))
+
+    for row in metrics(folder)[1:]:
+        ((begin, end),) = of("driver", f"step {row['step']}")
+        for phase in ("rollout", "reward", "learner", "sync"):
+            inside = [
+                b - a for a, b in of("driver", phase) if begin - 1e-3 <= a and b <= end + 1e-3
+            ]
+            assert sum(inside) == pytest.approx(row[f"seconds/{phase}"], abs=1e-5)
+    updates, phases = of("learner 0", "update"), of("driver", "learner")
+    assert len(updates) == len(phases) == 4
+    for (a, b), (begin, end) in zip(updates, phases, strict=True):
+        assert begin - 0.05 <= a and b <= end + 0.05
+    # Sampling of a step is done before the learner begins with it.
+    sampled = of("rollout worker 0", "generate")
+    assert len(sampled) == 4
+    assert all(b <= a + 0.05 for (_, b), (a, _) in zip(sampled, updates, strict=True))
+    assert len(of("reward worker 0", "score")) == 4
+    assert len(of("rollout worker 0", "load")) >= 5
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])

@@ -142,7 +142,7 @@ def test_a_fresh_machine_resumes_from_the_remote_place(tmp_path, copies):
     machine.backup.close()
     said: list[str] = []
     config = with_uri(tmp_path, steps=120)
-    open_run_folder(tmp_path / "fresh", config, copies, resume=True, say=said.append)
+    open_run_folder(tmp_path / "fresh", config, resume=True, say=said.append)
     assert list_checkpoints(tmp_path / "fresh/checkpoints") == [6]
     assert said[0] == f"fetched step 6 from file://{tmp_path}/remote"
     assert "resuming with another train.steps: 120, was 90" in said
@@ -158,7 +158,7 @@ def test_the_later_checkpoint_wins(tmp_path, copies, here, there, wanted):
     local = Machine(tmp_path / "run", None)
     local.save(here)
     said: list[str] = []
-    open_run_folder(tmp_path / "run", with_uri(tmp_path), copies, resume=True, say=said.append)
+    open_run_folder(tmp_path / "run", with_uri(tmp_path), resume=True, say=said.append)
     assert list_checkpoints(tmp_path / "run/checkpoints")[-1] == wanted
     assert load_checkpoint(tmp_path / "run/checkpoints/latest").step == wanted
     assert any(line.startswith("fetched") for line in said) == (there > here)
@@ -167,14 +167,14 @@ def test_the_later_checkpoint_wins(tmp_path, copies, here, there, wanted):
 def test_runs_are_not_mixed_and_nothing_to_resume_is_said(tmp_path, copies):
     config, say = with_uri(tmp_path), [].append
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*checkpoints or file://"):
-        open_run_folder(tmp_path / "fresh", config, copies, resume=True, say=say)
+        open_run_folder(tmp_path / "fresh", config, resume=True, say=say)
     machine = Machine(tmp_path / "run", copies)
     machine.save(6)
     machine.backup.close()
     with pytest.raises(ValueError, match=r"remote holds a run of 6 steps.*--train.checkpoint_uri"):
-        open_run_folder(tmp_path / "new", config, copies, resume=False, say=say)
+        open_run_folder(tmp_path / "new", config, resume=False, say=say)
     with pytest.raises(ValueError, match=r"run holds a run of 6 steps.*another --run_folder"):
-        open_run_folder(tmp_path / "run", config, None, resume=False, say=say)
+        open_run_folder(tmp_path / "run", Config(), resume=False, say=say)
     assert not (tmp_path / "new").exists()
 
 

@@ -20,7 +20,7 @@ from rayrl.report.__main__ import main
 from rayrl.report.captions import example_groups, largest_advantage, mark_words, pick_images
 from rayrl.report.charts import Series, bar_chart, line_chart, nice_ticks, running_mean
 from rayrl.report.curves import score_charts, step_charts
-from rayrl.report.run_folder import read_run
+from rayrl.report.run_folder import growth, read_run
 
 COLOURS = {"red": "#d23", "blue": "#25c", "green": "#2a5", "yellow": "#dc2"}
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -213,6 +213,27 @@ def test_the_headline_and_the_tiles_are_the_numbers_of_the_files(run):
     assert f"Training time {duration(seconds)} and 0:11 of evaluation" in text
     assert "Captions a second 318 sampled and trained on" in text
     assert "150 steps data scenes model tiny 32 images a step 8 captions an image seed 3" in text
+
+
+def test_what_was_dropped_and_replaced_is_said_also_over_a_resumed_run(tmp_path):
+    folder = fake_run(tmp_path)
+    assert not {"dropped", "replaced"} & set(page_of(folder).text.split())
+    dropped, replaced = [0, 1, 0, 4, 0], [0, 2, 2, 0, 1]  # resumed before the fourth
+    write_lines(
+        folder / "metrics.jsonl",
+        [
+            {"step": step, "groups/dropped": float(a), "workers/replaced": float(b)}
+            for step, (a, b) in enumerate(zip(dropped, replaced, strict=True))
+        ],
+    )
+    assert "seed 3 5 groups dropped 3 workers replaced" in page_of(folder).text
+
+
+@pytest.mark.parametrize(
+    ("values", "want"), [([], 0.0), ([0, 1, 1], 1.0), ([2, 3, 0, 1], 4.0), ([1, 1], 1.0)]
+)
+def test_a_counter_that_begins_again_is_added_up(values, want):
+    assert growth(values) == want
 
 
 @pytest.mark.parametrize(
