@@ -17,16 +17,19 @@ _DTYPES = {"b": torch.bool, "i": torch.long}
 
 
 def group_batch(batch: TrainBatch, device: str | torch.device) -> GroupBatch:
-    """The step's groups on ``device``, every caption valid.
+    """The step's groups on ``device``, every caption valid unless the field ``valid`` says else.
 
     Raises ValueError on a field that no objective knows."""
-    if unknown := batch.fields.keys() - OPTIONAL_FIELDS.keys():
+    if unknown := batch.fields.keys() - OPTIONAL_FIELDS.keys() - {"valid"}:
         raise ValueError(f"batch: unknown fields {', '.join(sorted(unknown))}")
 
     def tensor(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.as_tensor(np.asarray(array), dtype=dtype, device=device)
 
     rollout = tensor(batch.rollout_logprobs)
+    fields = {"valid": torch.ones(batch.rewards.shape, dtype=torch.bool, device=device)}
+    for name, value in batch.fields.items():
+        fields[name] = tensor(value, _DTYPES.get(value.dtype.kind, torch.float32))
     return GroupBatch(
         image_ids=batch.prompt_ids,
         token_ids=tensor(batch.token_ids, torch.long),
@@ -36,13 +39,9 @@ def group_batch(batch: TrainBatch, device: str | torch.device) -> GroupBatch:
         old_logprobs=rollout,
         terms={name: tensor(values) for name, values in batch.terms.items()},
         rewards=tensor(batch.rewards),
-        valid=torch.ones(batch.rewards.shape, dtype=torch.bool, device=device),
         truncated=tensor(batch.truncated, torch.bool),
         greedy_rewards=None if batch.greedy_rewards is None else tensor(batch.greedy_rewards),
-        **{
-            name: tensor(value, _DTYPES.get(value.dtype.kind, torch.float32))
-            for name, value in batch.fields.items()
-        },
+        **fields,
     )
 
 

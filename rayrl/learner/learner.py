@@ -23,6 +23,7 @@ from rayrl.checkpoint import Checkpoint, join_state, split_state
 from rayrl.config import LearnerConfig, ModelConfig
 from rayrl.learner.batches import group_batch, minibatches, rank_micro_batches
 from rayrl.learner.decisions import Decisions
+from rayrl.learner.earlier import EarlierCaptions
 from rayrl.learner.finite import Part, problem
 from rayrl.learner.inputs import StepInputs
 from rayrl.learner.means import Means, short_names
@@ -99,6 +100,7 @@ class Learner:
             num_terms=num_terms,
             ranks=ranks,
         )
+        self._earlier = EarlierCaptions() if "earlier" in objective.needs else None
         self._replay: Checkpoint | None = None
         self._skipped_in_a_row = 0
         self.step = 0
@@ -121,7 +123,10 @@ class Learner:
         meter = StepMeter(policy.device, policy.model.dtype, self._named, self._ranks)
         flops, sums, problems = policy.forward.flops, Means(), list[str]()
         self._replay = None
+        group_size = batch.shape[1]
         batch = with_token_fields(batch, policy.processor.tokenizer)
+        if self._earlier is not None:
+            batch = self._earlier.joined(batch)
         inputs = self.inputs(batch)
         groups = self._with_start_fields(group_batch(batch, policy.device), inputs)
         before = self._objective_state
@@ -169,7 +174,7 @@ class Learner:
                 "learner/skipped_in_a_row": float(self._skipped_in_a_row),
                 **meter.metrics(policy.forward.flops - flops),
             },
-            advantages=advantages.astype(np.float32),
+            advantages=advantages.astype(np.float32)[:, :group_size],
             problem=problems[0] if problems else "",
         )
 
@@ -295,6 +300,8 @@ class Learner:
         arrays.update(optimizer_arrays(self._optimizer, self._named, self._ranks))
         arrays.update(self._decisions.arrays(self._ranks))
         arrays.update(self._providers.arrays())
+        if self._earlier is not None:
+            arrays.update(self._earlier.arrays())
         arrays.update(self.policy.masters.arrays(self._ranks))
         files = self.policy.files()
         if self._ranks.rank > 0:
@@ -319,6 +326,8 @@ class Learner:
         restore_optimizer(self._optimizer, self._named, checkpoint.arrays)
         self._decisions.restore(checkpoint.arrays)
         self._providers.restore(checkpoint.arrays)
+        if self._earlier is not None:
+            self._earlier.restore(checkpoint.arrays)
         self._objective_state = join_state(checkpoint.meta["objective_state"], checkpoint.arrays)
         self._skipped_in_a_row = int(checkpoint.meta.get("skipped_in_a_row", 0))
         self.step = checkpoint.step

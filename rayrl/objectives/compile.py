@@ -54,7 +54,7 @@ PROVIDED = frozenset(
         *("ref_logprobs", "greedy_rewards", "old_logprobs", "entropy", "terms", "extrapolate"),
         *("values", "policy_values", "collision", "anchor_logprobs", "anchor_mask"),
         *("reference_rewards", "similarity", "prefix_values", "head_logprobs"),
-        *("augmented_logprobs", "augmented_ref_logprobs"),
+        *("augmented_logprobs", "augmented_ref_logprobs", "earlier"),
     }
 )
 """Needs that the driver and the learner of this package always can bring."""
