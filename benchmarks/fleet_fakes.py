@@ -64,12 +64,11 @@ class SleepingEngine:
 
 
 def install() -> None:
-    """Replace engine and learner in this worker process."""
-    import rayrl.actors.learner
-    import rayrl.actors.rollout
-    from rayrl.learner.learner import Learner
+    """Replace engine and learner in this worker process, where actors find them by name."""
+    import rayrl.engine.base
+    import rayrl.learner.learner
 
-    class IdleLearner(Learner):
+    class IdleLearner(rayrl.learner.learner.Learner):
         """A learner whose steps are free and leave the weights as they are."""
 
         def update(self, batch: TrainBatch, *_: Any) -> StepReport:
@@ -81,5 +80,5 @@ def install() -> None:
                 advantages=np.zeros(batch.rewards.shape, np.float32),
             )
 
-    rayrl.actors.rollout.make_engine = SleepingEngine  # type: ignore[assignment]
-    rayrl.actors.learner.Learner = IdleLearner  # type: ignore[misc]
+    rayrl.engine.base.make_engine = SleepingEngine  # type: ignore[assignment]
+    rayrl.learner.learner.Learner = IdleLearner  # type: ignore[misc]

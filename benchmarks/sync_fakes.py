@@ -72,7 +72,7 @@ def shared_bytes(arrays: list[np.ndarray]) -> int:
 
 
 def install() -> None:
-    """Replace the engine in this worker process."""
-    import rayrl.actors.rollout
+    """Replace the engine in this worker process, where actors find it by name."""
+    import rayrl.engine.base
 
-    rayrl.actors.rollout.make_engine = CopyingEngine  # type: ignore[assignment]
+    rayrl.engine.base.make_engine = CopyingEngine  # type: ignore[assignment]
