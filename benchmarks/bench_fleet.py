@@ -24,6 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import promises
 from fleet_fakes import SECONDS_VARIABLE
 from local_ray import local_ray
 from record import RESULTS, write
@@ -152,6 +153,7 @@ def main(argv: list[str]) -> None:
             "engine_seconds": args.engine_seconds,
             "group_size": GROUP_SIZE,
             "simulated": "engine (answers after a fixed time) and learner (a step is free)",
+            "promised": promises.of_fleet(rows),
             "rows": rows,
         }
         write("fleet", argv, result, packages=("ray", "torch"), folder=args.out or RESULTS)

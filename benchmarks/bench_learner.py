@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import promises
 import torch
 from learner_cost import counted, matmul_flops, synchronize
 from learner_models import IMAGE, MODELS, SMALL
@@ -296,7 +297,7 @@ def main(argv: list[str]) -> None:
                 cases.append({**asdict(row), "not_measured": "out of memory"})
         show(cases[-1])
     if not args.small or args.out:
-        result = {"device": args.device, "cases": cases}
+        result = {"device": args.device, "promised": promises.of_updates(cases), "cases": cases}
         packages = ("torch", "transformers")
         write("learner", argv, result, packages=packages, folder=args.out or RESULTS)
 

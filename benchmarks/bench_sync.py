@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import promises
 import ray
 import torch
 from local_ray import local_ray
@@ -175,11 +176,11 @@ def main(argv: list[str]) -> None:
     print(
         f"{num_bytes / 1e6:.0f} MB to {row['workers']} workers: {row['sync_seconds']:.2f} s "
         f"(packing {row['pack_seconds']:.2f} s), {row['copies_a_worker']:.2f} copies a worker, "
-        f"{row['shared_fraction']:.0%} read from shared memory; a plain copy takes "
-        f"{row['memcpy_seconds']:.3f} s, {row['workers'] + 2} of them 1/{row['over_memcpy']:.2f} "
-        "of the sync"
+        f"{row['shared_fraction']:.0%} read from shared memory; {row['over_memcpy']:.1f} times "
+        f"{row['workers'] + 2} plain copies of {row['memcpy_seconds']:.3f} s"
     )
     if not args.small or args.out:
+        row["promised"] = promises.of_sync(row)
         write("sync", argv, row, packages=("ray", "numpy", "torch"), folder=args.out or RESULTS)
 
 

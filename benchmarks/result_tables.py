@@ -18,6 +18,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def promised(result: Result) -> list[str]:
+    """What the run promised and kept, where its benchmark promises anything."""
+    rows = [
+        [name, one["target"], f"{one['here']:g}", "yes" if one["reached"] else "no"]
+        for name, one in result.get("promised", {}).items()
+    ]
+    return ["", *table(["promised", "target", "here", "reached"], rows)] if rows else []
+
+
 def default_run(result: Result) -> list[str]:
     rows = []
     for label, key in (
@@ -151,12 +160,7 @@ def rewards(result: Result) -> list[str]:
     }
     slowest = max(microseconds.values())
     rows = [[name, f"{us:.1f}", f"{slowest / us:.0f}"] for name, us in microseconds.items()]
-    lines = table(["CIDEr-D", "µs a caption", "times the slowest"], rows)
-    promised = [
-        [name, one["target"], f"{one['here']:g}", "yes" if one["reached"] else "no"]
-        for name, one in result["promised"].items()
-    ]
-    return [*lines, "", *table(["promised", "target", "here", "reached"], promised)]
+    return table(["CIDEr-D", "µs a caption", "times the slowest"], rows)
 
 
 def reward_step(result: Result) -> list[str]:

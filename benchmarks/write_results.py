@@ -120,7 +120,7 @@ def section(part: Section, folder: Path) -> list[str]:
         link = f"[{file.name}](../benchmarks/results/{file.name})"
         machine = describe(result["hardware"])
         lines += ["", f"{machine}, {result['date']}, `{result['command']}`, {link}", ""]
-        lines += part.lines(result)
+        lines += part.lines(result) + result_tables.promised(result)
     if not files:
         script = f"benchmarks/bench_{part.name.replace('-', '_')}.py"
         lines += ["", f"Not measured yet: `python {script}`."]

@@ -149,9 +149,11 @@ def test_tables_of_rewards_hold_the_numbers_and_the_promises():
         "largest difference to pycocoevalcap": 1e-15,
     }
     promised = {"times faster than pycocoevalcap": {"target": ">= 60", "here": 1e2, "reached": 1}}
-    lines = result_tables.rewards({"cider_d_us_per_caption": microseconds, "promised": promised})
+    lines = result_tables.rewards({"cider_d_us_per_caption": microseconds})
     assert "| rayrl numba | 6.0 | 100 |" in lines
-    assert lines[-1] == "| times faster than pycocoevalcap | >= 60 | 100 | yes |"
+    kept = result_tables.promised({"promised": promised})
+    assert kept[-1] == "| times faster than pycocoevalcap | >= 60 | 100 | yes |"
+    assert result_tables.promised({}) == []
     assert not any("difference" in line for line in lines)
     step = {
         "captions_per_step": 2048,

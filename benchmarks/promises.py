@@ -1,0 +1,89 @@
+"""What is promised of speed, and whether a run kept it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# (model, image tokens, G) of an update with everything trained: times the naive way.
+UPDATES = {
+    ("tiny-2.5m", 16, 8): 2.8,
+    ("tiny-1m", 256, 8): 7.6,
+    ("tiny-1m", 256, 16): 15.9,
+    ("smolvlm-256m", 64, 16): 8.0,
+    ("smolvlm-500m", 64, 16): 8.0,
+    ("qwen2.5-vl-3b", 256, 16): 8.0,
+}
+UTILISATION = {("qwen2.5-vl-3b", 256, 16): 0.4}
+# (shape, G) of whole steps, with vLLM: times TRL.
+STEPS = {("a", 8): 2.5, ("b", 8): 6.0}
+SHARE_OF_IDEAL, DRIVER_MS, LARGEST_FLEET = 0.95, 50.0, 64
+SYNC_SECONDS, COPIES = 2.0, 1.05
+
+Promises = dict[str, dict[str, Any]]
+
+
+def promise(relation: str, target: float, value: float) -> dict[str, Any]:
+    """One promise: ``relation`` is `>=` or `<=`."""
+    reached = value >= target if relation == ">=" else value <= target
+    return {
+        "target": f"{relation} {target:g}",
+        "here": float(f"{value:.3g}"),
+        "reached": reached,
+    }
+
+
+def of_updates(cases: list[dict[str, Any]]) -> Promises:
+    """Of the cases that bench_learner.py measured."""
+    kept: Promises = {}
+    for case in cases:
+        key = (case["model"], case["image_tokens"], case["group_size"])
+        if "methods" not in case or case["frozen_vision"]:
+            continue
+        shared = case["methods"]["shared"]
+        what = f"{case['model']}, {case['image_tokens']} image tokens, G = {case['group_size']}"
+        if key in UPDATES:
+            kept[f"{what}: times naive"] = promise(">=", UPDATES[key], shared["speedup"])
+        if key in UTILISATION:
+            kept[f"{what}: utilisation"] = promise(">=", UTILISATION[key], shared["utilisation"])
+    return kept
+
+
+def of_steps(cases: list[dict[str, Any]]) -> Promises:
+    """Of the cases that bench_against_trl.py measured; a larger group gains more."""
+    times = {
+        (case["shape"], case["group_size"]): case["systems"]["rayrl, vllm"]["times_trl"]
+        for case in cases
+        if "rayrl, vllm" in case["systems"]
+    }
+    kept: Promises = {}
+    for (shape, group), value in times.items():
+        what = f"({shape}), G = {group}: times TRL"
+        if (shape, group) in STEPS:
+            kept[what] = promise(">=", STEPS[shape, group], value)
+        elif group > 8 and (shape, 8) in times:
+            kept[what] = promise(">=", times[shape, 8], value)
+    return kept
+
+
+def of_fleet(rows: list[dict[str, Any]]) -> Promises:
+    """Of the rows that bench_fleet.py measured."""
+    kept: Promises = {}
+    for staleness in sorted({row["max_staleness"] for row in rows}):
+        same = [row for row in rows if row["max_staleness"] == staleness]
+        share = min(row["share_of_ideal"] for row in same)
+        what = f"max_staleness {staleness}"
+        kept[f"{what}: share of the ideal, lowest"] = promise(">=", SHARE_OF_IDEAL, share)
+        for row in same:
+            if row["workers"] == LARGEST_FLEET:
+                milliseconds = row["driver_cpu_seconds"] * 1e3
+                name = f"{what}: driver at {LARGEST_FLEET} workers, ms a step"
+                kept[name] = promise("<=", DRIVER_MS, milliseconds)
+    return kept
+
+
+def of_sync(row: dict[str, Any]) -> Promises:
+    """Of what bench_sync.py measured."""
+    return {
+        "seconds": promise("<=", SYNC_SECONDS, row["sync_seconds"]),
+        "copies a worker": promise("<=", COPIES, row["copies_a_worker"]),
+    }
