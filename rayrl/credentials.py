@@ -24,6 +24,14 @@ def refuse_credentials(address: str) -> str:
     return address
 
 
+def server_address(url: str) -> str:
+    """The URL itself; ValueError unless it names a host by http or https, without a credential."""
+    parts = urlsplit(refuse_credentials(url))
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("want http://host… or https://host…")
+    return url
+
+
 def redacted(text: str) -> str:
     """The text with the credentials of every address in it replaced by ``***``."""
     return _SECRET_IN_QUERY.sub(r"\1***", _USER_INFO.sub("***@", text))

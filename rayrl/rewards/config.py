@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, get_args
-from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from rayrl.credentials import refuse_credentials
+from rayrl.credentials import server_address
 from rayrl.section import Section
 
 DF_MODES = ("train", "caption", "batch")
@@ -181,7 +181,7 @@ class FunctionConfig(PlacedConfig):
 class ServerConfig(PlacedConfig):
     """A term that asks a server, always in an actor of its own, which mostly waits."""
 
-    url: str
+    url: Annotated[str, AfterValidator(server_address)]
     """Where to post, http or https; it is named in full, and redirects are not followed."""
     timeout_s: PositiveFloat = 30.0
     """Longest wait for an answer."""
@@ -191,14 +191,6 @@ class ServerConfig(PlacedConfig):
     """Most requests at a time."""
     api_key_variable: str = ""
     """The environment variable that holds the key."""
-
-    @field_validator("url")
-    @classmethod
-    def _names_a_server(cls, url: str) -> str:
-        parts = urlsplit(refuse_credentials(url))
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("want http://host… or https://host…")
-        return url
 
     @property
     def asks(self) -> Asks:
