@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from rayrl.learner.policy import Policy
 from rayrl.learner.providers import MicroBatch, Provider
 from rayrl.vlm import decode_image
 
@@ -52,13 +53,14 @@ def changed_image(image: bytes, change: str, strength: float) -> bytes:
 class ChangedImages(Provider):
     """Log-probs of the captions after a changed image, under the reference and the policy."""
 
-    def __init__(self, reference: Any, change: str, strength: float) -> None:
-        self._reference = reference
+    def __init__(self, policy: Policy, change: str, strength: float) -> None:
+        self._policy = policy
         self._change = change
         self._strength = strength
 
     def at_start(self, part: MicroBatch) -> dict[str, Tensor]:
-        out = part.forward(self._reference, part.groups, self._prompts(part))
+        with self._policy.as_reference() as model:
+            out = part.forward(model, part.groups, self._prompts(part))
         return {"augmented_ref_logprobs": out.logprobs}
 
     def in_update(self, part: MicroBatch) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,14 @@ class Policy:
     def ref_logprobs(self, groups: GroupBatch, inputs: StepInputs) -> torch.Tensor:
         """Log-probs [P, G, T] under the model as it was at the start: a frozen copy, or, with
         adapters, the same model with them off."""
-        with self.adapters.off() if self.adapters else nullcontext():
-            model = self.model if self.adapters else self.reference
+        with self.as_reference() as model:
             return self.forward.frozen(model, groups, inputs)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[Any]:
+        """The model as it was at the start, to compute without gradient."""
+        with self.adapters.off() if self.adapters else nullcontext():
+            yield self.model if self.adapters else self.reference
 
     def weights(self, version: int, *, trained_only: bool) -> Weights | AdapterWeights | None:
         """All parameters, or those that change, as they compute; where adapters are published, the

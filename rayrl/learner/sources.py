@@ -65,7 +65,7 @@ def make_providers(
             "auxiliary_logprobs", policy.others(config.auxiliaries), policy.forward, single=False
         ),
         "augmented_logprobs": lambda: ChangedImages(
-            policy.reference, config.image_change, config.change_strength
+            policy, config.image_change, config.change_strength
         ),
         "head_logprobs": lambda: TermHeads(
             hidden_size, num_terms, lr=config.head_lr, device=policy.device, ranks=ranks

@@ -152,3 +152,19 @@ def test_heads_are_resumed_bit_for_bit(tiny_folder, batch, tmp_path):
     other = learner(tiny_folder, objective="mah_dpo_heads", num_terms=3)
     with pytest.raises(ValueError, match=r"term_heads down is \(2, 64, 16\) in the checkpoint"):
         other.restore(load_checkpoint(tmp_path / "latest"))
+
+
+def test_adapters_are_off_for_the_reference_after_a_changed_image(tiny_folder, batch):
+    options = {"objective": "pami_changed_image", "lora": {"rank": 2}, "schedule": "constant"}
+    subject = learner(tiny_folder, **options)
+    first = start_fields(subject, batch).augmented_ref_logprobs
+    for _ in range(3):
+        subject.update(batch)
+    torch.testing.assert_close(start_fields(subject, batch).augmented_ref_logprobs, first)
+
+
+def test_a_critic_learns_beside_adapters(tiny_folder, batch):
+    subject = learner(tiny_folder, objective="ppo", lora={"rank": 2})
+    reports = [subject.update(batch).metrics for _ in range(6)]
+    name = "objective/critic_explained_variance"
+    assert reports[-1][name] > reports[0][name]
