@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
 from rayrl.config import Config
-from rayrl.credentials import redacted
+from rayrl.credentials import CREDENTIAL, redacted
 
 REPLAY_CONFIG = "run.yaml"
 """The run's configuration inside a replay, so that the folder can be looked at anywhere."""
@@ -218,7 +218,8 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _message(error: Any) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     given = error.get("input")
-    shown = "" if isinstance(given, dict | BaseModel) else f" (got {given!r})"
+    hidden = error["type"] == CREDENTIAL or isinstance(given, dict | BaseModel)
+    shown = "" if hidden else f" (got {given!r})"
     return redacted(message + shown)
 
 

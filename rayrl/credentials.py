@@ -9,6 +9,11 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
+from pydantic_core import PydanticCustomError
+
+CREDENTIAL = "credential"
+"""The type of a validation error whose input must not be shown."""
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _USER_INFO = re.compile(r"(?<=://)[^/?#\s'\"]+@")
 _SECRET_NAME = r"[\w.-]*(?:key|secret|token|password|passwd|signature|credential)[\w.-]*"
 _SECRET_IN_QUERY = re.compile(rf"([?&]{_SECRET_NAME}=)[^&#\s'\"]+", re.IGNORECASE)
@@ -30,6 +35,16 @@ def server_address(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("want http://host… or https://host…")
     return url
+
+
+def variable_name(name: str) -> str:
+    """The name of an environment variable, or "".  What cannot be one is likely to be the key
+    itself, and is refused with an error of type ``credential``, which says not to repeat it."""
+    if name and not _VARIABLE.fullmatch(name):
+        raise PydanticCustomError(
+            CREDENTIAL, "want the name of the environment variable that holds the key, not the key"
+        )
+    return name
 
 
 def redacted(text: str) -> str:

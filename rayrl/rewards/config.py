@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from rayrl.credentials import server_address
+from rayrl.credentials import server_address, variable_name
 from rayrl.section import Section
 
 DF_MODES = ("train", "caption", "batch")
@@ -189,7 +189,7 @@ class ServerConfig(PlacedConfig):
     """Further attempts for a request that failed."""
     in_flight: PositiveInt = 16
     """Most requests at a time."""
-    api_key_variable: str = ""
+    api_key_variable: Annotated[str, AfterValidator(variable_name)] = ""
     """The environment variable that holds the key."""
 
     @property

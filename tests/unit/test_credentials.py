@@ -41,6 +41,16 @@ def test_the_command_line_does_not_repeat_it_either(address, capsys):
     assert "hush" not in error
 
 
+def test_a_key_in_place_of_its_variable_s_name_is_refused_without_repeating_it(tmp_path, capsys):
+    file = tmp_path / "job.yaml"
+    term = "{kind: http, url: 'https://host', api_key_variable: sk-hush-123}"
+    file.write_text(f"reward: {{terms: {{judge: {term}}}}}")
+    with pytest.raises(SystemExit):
+        cli.parse(["--config", str(file)], program="grpo_coco.py", description="d")
+    error = capsys.readouterr().err
+    assert "want the name of the environment variable" in error and "hush" not in error
+
+
 def test_a_relative_checkpoint_address_is_refused():
     with pytest.raises(cli.UsageError, match=r"want s3://…, gs://…, file:///… or an absolute path"):
         cli.load(None, ["--train.checkpoint_uri", "copies/run"])
