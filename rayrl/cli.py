@@ -61,6 +61,8 @@ def load(file: Path | None, overrides: Sequence[str] = (), *, program: str = "ra
         lines = [
             f"{'.'.join(str(part) for part in e['loc']) or 'config'}: {_message(e)}"
             for e in error.errors()
+            # Said of a key whose default follows from one that is wrong itself.
+            if e["type"] != "default_factory_not_called"
         ]
         raise UsageError("\n".join(lines)) from None
 

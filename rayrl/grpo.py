@@ -19,11 +19,13 @@ from rayrl import cli
 from rayrl.actors.cluster import connect, cpus_of, failing_in_one_line
 from rayrl.actors.fleet import Fleet, Pending
 from rayrl.actors.learner import LearnerActor
+from rayrl.actors.pool import TooFewWorkers
 from rayrl.actors.reward import check_terms
 from rayrl.actors.telemetry import RayMetrics
 from rayrl.actors.tracing import Tracer
 from rayrl.adapters import with_base
 from rayrl.backup import Backup
+from rayrl.canary import Canary, make_canary
 from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from rayrl.config import Config
 from rayrl.data import Dataset, load_split
@@ -61,6 +63,7 @@ class Run:
     log: RunLog
     backup: Backup
     signatures: Mapping[str, str]
+    canary: Canary
     phases: Phases
     tracer: Tracer
     stop: StopRequest = field(default_factory=StopRequest)
@@ -90,11 +93,12 @@ def train(run: Run, start: int) -> int:
             report = ray.get(run.learner.update.remote(groups))
         version = report.weight_version
         with run.phases("sync"):
-            run.fleet.publish(version, run.learner.weights.remote(trained_only=True))
+            publish(run, version)
             if ahead == 0:
                 run.fleet.confirm(version)
         metrics = {**report.metrics, **group_metrics(groups, version - 1), **drawn.metrics()}
         metrics.update(run.fleet.reward_seconds() | run.fleet.gauges(pending))
+        run.fleet.adapt()
         metrics["captions_per_second"] = drawn.num_captions / (time.perf_counter() - started)
         _after_step(run, report, metrics, groups)
     if run.saved_step != version > start:
@@ -114,6 +118,26 @@ def _all_rounds(run: Run, batch: Pending, version: int) -> Drawn:
         if not requests:
             return run.rounds.finish(batch.step)
         batch = run.fleet.submit(batch.step, version, requests, before=batch)
+
+
+def train_or_save(run: Run, start: int) -> int:
+    """:func:`train`; where workers do not come back in time the run is saved before it fails."""
+    try:
+        return train(run, start)
+    except TooFewWorkers:
+        save(run)
+        run.log.message(f"saved step {run.saved_step}: go on with --resume when there are workers")
+        raise
+
+
+def publish(run: Run, version: int, *, first: bool = False) -> None:
+    """Hand the learner's weights to the workers; with the first version all of them, and every
+    ``canary_every``-th time the proof that an engine computes what the learner does."""
+    weights = run.learner.weights.remote
+    frozen = weights(trained_only=False) if first else None
+    run.fleet.publish(version, weights(trained_only=True), frozen=frozen)
+    if first or version % run.config.rollout.canary_every == 0:
+        run.fleet.probe(version, run.canary, run.learner.score.remote(run.canary))
 
 
 def _after_step(
@@ -302,6 +326,7 @@ def _start(
         },
         phases=Phases(listener=tracer.phase),
         tracer=tracer,
+        canary=make_canary(config, stage1.folder, heldout.prompts[0]),
     )
 
 
@@ -313,13 +338,14 @@ def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) 
     else:
         start = 0
         curve.stage1(snapshots)
-    weights = run.learner.weights.remote
-    run.fleet.publish(start, weights(trained_only=True), frozen=weights(trained_only=False))
+    # Those that have no weights yet are given them, and this version, when they are constructed.
+    run.fleet.wait()
+    publish(run, start, first=True)
     run.fleet.confirm(start)
     if not resume:
         run.log.step(0, {"eval/cider_d": evaluate(run, 0)})
     run.phases.take()
-    end = train(run, start)
+    end = train_or_save(run, start)
     finished = end == run.config.train.steps
     history = run.log.history()
     summary = {**summarize(run.config, history), "signatures": dict(run.signatures)}

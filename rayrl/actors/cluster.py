@@ -59,9 +59,9 @@ def failing_in_one_line(program: str) -> Iterator[None]:
 
 
 def cpus_of(config: Config) -> float:
-    """CPUs of all actors together, and two for Ray Data while stage 1 trains."""
+    """CPUs of all actors of a run at its largest, and two for Ray Data while stage 1 trains."""
     train, rollout = config.train, config.rollout
     apart = sum(asked["num_cpus"] for asked in placements(config.reward).values())
-    workers = rollout.num_workers * rollout.cpus
+    workers = rollout.max_workers * rollout.cpus
     workers += train.reward_workers * (train.reward_cpus + apart)
     return max(workers + config.learner.cpus, config.xe.num_workers * config.learner.cpus + 2)

@@ -1,29 +1,32 @@
-"""The workers of a run: rollout and reward actors that are replaced when they die.
+"""Batches on their way: sampled by rollout workers, scored by reward workers.
 
 The driver submits every batch and every weight version itself, and Ray runs one caller's calls on
 an actor in the order of submission, so which version samples which batch is exact by construction.
-A replaced worker pulls the version that its lost batch was to be sampled with, samples the very
-same groups again (seeds belong to prompts), and then catches up.
+A batch is cut in the same parts however many workers there are, and seeds belong to prompts: who
+samples a part does not matter for what comes out.  A part that was lost with its worker goes to
+another one, which pulls the version that it was to be sampled with and then catches up.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import ray
 
-from rayrl.actors.pool import LOST, Pool, RestartBudget
-from rayrl.actors.reward import RewardActor
-from rayrl.actors.rollout import RolloutActor
+from rayrl.actors.pool import LOST, RestartBudget, Worker
+from rayrl.actors.versions import Versions
+from rayrl.actors.workers import reward_pool, rollout_pool
+from rayrl.canary import Canary
 from rayrl.config import Config
 from rayrl.engine.base import Sampling
-from rayrl.objectives import build
 from rayrl.rewards.score import Dropped
 from rayrl.rewards.statistics import Statistics, step_document_frequency
 from rayrl.rounds import Request
+from rayrl.scaling import WINDOW, StepTimes, wanted_workers
 from rayrl.types import Completion, Prompt, ScoredGroup
 from rayrl.weights import ModelFiles, Weights
 
@@ -32,22 +35,15 @@ _Item = TypeVar("_Item")
 
 @dataclass
 class _Share:
-    """One worker's part of a batch."""
+    """A part of a batch, and who samples and scores it."""
 
-    worker: int
+    index: int
     requests: list[Request]
-    actor: Any = None
+    worker: Any = None
     rollout: Any = None
+    seconds: Any = None
+    scorer: Any = None
     scored: Any = None
-
-
-class _Load(NamedTuple):
-    """A version on its way to a worker; void once that worker was replaced."""
-
-    worker: int
-    actor: Any
-    version: int
-    ref: Any
 
 
 @dataclass
@@ -72,8 +68,6 @@ class Fleet:
         self, config: Config, files: ModelFiles, statistics: Statistics, *, greedy_baseline: bool
     ) -> None:
         self._config = config
-        self._files = ray.put(files)
-        self._statistics = (ray.put(statistics),)
         self._sampling = Sampling(
             group_size=config.train.group_size,
             temperature=config.sampling.temperature,
@@ -81,20 +75,37 @@ class Fleet:
             greedy_baseline=greedy_baseline,
         )
         self._budget = RestartBudget(config.rollout.max_restarts)
-        self._rollout = Pool(
-            "rollout worker", self._start_rollout, config.rollout.num_workers, self._budget
+        self._versions = Versions(config)
+        self._rollout = rollout_pool(
+            config, ray.put(files), self._budget, self._versions.pull_newest
         )
-        self._reward = Pool(
-            "reward worker", self._start_reward, config.train.reward_workers, self._budget
-        )
-        self._frozen: Any = None
-        self._versions: dict[int, Any] = {}
-        self._loads: list[_Load] = []
+        self._reward = reward_pool(config, (ray.put(statistics),), self._budget)
+        self._recent: list[StepTimes] = []
+        self._step_began, self._waited, self._sampling_s = time.perf_counter(), 0.0, 0.0
 
-    @property
-    def restarts(self) -> int:
-        """Workers that were replaced so far."""
-        return self._budget.spent
+    def adapt(self) -> None:
+        """End a step: grow or shrink by what the last ones measured."""
+        now = time.perf_counter()
+        seconds = now - self._step_began
+        times = StepTimes(seconds=seconds, waited=self._waited, sampling=self._sampling_s)
+        self._step_began, self._waited, self._sampling_s = now, 0.0, 0.0
+        self._rollout.admit()
+        # Steps of a pool that is changing say nothing of it.
+        self._recent = [*self._recent, times][-WINDOW:] if self._rollout.settled else []
+        wanted = wanted_workers(
+            self._recent,
+            self._rollout.wanted,
+            minimum=self._config.rollout.min_workers,
+            maximum=self._config.rollout.max_workers,
+            overlaps=self._config.train.max_staleness > 0,
+        )
+        if wanted != self._rollout.wanted:
+            self._recent = []
+        self._rollout.resize(wanted)
+
+    def wait(self) -> None:
+        """Wait until the minimum of rollout workers is there."""
+        self._rollout.wait()
 
     def publish(self, version: int, trained: Any, *, frozen: Any = None) -> None:
         """Have every rollout worker pull a version before its next batch.
@@ -102,16 +113,13 @@ class Fleet:
         ``trained`` is a reference to the parameters that train, ``frozen`` to all parameters,
         given with the first version.  As many versions are kept as batches in flight may need.
         """
-        if frozen is not None:
-            self._frozen = frozen
-            self._versions.clear()
-        self._versions[version] = trained
-        for old in sorted(self._versions)[: -self._config.train.max_staleness - 2]:
-            del self._versions[old]
-        changed = self._config.model.trainable
-        for i, worker in enumerate(self._rollout.actors):
-            refs = (self._frozen, trained) if frozen is not None else (trained,)
-            self._loads.append(_Load(i, worker, version, worker.load.remote(changed, *refs)))
+        self._versions.publish(self._rollout.constructed, version, trained, frozen)
+
+    def probe(self, version: int, canary: Canary, learner: Any) -> None:
+        """Have every rollout worker score the canary with a version that was published;
+        ``learner`` is a reference to the learner's log-probs.  RuntimeError at the next
+        :meth:`confirm` of that version where one does not agree."""
+        self._versions.probe(self._rollout.constructed, version, canary, learner)
 
     def show(self, version: int, weights: Weights) -> None:
         """Have every rollout worker hold this whole model, to caption with it."""
@@ -120,23 +128,11 @@ class Fleet:
         self.confirm(version)
 
     def confirm(self, version: int) -> None:
-        """Wait until every worker has pulled ``version`` and those before it; a worker that does
-        not answer is replaced."""
-        due = [load for load in self._loads if load.version <= version]
-        self._loads = [load for load in self._loads if load.version > version]
-        for load in due:
-            if load.actor is not self._rollout.actors[load.worker]:
-                continue
-            try:
-                held = ray.get(load.ref, timeout=self._config.rollout.timeout_s)
-            except LOST as error:
-                self._rollout.replace(load.worker, error)
-                self._load(load.worker, max(self._versions))
-                continue
-            if held != load.version:
-                raise RuntimeError(
-                    f"rollout worker {load.worker} holds version {held}, want {load.version}"
-                )
+        """Wait until the minimum of workers is there and each has pulled ``version`` and those
+        before it, and agreed with the learner on the canary; one that does not answer is
+        replaced."""
+        self._rollout.wait()
+        self._versions.confirm(self._rollout, version)
 
     def submit(
         self,
@@ -146,7 +142,8 @@ class Fleet:
         *,
         before: Pending | None = None,
     ) -> Pending:
-        """Send a round of a step to be sampled with ``version`` and scored; does not wait.
+        """Send a round of a step to be sampled with ``version`` and scored; does not wait,
+        unless there are fewer workers than the minimum.
 
         ``before`` is the step's round before: document frequencies stay those of the first, so that
         the captions of a group are scored alike."""
@@ -157,9 +154,9 @@ class Fleet:
             else ray.put(step_document_frequency(references, self._config.reward))
         )
         pending = Pending(step=step, version=version, df=df)
-        for i, part in enumerate(_split(list(requests), len(self._rollout))):
+        for i, part in enumerate(_split(list(requests), self._config.rollout.max_workers)):
             if part:
-                share = _Share(worker=i, requests=part)
+                share = _Share(index=i, requests=part)
                 self._send(share, pending)
                 pending.shares.append(share)
         return pending
@@ -167,15 +164,18 @@ class Fleet:
     def wait_rollouts(self, pending: Pending) -> None:
         """Wait until every group of a batch is sampled, without fetching it: groups go from
         worker to worker.  A worker that takes too long is replaced."""
+        started = time.perf_counter()
+        limit = self._config.rollout.timeout_s
         for share in pending.shares:
-            limit = self._config.rollout.timeout_s
             while not ray.wait([share.rollout], timeout=limit, fetch_local=False)[0]:
-                self._sample_again(share, pending, TimeoutError(f"no answer within {limit} s"))
+                self._sample_again(share, pending, TimeoutError(f"no answer within {limit:g} s"))
         self.confirm(pending.version)
+        self._waited += time.perf_counter() - started
 
     def collect(self, pending: Pending) -> list[ScoredGroup | Dropped]:
         """The batch's results in the order of its requests, scored or dropped with a reason.
         Lost groups are sampled or scored again."""
+        started = time.perf_counter()
         results: list[ScoredGroup | Dropped] = []
         for share in pending.shares:
             while True:
@@ -184,15 +184,17 @@ class Fleet:
                     break
                 except LOST as error:
                     self._recover(share, pending, error)
+        self._waited += time.perf_counter() - started
+        self._sampling_s += sum(ray.get([share.seconds for share in pending.shares]))
         return results
 
     def workers(self) -> dict[str, Any]:
         """The actors by name, ``rollout worker 0`` and so on."""
         pools = {"rollout worker": self._rollout, "reward worker": self._reward}
         return {
-            f"{kind} {i}": actor
+            f"{kind} {worker.number}": worker.actor
             for kind, pool in pools.items()
-            for i, actor in enumerate(pool.actors)
+            for worker in pool.admit()
         }
 
     def gauges(self, pending: Sequence[Pending]) -> dict[str, float]:
@@ -208,9 +210,9 @@ class Fleet:
             )[1]
         ]
         return {
-            "workers/rollout": float(len(self._rollout)),
-            "workers/reward": float(len(self._reward)),
-            "workers/replaced": float(self.restarts),
+            "workers/rollout": float(len(self._rollout.admit())),
+            "workers/reward": float(len(self._reward.admit())),
+            "workers/replaced": float(self._budget.spent),
             "queue/sampling": float(len(pending) - len(sampled)),
             "queue/sampled": float(len(sampled)),
         }
@@ -219,7 +221,7 @@ class Fleet:
         """Seconds that each reward term has taken since the last call, over all reward workers;
         a worker that died in between took its count along."""
         seconds: dict[str, float] = {}
-        for ref in [worker.take_seconds.remote() for worker in self._reward.actors]:
+        for ref in [worker.actor.take_seconds.remote() for worker in self._reward.admit()]:
             try:
                 taken = ray.get(ref, timeout=self._config.train.reward_timeout_s)
             except LOST:
@@ -229,34 +231,20 @@ class Fleet:
                 seconds[name] = seconds.get(name, 0.0) + value
         return seconds
 
-    def _recover(self, share: _Share, pending: Pending, error: Exception) -> None:
-        """Redo what was lost of a share: its groups, or only their scores."""
-        try:
-            ray.get(share.rollout, timeout=self._config.rollout.timeout_s)
-        except LOST as lost:
-            self._sample_again(share, pending, lost)
-        else:
-            actor = self._reward.replace(self._scorer(share, pending), error)
-            share.scored = actor.score.remote(share.rollout, pending.df)
-
     def greedy(self, prompts: Sequence[Prompt], version: int) -> list[Completion]:
         """The arg-max captions of held-out prompts, in order."""
-        parts = _split(list(prompts), len(self._rollout))
-        tokens = self._config.sampling.max_tokens
-        refs = [
-            worker.greedy.remote(part, tokens, version)
-            for worker, part in zip(self._rollout.actors, parts, strict=True)
-        ]
+        parts = [part for part in _split(list(prompts), self._config.rollout.max_workers) if part]
+        sent = [self._send_greedy(i, part, version) for i, part in enumerate(parts)]
         captions: list[Completion] = []
         for i, part in enumerate(parts):
             while True:
+                worker, ref = sent[i]
                 try:
-                    captions += ray.get(refs[i], timeout=self._config.rollout.timeout_s)
+                    captions += ray.get(ref, timeout=self._config.rollout.timeout_s)
                     break
                 except LOST as error:
-                    actor = self._rollout.replace(i, error)
-                    self._load(i, version)
-                    refs[i] = actor.greedy.remote(part, tokens, version)
+                    self._rollout.lost(worker, error)
+                    sent[i] = self._send_greedy(i, part, version)
         return captions
 
     def shutdown(self) -> None:
@@ -264,52 +252,44 @@ class Fleet:
         self._rollout.shutdown()
         self._reward.shutdown()
 
-    def _send(self, share: _Share, pending: Pending) -> None:
-        share.actor = self._rollout.actors[share.worker]
-        share.rollout = share.actor.generate.remote(share.requests, self._sampling, pending.version)
-        reward = self._reward.actors[self._scorer(share, pending)]
-        share.scored = reward.score.remote(share.rollout, pending.df)
+    def _send_greedy(self, i: int, part: list[Prompt], version: int) -> tuple[Worker, Any]:
+        workers = self._rollout.wait()
+        worker = workers[i % len(workers)]
+        tokens = self._config.sampling.max_tokens
+        return worker, worker.actor.greedy.remote(part, tokens, version)
 
-    def _scorer(self, share: _Share, pending: Pending) -> int:
-        """Which reward worker scores a share: they take turns."""
-        return (pending.step + share.worker) % len(self._reward)
+    def _send(self, share: _Share, pending: Pending) -> None:
+        """Have a share sampled with the batch's version, and scored.  Workers take turns."""
+        workers = self._rollout.wait()
+        share.worker = workers[(pending.step + share.index) % len(workers)]
+        behind = pending.version != self._versions.newest
+        if behind:
+            self._versions.load(share.worker, pending.version)
+        share.rollout, share.seconds = share.worker.actor.generate.remote(
+            share.requests, self._sampling, pending.version
+        )
+        if behind:
+            self._versions.load(share.worker, self._versions.newest)
+        self._send_to_score(share, pending)
+
+    def _send_to_score(self, share: _Share, pending: Pending) -> None:
+        scorers = self._reward.wait()
+        share.scorer = scorers[(pending.step + share.index) % len(scorers)]
+        share.scored = share.scorer.actor.score.remote(share.rollout, pending.df)
+
+    def _recover(self, share: _Share, pending: Pending, error: Exception) -> None:
+        """Redo what was lost of a share: its groups, or only their scores."""
+        try:
+            ray.get(share.rollout, timeout=self._config.rollout.timeout_s)
+        except LOST as lost:
+            self._sample_again(share, pending, lost)
+        else:
+            self._reward.lost(share.scorer, error)
+            self._send_to_score(share, pending)
 
     def _sample_again(self, share: _Share, pending: Pending, cause: Exception) -> None:
-        """Sample a lost share with its own version; the worker then returns to the newest."""
-        if share.actor is self._rollout.actors[share.worker]:
-            self._rollout.replace(share.worker, cause)
-        self._load(share.worker, pending.version)
+        self._rollout.lost(share.worker, cause)
         self._send(share, pending)
-        self._load(share.worker, max(self._versions))
-
-    def _load(self, i: int, version: int) -> None:
-        actor = self._rollout.actors[i]
-        ref = actor.load.remote(self._config.model.trainable, self._frozen, self._versions[version])
-        self._loads.append(_Load(i, actor, version, ref))
-
-    def _start_rollout(self) -> Any:
-        rollout = self._config.rollout
-        threads = str(max(1, int(rollout.cpus)))
-        return RolloutActor.options(  # type: ignore[attr-defined]
-            num_cpus=rollout.cpus,
-            num_gpus=rollout.gpus,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
-        ).remote(
-            self._files,
-            self._config.engine,
-            self._config.train.group_size,
-            self._config.model.trust_remote_code,
-        )
-
-    def _start_reward(self) -> Any:
-        return RewardActor.options(  # type: ignore[attr-defined]
-            num_cpus=self._config.train.reward_cpus
-        ).remote(
-            self._config.reward,
-            self._statistics,
-            self._config.train.reward_timeout_s,
-            build(self._config.objective).needs,
-        )
 
 
 def _split(items: list[_Item], parts: int) -> list[list[_Item]]:

@@ -10,12 +10,13 @@ import ray
 
 from rayrl.adapters import AdapterWeights
 from rayrl.batch import make_batch
+from rayrl.canary import Canary
 from rayrl.checkpoint import Checkpoint
 from rayrl.config import Config
 from rayrl.learner.learner import Learner
 from rayrl.objectives import build
 from rayrl.trace import Traced, traced
-from rayrl.types import ScoredGroup, StepReport
+from rayrl.types import FloatArray, ScoredGroup, StepReport
 from rayrl.weights import ModelFiles, Weights, write_model_files
 
 
@@ -53,6 +54,11 @@ class LearnerActor(Traced):
     @traced
     def weights(self, *, trained_only: bool) -> Weights | AdapterWeights | None:
         return self._learner.weights(trained_only=trained_only)
+
+    @traced
+    def score(self, canary: Canary) -> FloatArray:
+        """Log-probs [T] of the canary caption under the current weights."""
+        return self._learner.score(canary.prompt.image, canary.token_ids)
 
     @traced
     def checkpoint(self) -> Checkpoint | None:

@@ -1,18 +1,35 @@
-"""A pool of workers of one kind: started, replaced when they die, within a budget for the run."""
+"""A pool of workers of one kind: started, admitted when ready, drained, replaced when they die.
+
+A worker asks Ray for its resources when it is started, so that a cluster that grows by itself sees
+the demand.  It is admitted (gets work) once its construction is done and what ``prepare`` submitted
+to it has come back; until then the pool does not wait for it, unless it has fewer ready workers
+than its minimum.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+
+from rayrl.scaling import shortage
 
 log = logging.getLogger(__name__)
 
-LOST = (RayActorError, GetTimeoutError)
-"""What a call to a worker raises that died or does not answer."""
+LOST = (RayActorError, GetTimeoutError, ObjectLostError)
+"""What asking for a result raises when its worker died or does not answer, or when the node that
+held the result is gone."""
+
+SAY_EVERY_S = 30.0
+
+
+class TooFewWorkers(RuntimeError):
+    """A pool stayed below its minimum for longer than it may."""
 
 
 class RestartBudget:
@@ -23,43 +40,164 @@ class RestartBudget:
         self._first_cause: Exception | None = None
         self.spent = 0
 
-    def spend(self, who: str, cause: Exception) -> None:
-        """Count one replacement; RuntimeError, from the first cause, when there are too many."""
+    def spend(self, what: str, cause: Exception) -> None:
+        """Count one loss; RuntimeError, from the first cause, when there were too many."""
         self._first_cause = self._first_cause or cause
         self.spent += 1
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        log.warning("%s was lost and is replaced: %s", who, reason)
+        log.warning("%s: %s", what, _first_line(cause))
         if self.spent > self._limit:
             raise RuntimeError(
-                f"{self.spent} workers were lost, rollout.max_restarts allows "
-                f"{self._limit}; the first cause follows"
+                f"{self.spent} workers were lost, rollout.max_restarts allows {self._limit}; "
+                f"the first cause: {_first_line(self._first_cause)}"
             ) from self._first_cause
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSize:
+    """``wanted`` workers, of which ``minimum`` are enough to go on; with fewer the pool waits for
+    up to ``deadline_s``.  Each asks Ray for ``asked`` (resource to amount)."""
+
+    wanted: int
+    minimum: int
+    deadline_s: float
+    asked: Mapping[str, float]
+
+
+@dataclass(eq=False)
+class Worker:
+    """An actor of a pool.  ``due`` is what it must have done before its next stage."""
+
+    number: int
+    actor: Any
+    due: Any
+    constructed: bool = False
+
+
 class Pool:
-    """``size`` actors that ``start`` makes; ``name`` is what messages call one of them."""
+    """Workers that ``start`` makes.  ``name`` is what messages call one of them; ``prepare``
+    submits to a constructed actor what it needs before it is admitted and returns the reference,
+    or None when it needs nothing."""
 
     def __init__(
-        self, name: str, start: Callable[[], Any], size: int, budget: RestartBudget
+        self,
+        name: str,
+        start: Callable[[], Any],
+        size: PoolSize,
+        budget: RestartBudget,
+        *,
+        prepare: Callable[[Any], Any] = lambda actor: None,
     ) -> None:
-        self._name, self._start, self._budget = name, start, budget
-        self.actors = [start() for _ in range(size)]
+        self._name, self._start, self._prepare = name, start, prepare
+        self._size, self._budget = size, budget
+        self._next_number = 0
+        self._starting: list[Worker] = []
+        self._ready: list[Worker] = []
+        self._leaving: list[Worker] = []
+        self.wanted = size.wanted
+        self._fill()
 
-    def __len__(self) -> int:
-        return len(self.actors)
+    @property
+    def constructed(self) -> list[Worker]:
+        """The workers that must hear of every new version: the ready ones and those that are about
+        to be."""
+        return [*self._ready, *(worker for worker in self._starting if worker.constructed)]
 
-    def replace(self, i: int, cause: Exception) -> Any:
-        """A new worker in place of a lost one."""
-        raise_unless_lost(self.actors[i], cause)
-        self._budget.spend(f"{self._name} {i}", cause)
-        ray.kill(self.actors[i])
-        self.actors[i] = self._start()
-        return self.actors[i]
+    @property
+    def settled(self) -> bool:
+        """Whether all wanted workers are ready."""
+        return len(self._ready) == self.wanted
+
+    def admit(self) -> list[Worker]:
+        """Admit whoever is ready by now; returns all ready workers, the longest serving first."""
+        for worker in list(self._starting):
+            while worker in self._starting and ray.wait([worker.due], timeout=0)[0]:
+                self._advance(worker)
+        return list(self._ready)
+
+    def wait(self) -> list[Worker]:
+        """The ready workers, at least the minimum.
+
+        Waits for those that are missing and says every 30 s why; TooFewWorkers at the deadline.
+        """
+        began = said = time.monotonic()
+        while len(self.admit()) < self._size.minimum:
+            now = time.monotonic()
+            if now - began > self._size.deadline_s:
+                raise TooFewWorkers(f"{self._situation()}; gave up after {now - began:.0f} s")
+            if now - said >= SAY_EVERY_S:
+                said = now
+                log.warning("%s", self._situation())
+            ray.wait([w.due for w in self._starting], timeout=min(1.0, self._size.deadline_s))
+        return list(self._ready)
+
+    def lost(self, worker: Worker, cause: Exception) -> None:
+        """Replace a worker, once, however many of its results were lost with it.
+
+        Raises what replacing it would not mend, and RuntimeError when the budget is spent.
+        """
+        raise_unless_lost(worker.actor, cause)
+        if isinstance(cause, ObjectLostError):
+            # A result is gone and not the worker, as far as this tells.
+            self._budget.spend(f"a result of {self._name} {worker.number} was lost", cause)
+            return
+        if worker in self._leaving:
+            self._leaving.remove(worker)
+            ray.kill(worker.actor)
+        for state in (self._ready, self._starting):
+            if worker in state:
+                state.remove(worker)
+                ray.kill(worker.actor)
+                self._budget.spend(f"{self._name} {worker.number} was lost and is replaced", cause)
+        self._fill()
+
+    def resize(self, wanted: int) -> None:
+        """Start workers, or let some go: those that are not ready yet at once, others when they
+        have finished what they were given."""
+        self.wanted = wanted
+        self._fill()
+        while len(self._starting) + len(self._ready) > wanted:
+            if self._starting:
+                ray.kill(self._starting.pop().actor)
+            else:
+                worker = self._ready.pop()
+                # Calls are served in order, so this one comes after all its work.
+                worker.due = worker.actor.leave.remote()
+                self._leaving.append(worker)
+        self._leaving = [w for w in self._leaving if not ray.wait([w.due], timeout=0)[0]]
 
     def shutdown(self) -> None:
         """End every worker."""
-        for actor in self.actors:
-            ray.kill(actor)
+        for worker in [*self._ready, *self._starting, *self._leaving]:
+            ray.kill(worker.actor)
+
+    def _fill(self) -> None:
+        while len(self._starting) + len(self._ready) < self.wanted:
+            actor = self._start()
+            self._starting.append(Worker(self._next_number, actor, actor.started.remote()))
+            self._next_number += 1
+
+    def _advance(self, worker: Worker) -> None:
+        """One stage further: constructed, prepared, ready."""
+        try:
+            ray.get(worker.due)
+        except LOST as error:
+            self.lost(worker, error)
+            return
+        if not worker.constructed:
+            worker.constructed = True
+            worker.due = self._prepare(worker.actor)
+            if worker.due is not None:
+                return
+        self._starting.remove(worker)
+        self._ready.append(worker)
+
+    def _situation(self) -> str:
+        pulling = any(worker.constructed for worker in self._starting)
+        missing = shortage(self._size.asked, ray.cluster_resources(), ray.available_resources())
+        return (
+            f"{len(self._ready)} {self._name}s are ready, want at least {self._size.minimum}: "
+            f"{'one pulls its weights' if pulling else missing}"
+        )
 
 
 def raise_unless_lost(actor: Any, error: Exception) -> None:
@@ -69,3 +207,7 @@ def raise_unless_lost(actor: Any, error: Exception) -> None:
         other = error.actor_id is not None and error.actor_id != actor._actor_id.hex()
         if error.actor_init_failed or other:
             raise error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

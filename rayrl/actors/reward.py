@@ -83,6 +83,9 @@ class RewardActor(Traced):
         }
         self._seconds: dict[str, float] = {}
 
+    def started(self) -> None:
+        """Answers once the terms are there."""
+
     @traced
     def score(
         self, groups: list[RolloutGroup], step_df: DocumentFrequency | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import ray
 
 from rayrl.adapters import AdapterWeights
+from rayrl.canary import Canary
 from rayrl.config import EngineConfig, Part
 from rayrl.engine.base import EngineSetup, Sampling, make_engine
 from rayrl.rounds import Request
 from rayrl.trace import Traced, traced
-from rayrl.types import Completion, Prompt, RolloutGroup
+from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
 from rayrl.weights import ModelFiles, Weights, write_model_files
 
 
@@ -37,6 +39,13 @@ class RolloutActor(Traced):
             )
         )
 
+    def started(self) -> None:
+        """Answers once the engine is there."""
+
+    def leave(self) -> None:
+        """End this worker; calls before this one have been served."""
+        ray.actor.exit_actor()
+
     @traced
     def load(self, changed: Sequence[Part], *versions: Weights | AdapterWeights) -> int:
         """Apply weights in turn (all parameters first, then those that trained); returns the
@@ -49,12 +58,15 @@ class RolloutActor(Traced):
             self._engine.load_weights(weights, changed=changed)
         return self._engine.weight_version
 
+    @ray.method(num_returns=2)
     @traced
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, version: int
-    ) -> list[RolloutGroup]:
-        """One group a request, refused unless the engine holds exactly ``version``."""
+    ) -> tuple[list[RolloutGroup], float]:
+        """One group a request, refused unless the engine holds exactly ``version``; and the
+        seconds that it took."""
         self._check(version)
+        started = time.perf_counter()
         groups: dict[int, RolloutGroup] = {}
         for size in sorted({request.size for request in requests}):
             places = [i for i, request in enumerate(requests) if request.size == size]
@@ -64,13 +76,19 @@ class RolloutActor(Traced):
                 [requests[i].seed for i in places],
             )
             groups |= dict(zip(places, drawn, strict=True))
-        return [groups[i] for i in range(len(requests))]
+        return [groups[i] for i in range(len(requests))], time.perf_counter() - started
 
     @traced
     def greedy(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Completion]:
         """The arg-max caption of each prompt, under the same condition."""
         self._check(version)
         return self._engine.greedy(prompts, max_tokens)
+
+    @traced
+    def score(self, canary: Canary, version: int) -> FloatArray:
+        """Log-probs [T] of the canary caption, under the same condition."""
+        self._check(version)
+        return self._engine.score(canary.prompt, canary.token_ids)
 
     def _check(self, version: int) -> None:
         held = self._engine.weight_version

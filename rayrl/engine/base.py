@@ -6,11 +6,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rayrl.config import EngineConfig, Part
-from rayrl.types import Completion, Prompt, RolloutGroup
-from rayrl.weights import Weights
+from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
+
+if TYPE_CHECKING:
+    # It brings torch along, which a process that only samples elsewhere has no use for.
+    from rayrl.weights import Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,9 @@ class RolloutEngine(Protocol):
 
     def greedy(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
         """The arg-max caption of each prompt."""
+
+    def score(self, prompt: Prompt, token_ids: Sequence[int]) -> FloatArray:
+        """Log-probs [T] of a given caption, at temperature 1 with nothing banned."""
 
     def load_weights(self, weights: Weights, *, changed: Sequence[Part]) -> None:
         """Apply a version and drop every cache that it made stale.  ``changed`` names the parts

@@ -10,7 +10,7 @@ import torch
 
 from rayrl.config import Part
 from rayrl.engine.base import EngineSetup, Sampling
-from rayrl.types import Completion, Prompt, RolloutGroup
+from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
 from rayrl.vlm import banned_ids, eos_ids, load_processor, prompt_inputs
 from rayrl.weights import Weights, load_into
 
@@ -72,6 +72,15 @@ class HfEngine:
             part = prompts[start : start + self._rows]
             completions += self._sample(part, sampling, None).completions
         return completions
+
+    def score(self, prompt: Prompt, token_ids: Sequence[int]) -> FloatArray:
+        from rayrl.learner.naive import naive_logprobs
+
+        ids = torch.tensor([[list(token_ids)]], device=self._device)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        with torch.inference_mode():
+            logprobs = naive_logprobs(self._model, self._inputs([prompt]), ids, mask)
+        return logprobs[0, 0].float().cpu().numpy()
 
     def beam(self, prompts: Sequence[Prompt], max_tokens: int, num_beams: int) -> list[str]:
         """The best caption of each prompt by beam search, ranked by mean log-prob a token.  For

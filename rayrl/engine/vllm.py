@@ -13,7 +13,7 @@ import numpy as np
 
 from rayrl.config import Part
 from rayrl.engine.base import EngineSetup, Sampling
-from rayrl.types import Completion, Prompt, RolloutGroup
+from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
 from rayrl.vlm import banned_ids, decode_image, load_processor, prompt_text
 from rayrl.weights import Weights
 
@@ -110,6 +110,17 @@ class VllmEngine:
         )
         outputs = self._llm.generate(self._inputs(prompts), parameters, use_tqdm=False)
         return [self._completion(output.outputs[0]) for output in outputs]
+
+    def score(self, prompt: Prompt, token_ids: Sequence[int]) -> FloatArray:
+        self._check_loaded()
+        (request,) = self._inputs([prompt])
+        request["prompt_token_ids"] = [*request["prompt_token_ids"], *token_ids]
+        parameters = self._sampling_params(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        (output,) = self._llm.generate([request], parameters, use_tqdm=False)
+        # The caption ends the prompt, whatever the image was expanded to.
+        steps = output.prompt_logprobs[-len(token_ids) :]
+        scored = [step[i].logprob for i, step in zip(token_ids, steps, strict=True)]
+        return np.asarray(scored, np.float32)
 
     def load_weights(self, weights: Weights, *, changed: Sequence[Part]) -> None:
         weights.verify()

@@ -116,6 +116,12 @@ class Forward:
             **given,
         )
 
+    def plain(self, model: Any, inputs: Any, token_ids: torch.Tensor) -> torch.Tensor:
+        """Log-probs [P, G, T] of captions without padding as the bare model has them: at
+        temperature 1, nothing banned."""
+        mask = torch.ones_like(token_ids, dtype=torch.bool)
+        return self._outputs(model, inputs, token_ids, mask).logprobs
+
     @torch.no_grad()
     def frozen(self, model: Any, groups: GroupBatch, inputs: StepInputs) -> torch.Tensor:
         """Log-probs [P, G, T] of a whole step, without gradient; ranks share the work."""

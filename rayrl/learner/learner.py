@@ -45,7 +45,7 @@ from rayrl.objectives.compile import CONFIGURED, PROVIDED
 from rayrl.objectives.config import NO_SOURCES, SourcesConfig
 from rayrl.objectives.objective import LossOutput, Objective, Prepared
 from rayrl.objectives.reduce import Normalizer
-from rayrl.types import StepReport, TrainBatch
+from rayrl.types import FloatArray, StepReport, TrainBatch
 from rayrl.weights import Weights
 
 
@@ -287,6 +287,11 @@ class Learner:
         norm = self._ranks.gradient_norm(parameters)
         torch.nn.utils.clip_grads_with_norm_(parameters, self._config.grad_clip, norm)
         return float(norm)
+
+    def score(self, image: bytes, token_ids: Sequence[int]) -> FloatArray:
+        """Log-probs [T] of a caption under the current weights, at temperature 1 with nothing
+        banned: what engines must agree with.  Every rank must call it."""
+        return self.policy.score(image, self._instruction, token_ids)
 
     def weights(self, *, trained_only: bool) -> Weights | AdapterWeights | None:
         """The current version: all parameters, or those that train.  On rank 0; the others, on

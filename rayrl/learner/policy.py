@@ -23,7 +23,7 @@ from rayrl.learner.parallel import Ranks, shard
 from rayrl.learner.recompute import recompute_layers
 from rayrl.learner.state import load_model_files, model_files
 from rayrl.objectives.batch import GroupBatch
-from rayrl.types import TrainBatch
+from rayrl.types import FloatArray, TrainBatch
 from rayrl.vlm import choose_trainable, load_captioner
 from rayrl.weights import ModelFiles, Weights, pack, pack_tensors
 
@@ -127,6 +127,16 @@ class Policy:
         """The model as it was at the start, to compute without gradient."""
         with self.adapters.off() if self.adapters else nullcontext():
             yield self.model if self.adapters else self.reference
+
+    @torch.no_grad()
+    def score(self, image: bytes, instruction: str, token_ids: Sequence[int]) -> FloatArray:
+        """Log-probs [T] of a caption, at temperature 1 with nothing banned; on every rank."""
+        inputs = self._inputs.batch([image], instruction).to(self.model.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        ids = torch.tensor([[list(token_ids)]], device=self.model.device)
+        logprobs = self.forward.plain(self.model, inputs, ids)
+        return logprobs[0, 0].float().cpu().numpy()
 
     def weights(self, version: int, *, trained_only: bool) -> Weights | AdapterWeights | None:
         """All parameters, or those that change, as they compute; where adapters are published, the

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from rayrl.config import EngineConfig
+from rayrl.canary import make_canary
+from rayrl.config import Config, EngineConfig
 from rayrl.engine.base import EngineSetup, Sampling, make_engine, request_seed
 from rayrl.learner.inputs import InputCache
 from rayrl.learner.logprobs import prefix_shared_logprobs
@@ -106,6 +107,26 @@ def test_an_update_without_the_encoder_reset_would_be_caught(engine, captioner, 
     # Claiming that only the language model changed leaves the embeddings of the old tower.
     engine.load_weights(pack(captioner.model, 5), changed=("language",))
     assert learner_difference(captioner, engine.generate(prompts, SAMPLING, seeds(prompts))) > 1e-3
+
+
+def test_a_given_caption_is_scored_as_the_learner_does_with_every_version(
+    engine, captioner, prompts, tiny_folder
+):
+    from rayrl.learner.logprobs import naive_logprobs
+
+    ids = make_canary(Config(), tiny_folder, prompts[0]).token_ids
+    tensor = torch.tensor([[list(ids)]])
+    inputs = InputCache(captioner.processor).batch([prompts[0].image], prompts[0].text)
+    for version in (20, 21):
+        engine.load_weights(pack(captioner.model, version), changed=ALL)
+        # Keys and values, and the image's embedding, of this version are cached here.
+        engine.generate(prompts, SAMPLING, seeds(prompts))
+        with torch.no_grad():
+            want = naive_logprobs(captioner.model, inputs, tensor, torch.ones_like(tensor).bool())
+        got = engine.score(prompts[0], ids)
+        assert got.shape == (len(ids),)
+        assert np.abs(got - want[0, 0].numpy()).max() < 1e-5
+        moved(captioner, "model.")
 
 
 def test_a_group_is_the_same_alone_and_in_a_batch(engine, captioner, prompts):

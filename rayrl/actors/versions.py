@@ -1,0 +1,118 @@
+"""The weight versions of a run, which rollout workers pull from the object store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ray
+
+from rayrl.actors.pool import LOST, Pool, Worker
+from rayrl.canary import Canary, check_agreement
+from rayrl.config import Config
+
+
+class _Load(NamedTuple):
+    """A version on its way to a worker."""
+
+    worker: Worker
+    version: int
+    ref: Any
+
+
+class _Probe(NamedTuple):
+    """The canary on its way to a worker."""
+
+    worker: Worker
+    version: int
+    ref: Any
+    learner: Any
+
+
+class Versions:
+    """Published versions, and which of them are on their way to a worker.
+
+    As many stay pullable as batches in flight may need, and one more.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._changed = config.model.trainable
+        self._keep = config.train.max_staleness + 2
+        self._timeout_s = config.rollout.timeout_s
+        self._tolerance = config.canary_tolerance
+        self._frozen: Any = None
+        self._trained: dict[int, Any] = {}
+        self._loads: list[_Load] = []
+        self._probes: list[_Probe] = []
+
+    @property
+    def newest(self) -> int:
+        """The version that was published last."""
+        return max(self._trained)
+
+    def publish(self, workers: Sequence[Worker], version: int, trained: Any, frozen: Any) -> None:
+        """Have ``workers`` pull a version.  ``frozen`` is a reference to all parameters with the
+        first version, else None; it stays, so that new workers can be given the rest."""
+        if frozen is not None:
+            self._frozen = frozen
+            self._trained.clear()
+        self._trained[version] = trained
+        for old in sorted(self._trained)[: -self._keep]:
+            del self._trained[old]
+        for worker in workers:
+            refs = (trained,) if frozen is None else (frozen, trained)
+            ref = worker.actor.load.remote(self._changed, *refs)
+            self._loads.append(_Load(worker, version, ref))
+
+    def pull(self, actor: Any, version: int) -> Any:
+        """Have an actor pull a version, as if it had none; returns the reference."""
+        return actor.load.remote(self._changed, self._frozen, self._trained[version])
+
+    def pull_newest(self, actor: Any) -> Any:
+        """The same with the newest version; None where nothing was published yet."""
+        return self.pull(actor, self.newest) if self._trained else None
+
+    def load(self, worker: Worker, version: int) -> None:
+        """Have a worker pull a version, to be confirmed like those that were published."""
+        self._loads.append(_Load(worker, version, self.pull(worker.actor, version)))
+
+    def probe(self, workers: Sequence[Worker], version: int, canary: Canary, learner: Any) -> None:
+        """Have ``workers`` score the canary with a version that they have been told to pull.
+        ``learner`` is a reference to the learner's log-probs."""
+        for worker in workers:
+            ref = worker.actor.score.remote(canary, version)
+            self._probes.append(_Probe(worker, version, ref, learner))
+
+    def confirm(self, pool: Pool, version: int) -> None:
+        """Wait until each worker of ``pool`` has pulled ``version`` and those before it, and has
+        scored the canary as the learner does; one that does not answer is replaced."""
+        loads = [load for load in self._loads if load.version <= version]
+        self._loads = [load for load in self._loads if load.version > version]
+        for load in loads:
+            held = self._answer(pool, load.worker, load.ref)
+            if held not in (None, load.version):
+                raise RuntimeError(
+                    f"rollout worker {load.worker.number} holds version {held}, want {load.version}"
+                )
+        probes = [probe for probe in self._probes if probe.version <= version]
+        self._probes = [probe for probe in self._probes if probe.version > version]
+        for probe in probes:
+            scored = self._answer(pool, probe.worker, probe.ref)
+            if scored is not None:
+                check_agreement(
+                    scored,
+                    ray.get(probe.learner),
+                    who=f"rollout worker {probe.worker.number}",
+                    version=probe.version,
+                    tolerance=self._tolerance,
+                )
+
+    def _answer(self, pool: Pool, worker: Worker, ref: Any) -> Any:
+        """What a worker answers; None where it was replaced by now, or is for not answering."""
+        if worker not in pool.constructed:
+            return None
+        try:
+            return ray.get(ref, timeout=self._timeout_s)
+        except LOST as error:
+            pool.lost(worker, error)
+            return None

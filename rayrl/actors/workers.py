@@ -1,0 +1,54 @@
+"""The two pools of a run, from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rayrl.actors.pool import Pool, PoolSize, RestartBudget
+from rayrl.actors.reward import RewardActor
+from rayrl.actors.rollout import RolloutActor
+from rayrl.config import Config
+from rayrl.objectives import build
+
+
+def rollout_pool(
+    config: Config, files: Any, budget: RestartBudget, prepare: Callable[[Any], Any]
+) -> Pool:
+    """Rollout workers; ``files`` is a reference to the model's files."""
+    rollout = config.rollout
+    threads = str(max(1, int(rollout.cpus)))
+
+    def start() -> Any:
+        return RolloutActor.options(  # type: ignore[attr-defined]
+            num_cpus=rollout.cpus,
+            num_gpus=rollout.gpus,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+        ).remote(files, config.engine, config.train.group_size, config.model.trust_remote_code)
+
+    size = PoolSize(
+        wanted=rollout.num_workers,
+        minimum=rollout.min_workers,
+        deadline_s=rollout.start_timeout_s,
+        asked={"CPU": rollout.cpus, "GPU": rollout.gpus},
+    )
+    return Pool("rollout worker", start, size, budget, prepare=prepare)
+
+
+def reward_pool(config: Config, statistics: tuple[Any], budget: RestartBudget) -> Pool:
+    """Reward workers, of which one is enough to go on; ``statistics`` holds a reference to what
+    rewards are scored against."""
+    train = config.train
+
+    def start() -> Any:
+        return RewardActor.options(  # type: ignore[attr-defined]
+            num_cpus=train.reward_cpus
+        ).remote(config.reward, statistics, train.reward_timeout_s, build(config.objective).needs)
+
+    size = PoolSize(
+        wanted=train.reward_workers,
+        minimum=1,
+        deadline_s=config.rollout.start_timeout_s,
+        asked={"CPU": train.reward_cpus},
+    )
+    return Pool("reward worker", start, size, budget)

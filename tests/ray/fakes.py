@@ -1,0 +1,165 @@
+"""A rollout worker and a learner that take milliseconds, for runs with many faults.
+
+What they compute depends on everything it should (seeds, versions, groups and their order), so that
+a group that is lost, trained twice or sampled with other weights changes the final weights.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from rayrl.types import Completion, Prompt, RolloutGroup
+
+WORDS = ("a", "red", "green", "blue", "circle", "square", "left", "of", "the", "two")
+HANG, NO_START = "hang", "no_start"
+SLOW_SAMPLING, SLOW_LEARNER = "slow_sampling", "slow_learner"
+
+
+@dataclass(frozen=True)
+class FakeWeights:
+    """One version: its number and its values."""
+
+    version: int
+    values: np.ndarray
+
+
+def fault(folder: Path, name: str) -> bool:
+    """Whether the fault ``name`` was asked for; whoever asks first gets it, once."""
+    try:
+        (folder / name).rename(folder / f"{name}.taken.{os.getpid()}.{time.monotonic_ns()}")
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def canary_scores(values: np.ndarray, canary) -> np.ndarray:
+    return (-np.abs(values[: len(canary.token_ids)])).astype(np.float32)
+
+
+@ray.remote
+class FakeRollout:
+    """Answers like :class:`rayrl.actors.rollout.RolloutActor`, from a hash of seed and weights."""
+
+    def __init__(self, files, config, group_size, trust_remote_code) -> None:
+        self._folder = Path(os.environ["RAYRL_TEST_FAULTS"])
+        while (self._folder / NO_START).exists():
+            time.sleep(0.1)
+        self._weights = FakeWeights(-1, np.zeros(1))
+
+    def started(self) -> None:
+        """Answers once the worker is there."""
+
+    def leave(self) -> None:
+        ray.actor.exit_actor()
+
+    def load(self, changed, *versions: FakeWeights) -> int:
+        self._maybe_hang("load")
+        for weights in versions:
+            self._weights = FakeWeights(weights.version, np.array(weights.values))
+        return self._weights.version
+
+    @ray.method(num_returns=2)
+    def generate(self, requests, sampling, version):
+        started = time.perf_counter()
+        assert version == self._weights.version, (version, self._weights.version)
+        slow = (self._folder / SLOW_SAMPLING).exists()
+        time.sleep(0.1 * len(requests) if slow else random.uniform(0.0, 0.04))
+        self._maybe_hang("generate")
+        groups = [self._group(request.prompt, request.seed, request.size) for request in requests]
+        return groups, time.perf_counter() - started
+
+    def greedy(self, prompts, max_tokens, version):
+        assert version == self._weights.version
+        self._maybe_hang("greedy")
+        return [self._completion(7) for _ in prompts]
+
+    def score(self, canary, version):
+        assert version == self._weights.version
+        self._maybe_hang("score")
+        return canary_scores(self._weights.values, canary)
+
+    def _group(self, prompt: Prompt, seed: int, size: int) -> RolloutGroup:
+        return RolloutGroup(
+            prompt=prompt,
+            prompt_token_ids=np.array([1, 2], np.int32),
+            completions=tuple(self._completion(seed + i) for i in range(size)),
+            group_size=size,
+        )
+
+    def _completion(self, seed: int) -> Completion:
+        key = int(abs(self._weights.values).sum() * 1e6) % 2**32
+        rng = np.random.default_rng((seed, key))
+        ids = rng.integers(0, len(WORDS), size=6).astype(np.int32)
+        return Completion(
+            token_ids=ids,
+            logprobs=rng.normal(-2.0, 0.1, 6).astype(np.float32),
+            text=" ".join(WORDS[i] for i in ids),
+            finish_reason="stop",
+            weight_version=self._weights.version,
+        )
+
+    def _maybe_hang(self, where: str) -> None:
+        if fault(self._folder, f"{HANG}.{where}"):
+            time.sleep(3600)
+
+
+@ray.remote
+class FakeLearner:
+    """Weights that every caption, its reward, version and place in the step move."""
+
+    def __init__(self) -> None:
+        self._values = np.linspace(0.5, 1.5, 16)
+        self._step = 0
+        self.trained: list[list[str]] = []
+
+    def update(self, groups):
+        from rayrl.types import StepReport
+
+        if (Path(os.environ["RAYRL_TEST_FAULTS"]) / SLOW_LEARNER).exists():
+            time.sleep(0.3)
+        for place, group in enumerate(groups):
+            for g, completion in enumerate(group.group.completions):
+                moved = completion.token_ids.sum() * (1 + g) + completion.weight_version
+                self._values = np.roll(self._values, 1)
+                self._values[0] += 1e-3 * (place + 1) * float(group.rewards[g] + moved)
+        self._step += 1
+        self.trained.append([group.group.prompt.prompt_id for group in groups])
+        shape = (len(groups), groups[0].group.group_size)
+        return StepReport(
+            step=self._step,
+            weight_version=self._step,
+            metrics={},
+            advantages=np.zeros(shape, np.float32),
+        )
+
+    def weights(self, *, trained_only: bool) -> FakeWeights:
+        return FakeWeights(self._step, self._values.copy())
+
+    def score(self, canary) -> np.ndarray:
+        return canary_scores(self._values, canary)
+
+    def checkpoint(self):
+        from rayrl.checkpoint import Checkpoint
+
+        return Checkpoint(
+            step=self._step,
+            model_files={"config.json": np.frombuffer(b"{}", np.uint8)},
+            arrays={"values": self._values.copy()},
+            meta={"weight_version": self._step, "trained": self.trained},
+        )
+
+    def restore(self, checkpoint) -> int:
+        self._values, self._step = np.array(checkpoint.arrays["values"]), checkpoint.step
+        self.trained = list(checkpoint.meta["trained"])
+        return self._step
+
+    def history(self) -> tuple[bytes, list[list[str]]]:
+        """The weights and the prompt ids of every step."""
+        return self._values.tobytes(), self.trained

@@ -1,0 +1,147 @@
+"""Runs in which workers die, hang and lose their machine, at random moments, again and again.
+
+The driver's loop, the pools and the reward workers are the real ones; rollout workers and learner
+are fast fakes whose every answer depends on seeds, versions, groups and their order.  Every run
+must end with all its steps done and with the weights of an undisturbed one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import ray
+
+from rayrl.actors.pool import TooFewWorkers
+from rayrl.checkpoint import list_checkpoints
+from tests.ray.conftest import ROOT
+from tests.ray.fake_run import FAULTS, Saboteur, assert_same, kill, run
+from tests.ray.fakes import HANG, NO_START, SLOW_LEARNER, SLOW_SAMPLING
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    environment = {"PYTHONPATH": str(ROOT), "RAYRL_TEST_FAULTS": str(folder)}
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": environment},
+    )
+    yield folder
+    ray.shutdown()
+
+
+@pytest.fixture
+def faults(local_ray):
+    """The folder in which a fake looks for what it shall do wrong."""
+    yield local_ray
+    for left in local_ray.iterdir():
+        left.unlink()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local_ray, tmp_path_factory):
+    """What runs of staleness 0 and 1 end with when nothing happens."""
+    with pytest.MonkeyPatch.context() as patch:
+        return {
+            staleness: run(tmp_path_factory.mktemp("quiet"), patch, staleness=staleness)
+            for staleness in (0, 1)
+        }
+
+
+def test_the_fakes_notice_what_they_should(undisturbed):
+    # Another staleness trains on the same prompts with other captions.
+    assert undisturbed[0].trained == undisturbed[1].trained
+    assert undisturbed[0].weights != undisturbed[1].weights
+    assert {row["staleness/max"] for row in undisturbed[1].rows} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("name", ["FakeRollout", "RewardActor"])
+def test_killed_workers_change_nothing(name, staleness, faults, undisturbed, tmp_path, monkeypatch):
+    saboteur = Saboteur(kill(name), seed=staleness)
+    done = run(tmp_path, monkeypatch, after=saboteur, staleness=staleness)
+    assert saboteur.join() == FAULTS
+    assert_same(done, undisturbed[staleness])
+    # The last fault may come too late to be noticed.
+    assert FAULTS - 3 <= done.rows[-1]["workers/replaced"] <= FAULTS
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_engines_that_stop_answering_change_nothing(
+    faults, undisturbed, tmp_path, monkeypatch, staleness
+):
+    def hang(chance: random.Random) -> bool:
+        calls = ["generate", "generate", "load", "score"]
+        (faults / f"{HANG}.{chance.choice(calls)}").touch()
+        return True
+
+    saboteur = Saboteur(hang, seed=2 + staleness)
+    done = run(tmp_path, monkeypatch, after=saboteur, staleness=staleness, timeout_s=2.0)
+    assert saboteur.join() == FAULTS
+    assert_same(done, undisturbed[staleness])
+    assert done.rows[-1]["workers/replaced"] >= FAULTS // 2
+
+
+def test_workers_come_while_the_learner_waits_and_go_when_it_does_not(
+    faults, tmp_path, monkeypatch
+):
+    sizes = {"min_workers": 1, "max_workers": 3, "steps": 70}
+    quiet = run(tmp_path / "quiet", monkeypatch, num_workers=3, **{**sizes, "min_workers": 3})
+    (faults / SLOW_SAMPLING).touch()
+    counts = []
+
+    def after(step: int, metrics) -> None:
+        counts.append(metrics["workers/rollout"])
+        if counts[-1] == 3 and (faults / SLOW_SAMPLING).exists():
+            (faults / SLOW_LEARNER).touch()
+            (faults / SLOW_SAMPLING).unlink()
+
+    done = run(tmp_path / "elastic", monkeypatch, after=after, num_workers=1, **sizes)
+    assert (counts[0], max(counts), counts[-1]) == (1, 3, 1)
+    peak = counts.index(3)
+    assert counts[:peak] == sorted(counts[:peak])
+    assert counts[peak:] == sorted(counts[peak:], reverse=True)
+    # Nobody was lost, and who sampled a caption does not show in the weights.
+    assert done.rows[-1]["workers/replaced"] == 0
+    assert_same(done, quiet)
+
+
+def test_without_its_minimum_a_run_says_what_is_missing_and_stops(faults, tmp_path, monkeypatch):
+    missing = (
+        "0 rollout workers are ready, want at least 1: another asks for 100 CPU; "
+        "of the cluster's 8, "
+    )
+    with pytest.raises(TooFewWorkers, match=missing):
+        run(tmp_path, monkeypatch, cpus=100.0, start_timeout_s=0.5)
+
+
+def test_a_run_whose_workers_do_not_come_back_is_saved_and_goes_on_later(
+    faults, undisturbed, tmp_path, monkeypatch
+):
+    def after(step: int, metrics) -> None:
+        if step == 3:
+            (faults / NO_START).touch()
+            assert kill("FakeRollout")(random.Random(0))
+
+    with pytest.raises(TooFewWorkers, match="gave up after"):
+        run(tmp_path, monkeypatch, after=after, num_workers=1, max_workers=3, start_timeout_s=1.0)
+    assert list_checkpoints(tmp_path / "checkpoints") == [3]
+    (faults / NO_START).unlink()
+    assert_same(run(tmp_path, monkeypatch), undisturbed[0])
+
+
+def test_the_first_cause_is_the_one_that_is_shown(faults, tmp_path, monkeypatch):
+    def after(step: int, metrics) -> None:
+        if step in (2, 4):
+            (faults / f"{HANG}.generate").touch()
+
+    with pytest.raises(RuntimeError, match=r"2 workers were lost, .* allows 1; the first") as e:
+        run(tmp_path, monkeypatch, after=after, timeout_s=2.0, max_restarts=1)
+    assert "no answer within 2 s" in str(e.value)
+    assert isinstance(e.value.__cause__, TimeoutError)
