@@ -24,10 +24,11 @@ SLOW_SAMPLING, SLOW_LEARNER = "slow_sampling", "slow_learner"
 
 @dataclass(frozen=True)
 class FakeWeights:
-    """One version: its number and its values."""
+    """One version: its number, its values, and bytes that only take room."""
 
     version: int
     values: np.ndarray
+    ballast: np.ndarray | None = None
 
 
 def fault(folder: Path, name: str) -> bool:
@@ -62,6 +63,8 @@ class FakeRollout:
     def load(self, changed, *versions: FakeWeights) -> int:
         self._maybe_hang("load")
         for weights in versions:
+            if weights.ballast is not None:
+                assert (weights.ballast == weights.version % 256).all()
             self._weights = FakeWeights(weights.version, np.array(weights.values))
         return self._weights.version
 
@@ -140,7 +143,9 @@ class FakeLearner:
         )
 
     def weights(self, *, trained_only: bool) -> FakeWeights:
-        return FakeWeights(self._step, self._values.copy())
+        megabytes = int(os.environ.get("RAYRL_TEST_BALLAST_MB", "0"))
+        ballast = np.full(megabytes * 2**20, self._step % 256, np.uint8) if megabytes else None
+        return FakeWeights(self._step, self._values.copy(), ballast)
 
     def score(self, canary) -> np.ndarray:
         return canary_scores(self._values, canary)
