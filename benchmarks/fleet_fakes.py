@@ -52,6 +52,9 @@ class SleepingEngine:
     def greedy(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
         return [self._caption(0) for _ in prompts]
 
+    def score(self, prompt: Prompt, token_ids: Sequence[int]) -> np.ndarray:
+        return np.zeros(len(token_ids), np.float32)
+
     def _caption(self, seed: int) -> Completion:
         words = [WORDS[(seed + i * i) % len(WORDS)] for i in range(CAPTION_TOKENS // 2)]
         return Completion(
@@ -79,6 +82,9 @@ def install() -> None:
                 metrics={},
                 advantages=np.zeros(batch.rewards.shape, np.float32),
             )
+
+        def score(self, image: bytes, token_ids: Sequence[int]) -> np.ndarray:
+            return np.zeros(len(token_ids), np.float32)
 
     rayrl.engine.base.make_engine = SleepingEngine  # type: ignore[assignment]
     rayrl.learner.learner.Learner = IdleLearner  # type: ignore[misc]

@@ -213,20 +213,29 @@ class EchoWorker:
     def __init__(self, *_: object) -> None:
         pass
 
-    def generate(self, prompts, sampling, seeds, version) -> list[RolloutGroup]:
+    def started(self) -> None:
+        pass
+
+    def load(self, changed, *versions) -> int:
+        return 0
+
+    @ray.method(num_returns=2)
+    def generate(self, requests, sampling, version) -> tuple[list[RolloutGroup], float]:
         whole = {group.prompt.prompt_id: group for group in groups()}
-        return [whole[prompt.prompt_id] for prompt in prompts]
+        return [whole[request.prompt.prompt_id] for request in requests], 0.0
 
 
 def rewards_of_a_step(monkeypatch, workers: int) -> list[tuple[str, list[float], float]]:
     """Of the same three prompts, through as many rollout and reward workers."""
     from rayrl.actors import fleet
+    from rayrl.actors import workers as parts
     from rayrl.config import Config
+    from rayrl.rounds import Request
 
     # Under the name by which a worker can import it.
     from tests.ray.test_reward_actors import EchoWorker
 
-    monkeypatch.setattr(fleet, "RolloutActor", ray.remote(EchoWorker))
+    monkeypatch.setattr(parts, "RolloutActor", ray.remote(EchoWorker))
     members = {"cider_d": 1.0, "words": apart("words")}
     terms = {"cider_d": 1.0, "least": {"kind": "ensemble", "members": members}}
     config = Config.model_validate(
@@ -239,7 +248,12 @@ def rewards_of_a_step(monkeypatch, workers: int) -> list[tuple[str, list[float],
     statistics = reward_statistics([], config.reward)
     running = fleet.Fleet(config, {}, statistics, greedy_baseline=True)
     try:
-        pending = running.submit(0, 0, [group.prompt for group in groups()])
+        running.publish(0, ray.put(None), frozen=ray.put(None))
+        requests = [
+            Request(slot=i, prompt=group.prompt, size=len(CAPTIONS))
+            for i, group in enumerate(groups())
+        ]
+        pending = running.submit(0, 0, requests)
         assert len(pending.shares) == workers
         return [
             (result.group.prompt.prompt_id, result.rewards.tolist(), result.greedy_reward)
