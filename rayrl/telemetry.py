@@ -44,6 +44,11 @@ SERIES = (
     Series(
         "rayrl_groups_dropped_total", "groups/dropped", "Groups without a reward", kind="counter"
     ),
+    Series(
+        "rayrl_steps_skipped_total", "learner/skipped", "Optimizer steps skipped", kind="counter"
+    ),
+    Series("rayrl_learner_memory_megabytes", "learner/peak_memory_mb", "Learner's peak memory"),
+    Series("rayrl_learner_tflops", "learner/tflops_per_second", "Useful TFLOP/s of the learner"),
     Series("rayrl_phase_seconds", "seconds/", "Seconds of a step by phase", label="phase"),
     Series("rayrl_reward_seconds", "reward_seconds/", "Seconds of a reward term", label="term"),
     Series("rayrl_workers", "workers/", "Workers by state", label="state"),

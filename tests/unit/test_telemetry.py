@@ -86,3 +86,10 @@ def test_a_run_log_tells_its_sinks_each_step_once(tmp_path):
     log.step(0, {"eval/cider_d": 10.0})
     log.step(1, {"kl": 0.5})
     assert heard == [(0, {"eval/cider_d": 10.0}), (1, {"kl": 0.5})]
+
+
+def test_the_page_names_every_series():
+    page = (ROOT / "docs" / "observability.md").read_text()
+    for series in SERIES:
+        assert series.exported in page
+        assert series.source.rstrip("/") in page
