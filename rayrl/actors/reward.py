@@ -95,6 +95,11 @@ class RewardActor(Traced):
 
         RuntimeError where a term cannot start at all.
         """
+        if step_df is None and self._config.df == "batch" and self._config.counts_ngrams:
+            raise ValueError(
+                "reward.df batch: no document frequencies of the step, of which these groups may "
+                "be a part; count them with step_document_frequency"
+            )
         shared = (ray.put(groups), ray.put(step_df)) if self._apart else ()
         for term in self._apart.values():
             term.submit(shared)

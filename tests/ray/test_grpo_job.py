@@ -88,7 +88,9 @@ def check_trace(folder) -> None:
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_staleness_is_exactly_what_was_promised(small_job, environment, tmp_path, ahead):
-    done = run_script("grpo_coco.py", small_job(train__max_staleness=ahead), environment)
+    # Two reward workers share the frequencies of a step, however many steps are on their way.
+    flags = small_job(train__max_staleness=ahead, train__reward_workers=2, reward__df="batch")
+    done = run_script("grpo_coco.py", flags, environment)
     assert done.returncode == 0, done.stderr
     for row in metrics(tmp_path / "run")[1:]:
         want = min(row["step"] - 1, ahead)

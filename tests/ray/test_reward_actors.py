@@ -15,8 +15,8 @@ import ray
 
 from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.score import Dropped, Scorer
-from rayrl.rewards.statistics import Statistics, reward_statistics
-from rayrl.types import Completion, Prompt, RolloutGroup
+from rayrl.rewards.statistics import Statistics, reward_statistics, step_document_frequency
+from rayrl.types import Completion, Prompt, RolloutGroup, ScoredGroup
 from tests.ray.conftest import ROOT
 
 pytestmark = pytest.mark.ray
@@ -107,10 +107,10 @@ def apart(name: str, **more: object) -> dict[str, object]:
     return {"kind": "function", "path": path, "gpus": 0.5, "weight": 0.5, **more}
 
 
-def start(terms: dict, timeout_s: float = 120.0):
+def start(terms: dict, timeout_s: float = 120.0, df: str = "train"):
     from rayrl.actors.reward import RewardActor
 
-    config = RewardConfig(terms=terms)
+    config = RewardConfig(terms=terms, df=df)
     references = [list(group.prompt.references) for group in groups()]
     statistics = reward_statistics(references, config)
     actor = RewardActor.remote(config, (ray.put(statistics),), timeout_s)
@@ -173,7 +173,7 @@ def test_the_seconds_of_a_batch_do_not_wait_for_the_next_one_to_be_sampled(tmp_p
 
 @pytest.mark.parametrize("name", ["words_after_dying_once", "words_after_hanging_once"])
 def test_a_term_that_dies_or_hangs_once_is_tried_again(name, tmp_path):
-    actor, _ = start({"cider_d": 1.0, "words": apart(name)}, timeout_s=70.0)
+    actor, _ = start({"cider_d": 1.0, "words": apart(name)}, timeout_s=55.0)
     results = ray.get(actor.score.remote(groups(str(tmp_path / "marker"))), timeout=180)
     assert [result.terms["words"].tolist() for result in results] == [[7, 2, 5]] * 3
 
@@ -207,73 +207,30 @@ def test_what_the_driver_counted_is_read_where_it_lies_and_not_copied():
     assert sum(size for *_, size in found) > 500_000
 
 
-class EchoWorker:
-    """Stands in for a rollout worker: the captions of a prompt are its first words."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def started(self) -> None:
-        pass
-
-    def load(self, changed, *versions) -> int:
-        return 0
-
-    @ray.method(num_returns=2)
-    def generate(self, requests, sampling, version) -> tuple[list[RolloutGroup], float]:
-        whole = {group.prompt.prompt_id: group for group in groups()}
-        return [whole[request.prompt.prompt_id] for request in requests], 0.0
-
-
-def rewards_of_a_step(monkeypatch, workers: int) -> list[tuple[str, list[float], float]]:
-    """Of the same three prompts, through as many rollout and reward workers."""
-    from rayrl.actors import fleet
-    from rayrl.actors import workers as parts
-    from rayrl.config import Config
-    from rayrl.rounds import Request
-
-    # Under the name by which a worker can import it.
-    from tests.ray.test_reward_actors import EchoWorker
-
-    monkeypatch.setattr(parts, "RolloutActor", ray.remote(EchoWorker))
+def test_frequencies_of_the_step_do_not_depend_on_how_many_workers_share_it():
     members = {"cider_d": 1.0, "words": apart("words")}
     terms = {"cider_d": 1.0, "least": {"kind": "ensemble", "members": members}}
-    config = Config.model_validate(
-        {
-            "reward": {"df": "batch", "terms": terms},
-            "rollout": {"num_workers": workers, "cpus": 0.1},
-            "train": {"reward_workers": workers, "reward_cpus": 0.1, "images_per_step": 3},
-        }
-    )
-    statistics = reward_statistics([], config.reward)
-    running = fleet.Fleet(config, {}, statistics, greedy_baseline=True)
-    try:
-        running.publish(0, ray.put(None), frozen=ray.put(None))
-        requests = [
-            Request(slot=i, prompt=group.prompt, size=len(CAPTIONS))
-            for i, group in enumerate(groups())
-        ]
-        pending = running.submit(0, 0, requests)
-        assert len(pending.shares) == workers
-        return [
-            (result.group.prompt.prompt_id, result.rewards.tolist(), result.greedy_reward)
-            for result in running.collect(pending)
-        ]
-    finally:
-        running.shutdown()
+    whole, config = groups(), RewardConfig(df="batch", terms=terms)
+    references = {group.prompt.prompt_id: group.prompt.references for group in whole}
+    step_df = ray.put(step_document_frequency(references, config))
 
+    def shared_by(workers: int) -> list[ScoredGroup]:
+        actors = [start(terms, df="batch")[0] for _ in range(workers)]
+        parts = [whole[i * 3 // workers : (i + 1) * 3 // workers] for i in range(workers)]
+        refs = [
+            actor.score.remote(part, step_df) for actor, part in zip(actors, parts, strict=True)
+        ]
+        return [result for part in ray.get(refs, timeout=120) for result in part]
 
-def test_frequencies_of_the_step_do_not_depend_on_how_many_workers_share_it(monkeypatch):
-    one = rewards_of_a_step(monkeypatch, 1)
-    assert one == rewards_of_a_step(monkeypatch, 3)
-    config = RewardConfig(df="batch", terms={"cider_d": 1.0})
-    by_hand = Scorer(config, Statistics()).score(groups())
+    one = shared_by(1)
+    assert same(shared_by(3), one)
+    by_hand = Scorer(RewardConfig(df="batch"), Statistics()).score(whole)
     words = np.array([7, 2, 5], np.float32) / 2  # with its weight in the ensemble
-    for (name, rewards, greedy), result in zip(one, by_hand, strict=True):
-        assert name == result.group.prompt.prompt_id
-        cider = result.rewards
-        np.testing.assert_allclose(rewards, cider + np.minimum(cider, words), rtol=1e-6)
-        assert greedy == pytest.approx(result.greedy_reward + min(result.greedy_reward, 3 / 2))
+    for result, alone in zip(one, by_hand, strict=True):
+        cider = alone.rewards
+        np.testing.assert_allclose(result.rewards, cider + np.minimum(cider, words), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"reward\.df batch: .* of the step"):
+        ray.get(start(terms, df="batch")[0].score.remote(whole[:1]), timeout=120)
 
 
 JAVA = """
@@ -352,7 +309,6 @@ def test_meteor_is_a_reward_in_an_actor_of_its_own():
     ("terms", "message"),
     [
         ({"spice": 1.0}, "no stanford-corenlp-3.6.0.jar and .* fetches them|no java on the PATH"),
-        ({"mine": apart("no_such_function")}, "mine does not start: .* no function 'no_such_f"),
         ({"mine": {"kind": "function", "path": "no_such:f"}}, "do not start: .*no module 'no_such"),
         ({"clip_score": {"folder": "/nowhere"}}, "do not start: .*no CLIP model at /nowhere"),
     ],
