@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rayrl.config import Config
+from rayrl.rewards.diversity import diversity_of
 from rayrl.types import FloatArray, ScoredGroup
 
 
@@ -34,6 +35,10 @@ def group_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, floa
     greedy = [group.greedy_reward for group in groups if group.greedy_reward is not None]
     if greedy:
         metrics["reward/greedy"] = float(np.mean(greedy))
+    kernels = [g.fields["similarity"] for g in groups if "similarity" in g.fields]
+    diversity = [diversity_of(kernel[None])[0] for kernel in kernels if len(kernel) > 1]
+    if diversity:
+        metrics["objective/self_cider"] = float(np.mean(diversity))
     return metrics
 
 

@@ -61,8 +61,13 @@ def self_cider(groups: Groups, df: DocumentFrequency) -> npt.NDArray[np.float64]
     With the eigenvalues l of the K x K matrix of CIDEr / 10 between an image's captions:
     -log(sqrt(l_1) / sum sqrt(l)) / log K, where l_1 is the largest.
     """
-    k = _samples(groups)
-    roots = np.sqrt(np.maximum(0.0, np.linalg.eigvalsh(similarity(groups, df))))
+    return diversity_of(similarity(groups, df))
+
+
+def diversity_of(kernels: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Self-CIDEr [N] of images with kernels [N, K, K] between their captions."""
+    k = kernels.shape[-1]
+    roots = np.sqrt(np.maximum(0.0, np.linalg.eigvalsh(kernels.astype(np.float64))))
     total = roots.sum(axis=1)
     share = np.divide(roots[:, -1], total, out=np.ones(len(total)), where=total > 0)
     # Adding 0 turns the -0.0 of equal captions into 0.0.

@@ -61,6 +61,11 @@ def extra_items(item: Item, needs: Collection[str]) -> dict[str, tuple[Item, ...
 def group_similarity(
     groups: Sequence[RolloutGroup], df: DocumentFrequency
 ) -> list[npt.NDArray[np.float32]]:
-    """CIDEr / 10 between the captions of each group, [G, G] each."""
+    """CIDEr / 10 between the captions of each group, [G, G] each; groups may differ in size."""
     captions = [[ptb.tokenize(c.text) for c in group.completions] for group in groups]
-    return [kernel.astype(np.float32) for kernel in similarity(captions, df)]
+    kernels = [np.ones((1, 1), np.float32) for _ in groups]
+    for size in {len(some) for some in captions} - {1}:
+        rows = [i for i, some in enumerate(captions) if len(some) == size]
+        for i, kernel in zip(rows, similarity([captions[i] for i in rows], df), strict=True):
+            kernels[i] = kernel.astype(np.float32)
+    return kernels

@@ -22,6 +22,9 @@ from rayrl.rewards.statistics import Statistics
 from rayrl.rewards.term import Failure, Item, Judged, Scores, scores_of
 from rayrl.types import Completion, FloatArray, RolloutGroup, ScoredGroup
 
+SIMILARITY_GROUPS = 32
+"""Groups of a batch whose Self-CIDEr is reported: as much as their scores' own time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
@@ -67,13 +70,14 @@ class Scorer:
 
     def similarity(
         self, groups: Sequence[RolloutGroup], step_df: DocumentFrequency | None = None
-    ) -> list[FloatArray] | None:
-        """How alike the captions of each group are, [G, G]; None without document frequencies, or
-        with one caption a group."""
+    ) -> list[FloatArray]:
+        """How alike the captions of each group are, [G, G]: of all groups where the objective
+        needs it, else of the first ones, for a metric.  Empty without document frequencies."""
         df = step_df or self._df
-        if df is None or not groups or groups[0].group_size < 2:
-            return None
-        return group_similarity(groups, df)
+        if df is None:
+            return []
+        some = groups if "similarity" in self._needs else groups[:SIMILARITY_GROUPS]
+        return group_similarity(some, df)
 
     def score_terms(
         self, groups: Sequence[RolloutGroup], step_df: DocumentFrequency | None = None
@@ -120,19 +124,18 @@ def combine(
     groups: Sequence[RolloutGroup],
     scores: Mapping[str, TermScores],
     config: RewardConfig,
-    similarity: Sequence[FloatArray] | None = None,
+    similarity: Sequence[FloatArray] = (),
 ) -> list[ScoredGroup | Dropped]:
-    """Weighted sums of the scores of all terms of ``config``; ``similarity`` [G, G] of each
-    group's captions goes with them."""
+    """Weighted sums of the scores of all terms of ``config``; ``similarity`` [G, G] of the first
+    groups' captions goes with them."""
     results = [_combine_one(group, i, scores, config) for i, group in enumerate(groups)]
-    if similarity is None:
-        return results
-    return [
+    first = [
         replace(result, fields={**result.fields, "similarity": kernel})
         if isinstance(result, ScoredGroup)
         else result
-        for result, kernel in zip(results, similarity, strict=True)
+        for result, kernel in zip(results, similarity, strict=False)
     ]
+    return first + results[len(similarity) :]
 
 
 def _combine_one(

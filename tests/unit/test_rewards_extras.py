@@ -14,13 +14,14 @@ from rayrl.learner.sources import provided
 from rayrl.objectives import preset
 from rayrl.rewards.cider import CiderD
 from rayrl.rewards.config import RewardConfig
-from rayrl.rewards.diversity import self_cider
+from rayrl.rewards.diversity import diversity_of, self_cider
 from rayrl.rewards.extras import prefix_items, reference_items
 from rayrl.rewards.http import _read_scores
 from rayrl.rewards.judgements import judgements, satisfied
 from rayrl.rewards.score import Dropped, Scorer
 from rayrl.rewards.statistics import Statistics, reward_statistics
 from rayrl.rewards.term import Failure, Item, Judged
+from rayrl.rollout_metrics import group_metrics
 from tests.unit.test_rewards_terms import GROUPS, REFERENCES, group
 
 LENGTH = {"length": {"min_words": 3, "max_words": 5}}
@@ -177,7 +178,20 @@ def test_a_server_may_say_more_than_scores():
 
 
 def test_without_document_frequencies_nothing_is_alike():
-    assert Scorer(RewardConfig(terms=LENGTH), Statistics()).similarity(GROUPS) is None
+    assert Scorer(RewardConfig(terms=LENGTH), Statistics()).similarity(GROUPS) == []
+
+
+def test_without_need_the_first_groups_are_enough_for_a_metric():
+    groups = [GROUPS[0]] * 40
+    some, every = (scorer({}, needs).score(groups) for needs in ((), ("similarity",)))
+    assert ["similarity" in one.fields for one in some] == [True] * 32 + [False] * 8
+    assert all("similarity" in one.fields for one in every)
+    assert "similarity" not in make_batch(some).fields
+    assert make_batch(every).fields["similarity"].shape == (40, 2, 2)
+    kernel = every[0].fields["similarity"]
+    of_one = diversity_of(kernel[None])[0]
+    assert group_metrics(some, 0)["objective/self_cider"] == pytest.approx(of_one)
+    assert 0 < of_one < 1
 
 
 def test_what_a_configuration_does_not_bring_is_said_with_what_would():
@@ -187,3 +201,12 @@ def test_what_a_configuration_does_not_bring_is_said_with_what_would():
         objective.check(provided(config))
     judged = Config(reward={"terms": {"cider_d": 1.0, **LENGTH}, "constraints": {"length": ">= 0"}})
     objective.check(provided(judged))
+
+
+def test_groups_may_differ_in_size():
+    groups = [group(0, "a man"), GROUPS[0], group(0, "a man", "a man", "two dogs run")]
+    kernels = [result.fields["similarity"] for result in scorer({}).score(groups)]
+    assert [kernel.shape for kernel in kernels] == [(1, 1), (2, 2), (3, 3)]
+    assert kernels[0].item() == 1
+    alone = scorer({}).score([groups[2]])[0].fields["similarity"]
+    np.testing.assert_allclose(kernels[2], alone)
