@@ -31,6 +31,8 @@ def examine_folder(folder: Path, config: Config) -> Iterator[str]:
         instruction=config.data.instruction,
         total_steps=config.train.steps,
         seed=config.seed,
+        sources=config.objective.sources,
+        num_terms=len(config.reward.terms),
     )
     yield from examine(learner, load_checkpoint(folder))
 

@@ -124,9 +124,7 @@ class Learner:
         flops, sums, problems = policy.forward.flops, Means(), list[str]()
         self._replay = None
         group_size = batch.shape[1]
-        batch = with_token_fields(batch, policy.processor.tokenizer)
-        if self._earlier is not None:
-            batch = self._earlier.joined(batch)
+        batch = self._completed(batch)
         inputs = self.inputs(batch)
         groups = self._with_start_fields(group_batch(batch, policy.device), inputs)
         before = self._objective_state
@@ -177,6 +175,11 @@ class Learner:
             advantages=advantages.astype(np.float32)[:, :group_size],
             problem=problems[0] if problems else "",
         )
+
+    def _completed(self, batch: TrainBatch) -> TrainBatch:
+        """The batch with what becomes of it here: characters as tokens, captions of before."""
+        batch = with_token_fields(batch, self.policy.processor.tokenizer)
+        return batch if self._earlier is None else self._earlier.joined(batch)
 
     def replay(self) -> Checkpoint | None:
         """The first minibatch that the last step skipped, with the policy as it was then; on

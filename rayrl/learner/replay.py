@@ -47,6 +47,7 @@ def make_replay(
         "problem": problem,
         "images": list(images),
         "prompt_ids": list(batch.prompt_ids),
+        "references": [list(captions) for captions in batch.references],
         "objective_state": values,
     }
     return Checkpoint(step=step, model_files=model_files, arrays=arrays, meta=meta)
@@ -73,6 +74,7 @@ def read_replay(replay: Checkpoint) -> tuple[TrainBatch, GroupBatch, dict[str, A
         rewards=arrays[_GROUP + "rewards"],
         weight_versions=np.zeros(arrays[_GROUP + "rewards"].shape, np.int32),
         truncated=arrays[_GROUP + "truncated"],
+        references=tuple(tuple(captions) for captions in replay.meta["references"]),
     )
     return batch, groups, join_state(replay.meta["objective_state"], arrays)
 

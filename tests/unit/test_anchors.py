@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rayrl.learner.logprobs import naive_logprobs
+from rayrl.learner.replay import read_replay
 from rayrl.objectives import preset
 from rayrl.vlm import caption_token_ids, load_captioner, prompt_inputs
 from tests.conftest import INSTRUCTION
@@ -57,3 +58,12 @@ def test_more_weight_makes_references_likelier(tiny_folder, batch, prompts):
 def test_a_batch_without_references_is_refused(tiny_folder, batch):
     with pytest.raises(ValueError, match="the batch has no reference captions"):
         learner(tiny_folder, objective="grpo_reference_nll").update(batch)
+
+
+def test_a_replay_keeps_the_references(tiny_folder, batch, prompts):
+    given = replace(batch, references=tuple(prompt.references for prompt in prompts))
+    subject = learner(tiny_folder, objective="grpo_reference_nll")
+    with torch.no_grad():
+        subject.policy.model.get_output_embeddings().weight[7] = torch.nan
+    assert subject.update(given).metrics["learner/skipped"] == 1
+    assert read_replay(subject.replay())[0].references == given.references
