@@ -182,6 +182,9 @@ class LearnerConfig(Section):
     lora: LoraConfig = LoraConfig()
     activation_checkpointing: bool = False
     """Keep only the inputs of layers for the backward pass and run the layers again in it."""
+    compile: bool = False
+    """Compile the layers with torch.compile; refused at the start, with the reason, where that does
+    not work."""
     feature_cache_mb: NonNegativeInt = 1024
     """Host memory, in MiB, for image features, which are computed once per image and run while
     vision tower and connector are frozen; 0 computes them at every pass."""
@@ -198,6 +201,20 @@ class LearnerConfig(Section):
     """GPUs of a rank."""
     timeout_s: PositiveFloat = 600.0
     """A rank that keeps the others waiting for this long counts as dead."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> LearnerConfig:
+        others = {
+            "activation_checkpointing": self.activation_checkpointing,
+            "lora.rank": self.lora.rank > 0,
+            "parallel fsdp": self.parallel == "fsdp" and self.num_workers > 1,
+        }
+        for name, chosen in others.items():
+            if self.compile and chosen:
+                raise ValueError(
+                    f"compile does not go with {name}: the two are not tested together"
+                )
+        return self
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> LearnerConfig:

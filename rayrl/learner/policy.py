@@ -13,6 +13,7 @@ import torch
 from rayrl.adapters import AdapterWeights
 from rayrl.checkpoint import Checkpoint
 from rayrl.config import LearnerConfig, ModelConfig
+from rayrl.learner.compiled import compile_layers
 from rayrl.learner.families import bare_model
 from rayrl.learner.flops import FlopCounter
 from rayrl.learner.forward import Forward, feature_cache
@@ -84,6 +85,8 @@ class Policy:
             ranks=ranks,
             features=self.features,
         )
+        if config.compile:
+            compile_layers(self.model, self.processor, self.forward, self.eos_id)
         if config.activation_checkpointing:
             recompute_layers(self.model)
         if ranks.sharded:
