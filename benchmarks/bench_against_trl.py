@@ -65,7 +65,7 @@ class Peer:
         )
         self._answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
-        self._answer()
+        self.threads = self._answer()["threads"]
 
     def step(self) -> dict[str, Any]:
         """What the peer says of a step; RuntimeError with the end of its log where it failed."""
@@ -124,7 +124,10 @@ def measure(case: Case, names: list[str], rounds: int, trl: Path) -> dict[str, A
         finally:
             for peer in peers.values():
                 peer.close()
-    rows = {name: summarize(case, done) for name, done in steps.items()}
+    rows = {
+        name: {"threads": peers[name].threads, **summarize(case, done)}
+        for name, done in steps.items()
+    }
     for row in rows.values():
         row["times_trl"] = row["captions_per_second"] / rows["trl"]["captions_per_second"]
     return {

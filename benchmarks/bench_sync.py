@@ -100,6 +100,7 @@ def rounds(args: argparse.Namespace) -> tuple[int, list[dict[str, float]]]:
     num_bytes: int = ray.get(publisher.num_bytes.remote())
     fleet = Fleet(config, {}, statistics, greedy_baseline=False)
     try:
+        fleet.wait()
         first = publisher.weights.remote(0)
         fleet.publish(0, first, frozen=first)
         fleet.confirm(0)

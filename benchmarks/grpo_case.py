@@ -140,9 +140,16 @@ def wait_for_request() -> bool:
     return bool(sys.stdin.readline())
 
 
-def serve(channel: TextIO, versions: dict[str, str], step: Callable[[], dict[str, Any]]) -> None:
+def say_ready(channel: TextIO) -> None:
+    """That steps can be asked for, and how many threads they will have."""
+    import torch
+
+    answer(channel, {"threads": torch.get_num_threads()})
+
+
+def serve(channel: TextIO, step: Callable[[], dict[str, Any]]) -> None:
     """Answer every request with one timed step."""
-    answer(channel, {"ready": versions})
+    say_ready(channel)
     while wait_for_request():
         started = time.perf_counter()
         result = step()

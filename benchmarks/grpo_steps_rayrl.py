@@ -102,7 +102,7 @@ class Steps:
 def main(backend: Backend, text: str) -> None:
     channel = open_channel()
     steps = Steps(load_case(text), backend)
-    serve(channel, {"engine": backend}, steps)
+    serve(channel, steps)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
@@ -24,6 +23,7 @@ from grpo_case import (
     load_case,
     open_channel,
     report,
+    say_ready,
     wait_for_request,
 )
 from grpo_case import reward as reward_of
@@ -112,7 +112,7 @@ class OnRequest(TrainerCallback):
         self.seconds, self._started = Seconds(), 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        answer(self._channel, {"ready": {"trl": version("trl")}})
+        say_ready(self._channel)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not wait_for_request():
