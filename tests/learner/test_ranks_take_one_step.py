@@ -83,7 +83,8 @@ CASES = {
     "pairs": {"images": 5, "objective": "online_dpo"},
     "critic": {"images": 5, "objective": "ppo", "minibatches": 5},
     "changed images": {"images": 5, "objective": "pami_changed_image"},
-    "earlier captions": {"images": 5, "objective": "seppo_earlier"},
+    # The first step knows no earlier captions yet.
+    "earlier captions": {"images": 5, "objective": "seppo_earlier", "lr": 2e-5},
     # Statistics over the minibatch: a square root, the tokens with the largest covariance, bounds.
     "chi-squared": {"images": 5, "objective": "chi_squared_regularized", "inner_epochs": 2},
     "covariance": {"images": 5, "objective": "kl_cov", "inner_epochs": 2},
