@@ -6,35 +6,39 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rayrl.types import ScoredGroup, TrainBatch
+from rayrl.types import FloatArray, ScoredGroup, TrainBatch
 
 
 def make_batch(groups: Sequence[ScoredGroup]) -> TrainBatch:
-    """Pad the completions of P groups to the longest, T tokens, and line up their rewards.
+    """Pad the completions of P groups to the longest, T tokens, and the groups to the largest, G
+    captions, and line up their rewards.
 
-    Raises ValueError on no group, on groups of different sizes or with different reward terms.
+    Raises ValueError on no group and on groups with different reward terms.
     """
     if not groups:
         raise ValueError("no group to train on: every group of the step was dropped")
-    size = groups[0].group.group_size
+    size = max(group.group.group_size for group in groups)
     terms = set(groups[0].terms)
     for group in groups:
         who = group.group.prompt.prompt_id
-        if group.group.group_size != size:
-            raise ValueError(f"prompt {who}: a group of {group.group.group_size}, want {size}")
         if set(group.terms) != terms:
             raise ValueError(f"prompt {who}: terms {sorted(group.terms)}, want {sorted(terms)}")
     completions = [group.group.completions for group in groups]
     length = max(len(c.token_ids) for row in completions for c in row)
     shape = (len(groups), size, length)
     ids, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    mask = np.zeros(shape, np.bool_)
+    mask, forced = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+    versions = np.zeros(shape[:2], np.int32)
+    truncated = np.zeros(shape[:2], np.bool_)
     for p, row in enumerate(completions):
         for g, completion in enumerate(row):
             n = len(completion.token_ids)
             ids[p, g, :n] = completion.token_ids
             logprobs[p, g, :n] = completion.logprobs
             mask[p, g, :n] = True
+            forced[p, g, : completion.num_forced] = True
+            versions[p, g] = completion.weight_version
+            truncated[p, g] = completion.finish_reason == "length"
     greedy = [group.greedy_reward for group in groups]
     spans = [group.wrong_spans for group in groups]
     prefixes = [group.prefix_rewards for group in groups]
@@ -45,12 +49,10 @@ def make_batch(groups: Sequence[ScoredGroup]) -> TrainBatch:
         token_ids=ids,
         mask=mask,
         rollout_logprobs=logprobs,
-        rewards=np.stack([group.rewards for group in groups]),
-        weight_versions=np.array(
-            [[c.weight_version for c in row] for row in completions], np.int32
-        ),
-        truncated=np.array([[c.finish_reason == "length" for c in row] for row in completions]),
-        terms={name: np.stack([group.terms[name] for group in groups]) for name in sorted(terms)},
+        rewards=_padded([group.rewards for group in groups], size),
+        weight_versions=versions,
+        truncated=truncated,
+        terms={name: _padded([g.terms[name] for g in groups], size) for name in sorted(terms)},
         greedy_rewards=None
         if any(value is None for value in greedy)
         else np.array(greedy, np.float32),
@@ -61,7 +63,13 @@ def make_batch(groups: Sequence[ScoredGroup]) -> TrainBatch:
         prefix_rewards=None
         if any(some is None for some in prefixes)
         else tuple(some for some in prefixes if some is not None),
+        forced=forced if forced.any() else None,
     )
+
+
+def _padded(rows: Sequence[FloatArray], size: int) -> FloatArray:
+    """Rows of at most ``size`` values as [P, size], 0 where there is no caption."""
+    return np.stack([np.pad(row, (0, size - len(row))) for row in rows])
 
 
 def _stacked(fields: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

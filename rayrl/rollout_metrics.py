@@ -14,14 +14,14 @@ from rayrl.types import FloatArray, ScoredGroup
 
 def group_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:
     """Means over a step's captions; ``version`` is the learner's when it trained on them."""
-    rewards = np.stack([group.rewards for group in groups])
+    rewards = np.concatenate([group.rewards for group in groups])
     completions = [c for group in groups for c in group.group.completions]
     lengths = np.array([len(c.token_ids) for c in completions])
     staleness = version - np.array([c.weight_version for c in completions])
     metrics = {
         "reward/mean": float(rewards.mean()),
-        "reward/std_in_group": float(rewards.std(axis=1).mean()),
-        "reward/best_in_group": float(rewards.max(axis=1).mean()),
+        "reward/std_in_group": float(np.mean([group.rewards.std() for group in groups])),
+        "reward/best_in_group": float(np.mean([group.rewards.max() for group in groups])),
         "length/mean": float(lengths.mean()),
         "length/truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
         "captions/unique_in_group": float(
@@ -30,8 +30,10 @@ def group_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, floa
         "staleness/mean": float(staleness.mean()),
         "staleness/max": float(staleness.max()),
     }
+    if forced := sum(c.num_forced for c in completions):
+        metrics["length/forced"] = forced / len(completions)
     for name in groups[0].terms:
-        metrics[f"reward/{name}"] = float(np.mean([group.terms[name] for group in groups]))
+        metrics[f"reward/{name}"] = float(np.concatenate([g.terms[name] for g in groups]).mean())
     greedy = [group.greedy_reward for group in groups if group.greedy_reward is not None]
     if greedy:
         metrics["reward/greedy"] = float(np.mean(greedy))

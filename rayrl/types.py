@@ -44,13 +44,17 @@ class Prompt:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Completion:
     """One sampled caption: token ids [T] (the EOS included when it was sampled), the log-prob of
-    each under the engine that sampled it [T] (nats, at the sampling temperature), the text."""
+    each under the engine that sampled it [T] (nats, at the sampling temperature), the text.
+
+    The first ``num_forced`` tokens were given and not sampled, such as the beginning of a
+    reference: they are certain, so their log-prob is 0."""
 
     token_ids: IntArray
     logprobs: FloatArray
     text: str
     finish_reason: str
     weight_version: int
+    num_forced: int = 0
 
     def __post_init__(self) -> None:
         if self.token_ids.ndim != 1 or len(self.token_ids) < 1:
@@ -68,6 +72,11 @@ class Completion:
             raise ValueError(
                 f"completion {self.text!r}: log-prob {self.logprobs[bad]} at token {bad}, "
                 "want a finite one"
+            )
+        if not 0 <= self.num_forced < len(self.token_ids):
+            raise ValueError(
+                f"completion {self.text!r}: {self.num_forced} of {len(self.token_ids)} tokens "
+                "forced, want at least one that was sampled"
             )
         if self.finish_reason not in ("stop", "length"):
             raise ValueError(
@@ -142,10 +151,12 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainBatch:
-    """What the learner trains on: P images with G completions each.
+    """What the learner trains on: P images with up to G completions each.
 
-    ``mask`` [P,G,T] is True on sampled tokens; it comes from lengths, never from pad ids, and the
-    EOS counts once.  ``truncated`` [P,G] marks captions that ran into the length limit.
+    ``mask`` [P,G,T] is True on the tokens of captions; it comes from lengths, never from pad ids,
+    and the EOS counts once.  A group of fewer than G captions has rows without a token at its end.
+    ``forced`` [P,G,T] marks tokens that were given and not sampled; None where there is none.
+    ``truncated`` [P,G] marks captions that ran into the length limit.
     ``prompt_token_ids`` and ``images`` hold one entry per image.
     ``terms`` maps a reward term to [P,G]; ``greedy_rewards`` is [P] or None.
     ``texts`` and ``references`` are captions and references of each image.
@@ -169,6 +180,7 @@ class TrainBatch:
     fields: Mapping[str, np.ndarray] = field(default_factory=dict)
     wrong_spans: tuple[tuple[tuple[tuple[int, int], ...], ...], ...] | None = None
     prefix_rewards: tuple[tuple[FloatArray, ...], ...] | None = None
+    forced: BoolArray | None = None
 
     def __post_init__(self) -> None:
         p, g, t = self.token_ids.shape
@@ -185,15 +197,30 @@ class TrainBatch:
         for name in ("prompt_ids", "images", "prompt_token_ids"):
             if len(getattr(self, name)) != p:
                 raise ValueError(f"batch: {len(getattr(self, name))} {name}, want {p}")
-        lengths = self.mask.sum(-1)
-        if (lengths < 1).any():
-            which = self.prompt_ids[int(np.argwhere(lengths < 1)[0][0])]
+        sizes = self.valid.sum(-1, keepdims=True)
+        holes = (self.valid != (np.arange(g) < sizes)).any(-1) | (sizes[:, 0] < 1)
+        if holes.any():
+            which = self.prompt_ids[int(np.flatnonzero(holes)[0])]
             raise ValueError(f"batch: prompt {which} has a completion without tokens")
+        if self.forced is not None:
+            self._check_forced(self.forced)
+
+    def _check_forced(self, forced: BoolArray) -> None:
+        if forced.shape != self.mask.shape:
+            raise ValueError(f"batch: forced of shape {forced.shape}, want {self.mask.shape}")
+        if (wrong := (forced & ~self.mask).any((1, 2))).any():
+            which = self.prompt_ids[int(np.flatnonzero(wrong)[0])]
+            raise ValueError(f"batch: prompt {which} has a forced token beyond a caption's end")
 
     @property
     def shape(self) -> tuple[int, int, int]:
         p, g, t = self.token_ids.shape
         return p, g, t
+
+    @property
+    def valid(self) -> BoolArray:
+        """[P,G] which captions exist: a group may have fewer than others."""
+        return np.asarray(self.mask.any(-1))
 
     @property
     def num_tokens(self) -> int:

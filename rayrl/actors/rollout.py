@@ -74,6 +74,7 @@ class RolloutActor(Traced):
                 [requests[i].prompt for i in places],
                 replace(sampling, group_size=size),
                 [requests[i].seed for i in places],
+                [requests[i].forced for i in places],
             )
             groups |= dict(zip(places, drawn, strict=True))
         return [groups[i] for i in range(len(requests))], time.perf_counter() - started

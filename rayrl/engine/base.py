@@ -36,10 +36,15 @@ class RolloutEngine(Protocol):
         """Version of the loaded weights; -1 before the first load."""
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        forced: Sequence[Sequence[int]] | None = None,
     ) -> list[RolloutGroup]:
         """One group a prompt.  Equal seeds and weights give equal groups, whatever else is in the
-        batch."""
+        batch.  ``forced`` are token ids for each prompt with which all its captions begin; at least
+        one token of a caption is sampled, so they are cut to ``max_tokens`` - 1."""
 
     def greedy(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
         """The arg-max caption of each prompt."""
@@ -61,6 +66,14 @@ class EngineSetup:
     config: EngineConfig
     group_size: int
     trust_remote_code: bool = False
+
+
+def forced_tokens(
+    forced: Sequence[Sequence[int]] | None, prompts: Sequence[Prompt], sampling: Sampling
+) -> list[list[int]]:
+    """For each prompt the tokens that its captions begin with, cut so that one can follow."""
+    given = [[] for _ in prompts] if forced is None else forced
+    return [list(ids[: sampling.max_tokens - 1]) for _, ids in zip(prompts, given, strict=True)]
 
 
 def request_seed(run_seed: int, step: int, prompt_id: str, round: int = 0) -> int:

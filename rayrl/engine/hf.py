@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rayrl.config import Part
-from rayrl.engine.base import EngineSetup, Sampling
+from rayrl.engine.base import EngineSetup, Sampling, forced_tokens
 from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
 from rayrl.vlm import banned_ids, eos_ids, load_processor, prompt_inputs
 from rayrl.weights import Weights, load_into
@@ -42,13 +42,18 @@ class HfEngine:
         return self._version
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        forced: Sequence[Sequence[int]] | None = None,
     ) -> list[RolloutGroup]:
         groups = []
+        beginnings = forced_tokens(forced, prompts, sampling)
         size = max(1, self._rows // sampling.group_size)
         for start in range(0, len(prompts), size):
             part, part_seeds = prompts[start : start + size], seeds[start : start + size]
-            drawn = self._sample(part, sampling, part_seeds)
+            drawn = self._sample(part, sampling, part_seeds, beginnings[start : start + size])
             greedy: list[Completion | None] = [None] * len(part)
             if sampling.greedy_baseline:
                 greedy = list(self.greedy(part, sampling.max_tokens))
@@ -70,7 +75,7 @@ class HfEngine:
         completions = []
         for start in range(0, len(prompts), self._rows):
             part = prompts[start : start + self._rows]
-            completions += self._sample(part, sampling, None).completions
+            completions += self._sample(part, sampling, None, [[]] * len(part)).completions
         return completions
 
     def score(self, prompt: Prompt, token_ids: Sequence[int]) -> FloatArray:
@@ -111,12 +116,18 @@ class HfEngine:
         self._version = weights.version
 
     def _sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int] | None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int] | None,
+        forced: Sequence[Sequence[int]],
     ) -> _Drawn:
         from transformers import LogitsProcessorList
 
         inputs = self._inputs(prompts)
+        rows = [ids for ids in forced for _ in range(sampling.group_size)]
         chooser = _Chooser(
+            forced=rows,
             banned=self._banned,
             temperature=sampling.temperature,
             generators=None
@@ -145,7 +156,8 @@ class HfEngine:
         new_ids = sequences[:, width:].cpu().numpy().astype(np.int32)
         logprobs = torch.stack(chooser.logprobs, dim=1).numpy()
         completions = [
-            self._completion(ids, row) for ids, row in zip(new_ids, logprobs, strict=True)
+            self._completion(ids, row, len(given))
+            for ids, row, given in zip(new_ids, logprobs, rows, strict=True)
         ]
         mask = inputs["attention_mask"].bool().cpu()
         ids = inputs["input_ids"].cpu()
@@ -165,7 +177,7 @@ class HfEngine:
             inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
         return inputs
 
-    def _completion(self, ids: np.ndarray, logprobs: np.ndarray) -> Completion:
+    def _completion(self, ids: np.ndarray, logprobs: np.ndarray, num_forced: int) -> Completion:
         ends = np.flatnonzero(np.isin(ids, self._eos))
         length = int(ends[0]) + 1 if len(ends) else len(ids)
         text = self._processor.tokenizer.decode(ids[:length].tolist(), skip_special_tokens=True)
@@ -175,6 +187,7 @@ class HfEngine:
             text=text.strip(),
             finish_reason="stop" if len(ends) else "length",
             weight_version=self._version,
+            num_forced=num_forced,
         )
 
 
@@ -188,7 +201,8 @@ class _Drawn:
 
 class _Chooser:
     """A logits processor that draws each row's token from that row's own generator (or takes the
-    arg-max), records its log-prob, and leaves only that token finite.
+    arg-max), records its log-prob, and leaves only that token finite.  A row's first tokens may be
+    given; they are certain, so their log-prob is 0.
 
     ``generate`` itself draws all rows from one stream, which would make a group depend on what
     else is in the batch.  Drawing is Gumbel-max on temperature-scaled log-probs.
@@ -197,10 +211,12 @@ class _Chooser:
     def __init__(
         self,
         *,
+        forced: Sequence[Sequence[int]],
         banned: Sequence[int],
         temperature: float,
         generators: list[torch.Generator] | None,
     ) -> None:
+        self._forced = forced
         self._banned = list(banned)
         self._temperature = temperature
         self._generators = generators
@@ -211,7 +227,12 @@ class _Chooser:
         logits[:, self._banned] = -torch.inf
         logprobs = logits.log_softmax(-1)
         chosen = self._choose(logprobs)
-        self.logprobs.append(logprobs.gather(1, chosen[:, None])[:, 0].cpu())
+        picked = logprobs.gather(1, chosen[:, None])[:, 0].cpu()
+        step = len(self.logprobs)
+        for row, ids in enumerate(self._forced):
+            if step < len(ids):
+                chosen[row], picked[row] = ids[step], 0.0
+        self.logprobs.append(picked)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
     def _choose(self, logprobs: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from rayrl.config import Part
-from rayrl.engine.base import EngineSetup, Sampling
+from rayrl.engine.base import EngineSetup, Sampling, forced_tokens
 from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
 from rayrl.vlm import banned_ids, decode_image, load_processor, prompt_text
 from rayrl.weights import Weights
@@ -74,33 +75,40 @@ class VllmEngine:
         return self._version
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        forced: Sequence[Sequence[int]] | None = None,
     ) -> list[RolloutGroup]:
         self._check_loaded()
+        beginnings = forced_tokens(forced, prompts, sampling)
         parameters = [
             self._sampling_params(
                 n=sampling.group_size,
                 temperature=sampling.temperature,
-                max_tokens=sampling.max_tokens,
+                max_tokens=sampling.max_tokens - len(given),
                 seed=seed,
                 logprobs=0,
                 logit_bias=self._bias,
             )
-            for _, seed in zip(prompts, seeds, strict=True)
+            for given, seed in zip(beginnings, seeds, strict=True)
         ]
-        outputs = self._llm.generate(self._inputs(prompts), parameters, use_tqdm=False)
+        outputs = self._llm.generate(self._inputs(prompts, beginnings), parameters, use_tqdm=False)
         greedy: list[Completion | None] = [None] * len(prompts)
         if sampling.greedy_baseline:
             greedy = list(self.greedy(prompts, sampling.max_tokens))
         return [
             RolloutGroup(
                 prompt=prompt,
-                prompt_token_ids=np.asarray(output.prompt_token_ids, np.int32),
-                completions=tuple(self._completion(one) for one in output.outputs),
+                prompt_token_ids=_without_last(output.prompt_token_ids, len(given)),
+                completions=tuple(self._completion(one, given) for one in output.outputs),
                 group_size=sampling.group_size,
                 greedy=baseline,
             )
-            for prompt, output, baseline in zip(prompts, outputs, greedy, strict=True)
+            for prompt, output, given, baseline in zip(
+                prompts, outputs, beginnings, greedy, strict=True
+            )
         ]
 
     def greedy(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
@@ -108,15 +116,15 @@ class VllmEngine:
         parameters = self._sampling_params(
             temperature=0.0, max_tokens=max_tokens, logprobs=0, logit_bias=self._bias
         )
-        outputs = self._llm.generate(self._inputs(prompts), parameters, use_tqdm=False)
-        return [self._completion(output.outputs[0]) for output in outputs]
+        inputs = self._inputs(prompts, [[]] * len(prompts))
+        outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
+        return [self._completion(output.outputs[0], []) for output in outputs]
 
     def score(self, prompt: Prompt, token_ids: Sequence[int]) -> FloatArray:
         self._check_loaded()
-        (request,) = self._inputs([prompt])
-        request["prompt_token_ids"] = [*request["prompt_token_ids"], *token_ids]
+        inputs = self._inputs([prompt], [token_ids])
         parameters = self._sampling_params(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-        (output,) = self._llm.generate([request], parameters, use_tqdm=False)
+        (output,) = self._llm.generate(inputs, parameters, use_tqdm=False)
         # The caption ends the prompt, whatever the image was expanded to.
         steps = output.prompt_logprobs[-len(token_ids) :]
         scored = [step[i].logprob for i, step in zip(token_ids, steps, strict=True)]
@@ -145,13 +153,16 @@ class VllmEngine:
         if self._version < 0:
             raise RuntimeError("the engine holds no weights yet: load a version before sampling")
 
-    def _inputs(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    def _inputs(
+        self, prompts: Sequence[Prompt], forced: Sequence[Sequence[int]]
+    ) -> list[dict[str, Any]]:
+        """To vLLM the tokens that a caption begins with are the end of its prompt."""
         return [
             {
-                "prompt_token_ids": self._unexpanded(prompt.text),
+                "prompt_token_ids": [*self._unexpanded(prompt.text), *given],
                 "multi_modal_data": {"image": decode_image(prompt.image)},
             }
-            for prompt in prompts
+            for prompt, given in zip(prompts, forced, strict=True)
         ]
 
     def _unexpanded(self, instruction: str) -> list[int]:
@@ -164,17 +175,25 @@ class VllmEngine:
             )["input_ids"]
         return self._prompt_ids[instruction]
 
-    def _completion(self, output: Any) -> Completion:
+    def _completion(self, output: Any, forced: Sequence[int]) -> Completion:
         ids = list(output.token_ids)
         # By token id, not by position: the dictionary may hold more than the sampled token.
         logprobs = [step[i].logprob for i, step in zip(ids, output.logprobs, strict=True)]
+        text = output.text
+        if forced:
+            text = self._processor.tokenizer.decode([*forced, *ids], skip_special_tokens=True)
         return Completion(
-            token_ids=np.asarray(ids, np.int32),
-            logprobs=np.asarray(logprobs, np.float32),
-            text=output.text.strip(),
+            token_ids=np.asarray([*forced, *ids], np.int32),
+            logprobs=np.asarray([0.0] * len(forced) + logprobs, np.float32),
+            text=text.strip(),
             finish_reason=output.finish_reason,
             weight_version=self._version,
+            num_forced=len(forced),
         )
+
+
+def _without_last(ids: Sequence[int], count: int) -> npt.NDArray[np.int32]:
+    return np.asarray(ids[: len(ids) - count], np.int32)
 
 
 def _platform_arguments() -> dict[str, Any]:

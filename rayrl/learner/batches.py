@@ -17,7 +17,8 @@ _DTYPES = {"b": torch.bool, "i": torch.long}
 
 
 def group_batch(batch: TrainBatch, device: str | torch.device) -> GroupBatch:
-    """The step's groups on ``device``, every caption valid unless the field ``valid`` says else.
+    """The step's groups on ``device``; all captions that exist are valid, unless the field
+    ``valid`` says else.
 
     Raises ValueError on a field that no objective knows."""
     if unknown := batch.fields.keys() - OPTIONAL_FIELDS.keys() - {"valid"}:
@@ -27,7 +28,7 @@ def group_batch(batch: TrainBatch, device: str | torch.device) -> GroupBatch:
         return torch.as_tensor(np.asarray(array), dtype=dtype, device=device)
 
     rollout = tensor(batch.rollout_logprobs)
-    fields = {"valid": torch.ones(batch.rewards.shape, dtype=torch.bool, device=device)}
+    fields = {"valid": tensor(batch.valid, torch.bool)}
     for name, value in batch.fields.items():
         fields[name] = tensor(value, _DTYPES.get(value.dtype.kind, torch.float32))
     return GroupBatch(
@@ -40,6 +41,9 @@ def group_batch(batch: TrainBatch, device: str | torch.device) -> GroupBatch:
         terms={name: tensor(values) for name, values in batch.terms.items()},
         rewards=tensor(batch.rewards),
         truncated=tensor(batch.truncated, torch.bool),
+        forced=tensor(
+            np.zeros_like(batch.mask) if batch.forced is None else batch.forced, torch.bool
+        ),
         greedy_rewards=None if batch.greedy_rewards is None else tensor(batch.greedy_rewards),
         **fields,
     )

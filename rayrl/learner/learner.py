@@ -200,7 +200,8 @@ class Learner:
             (self._micro_batch(groups.select(rows), rows, inputs), counts)
             for rows, counts in self._parts(range(images), inputs)
         )
-        return replace(groups, **self._providers.at_start(images, parts))
+        filled = replace(groups, **self._providers.at_start(images, parts))
+        return filled.with_old_logprobs(filled.old_logprobs)
 
     def _parts(self, indices: Sequence[int], inputs: StepInputs) -> list[tuple[list[int], bool]]:
         """This rank's micro-batches of some images, each with whether it counts."""

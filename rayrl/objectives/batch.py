@@ -100,6 +100,14 @@ class GroupBatch:
         if len(self.image_ids) != p:
             raise ValueError(f"group batch: {len(self.image_ids)} image_ids, want {p}")
 
+    def with_old_logprobs(self, old_logprobs: Tensor) -> GroupBatch:
+        """The same with these log-probs [P,G,T] for the start of the step.  Engine and learner
+        cannot disagree about a token that was forced: its rollout log-prob becomes the old one."""
+        rollout = self.rollout_logprobs
+        if self.forced is not None:
+            rollout = old_logprobs.where(self.forced, rollout)
+        return replace(self, old_logprobs=old_logprobs, rollout_logprobs=rollout)
+
     def select(self, prompt_indices: Sequence[int]) -> GroupBatch:
         """The groups of these prompts, in this order."""
         rows = list(prompt_indices)

@@ -51,8 +51,8 @@ _NEED_OF = {"total": "whole_minibatch"}
 
 PROVIDED = frozenset(
     {
-        *("ref_logprobs", "greedy_rewards", "old_logprobs", "entropy", "terms", "extrapolate"),
-        *("values", "policy_values", "collision", "anchor_logprobs", "anchor_mask"),
+        *("ref_logprobs", "greedy_rewards", "forced", "old_logprobs", "entropy", "terms"),
+        *("extrapolate", "values", "policy_values", "collision", "anchor_logprobs", "anchor_mask"),
         *("reference_rewards", "similarity", "prefix_values", "head_logprobs"),
         *("augmented_logprobs", "augmented_ref_logprobs", "earlier"),
     }

@@ -100,7 +100,7 @@ class Prepared:
 
     def with_old_logprobs(self, old_logprobs: Tensor) -> Prepared:
         """The same with other log-probs [P,G,T] for the start of the step."""
-        return replace(self, batch=replace(self.batch, old_logprobs=old_logprobs.detach()))
+        return replace(self, batch=self.batch.with_old_logprobs(old_logprobs.detach()))
 
 
 class Objective:

@@ -22,7 +22,6 @@ from rayrl.objectives import (
     masks,
     mismatch,
     pairs,
-    planners,
     ratio,
     reduce,
     regularize,
@@ -39,7 +38,7 @@ from rayrl.objectives.inject import BoundPart, bind
 from rayrl.objectives.plan import Part, near
 
 MODULES: Mapping[str, tuple[ModuleType, ...]] = {
-    "rollout": (sampling, planners),
+    "rollout": (sampling,),
     "select": (select,),
     "labels": (labels,),
     "segments": (segments,),

@@ -1,10 +1,11 @@
-"""Plans for the driver, before and during sampling: pure functions of numbers and token ids.
+"""The arithmetic of planners for sampling (:mod:`rayrl.objectives.sampling`).
 
 numpy alone, for a process without torch.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -152,6 +153,7 @@ def optimal_multipliers(
     )
 
 
+@functools.cache
 def _student_quantile(degrees: int, probability: float) -> float:
     """Quantile of Student's t distribution, by bisection on its exact distribution function."""
     low, high = 0.0, 1e4

@@ -110,7 +110,7 @@ ADVANTAGE: Mapping[str, Preset] = {
         source="2510.06672",
         plan=replace(
             CLIPPED,
-            rollout=(part("allocate", exploration=0.1),),
+            rollout=(part("allocate", exploration=0.1, extra_share=0.25),),
             advantage=(
                 part("group_normalize", eps=1e-4, ddof=1),
                 part("favour_novel", novelty=1.0, novelty_cap=1.0),
@@ -118,7 +118,7 @@ ADVANTAGE: Mapping[str, Preset] = {
         ),
         limit="novelty 0: GRPO",
         basis="code",
-        note="the allocation is the driver's; rollout= leaves it out",
+        note="extra_share: captions of the second round over those of the first",
     ),
     "asymre_shifted": Preset(
         title="AsymRE: a baseline below the mean",

@@ -13,8 +13,6 @@ BEST_OF_N = Plan(
     surrogate=part("nll"),
     reducer=part("sequence_mean_token_mean"),
 )
-HINTED = replace(CLIPPED, rollout=(part("needs_hint", hint_floor=0.0),))
-
 DATA: Mapping[str, Preset] = {
     "pf_ppo_filtration": Preset(
         title="PF-PPO: captions resampled by reward",
@@ -77,11 +75,8 @@ DATA: Mapping[str, Preset] = {
         title="GHPO: failing images are sampled again after part of a reference",
         source="2507.10628",
         plan=replace(
-            HINTED,
-            rollout=(
-                *HINTED.rollout,
-                part("reference_prefix", hint_shares=(0.25, 0.5, 0.75)),
-            ),
+            CLIPPED,
+            rollout=(part("hint_by_prefix", hint_floor=0.0, hint_shares=(0.25, 0.5, 0.75)),),
             mask=(part("sampled_only"),),
         ),
         limit="no group fails: GRPO",
@@ -91,10 +86,15 @@ DATA: Mapping[str, Preset] = {
     "guide_grpo": Preset(
         title="Guide: hinted captions train the policy without the hint",
         source="2506.13923",
-        plan=replace(HINTED, ratio=part("over_rollout"), mismatch=None),
+        plan=replace(
+            CLIPPED,
+            rollout=(part("hint_in_context", hint_floor=0.0, hint_words=6, guided=4),),
+            ratio=part("over_rollout"),
+            mismatch=None,
+        ),
         limit="no hint: GRPO",
         basis="abstract",
-        note="rollout_logprobs are those with the hint",
+        note="rollout_logprobs are those with the hint; the failed captions stay in the group",
     ),
     "dynamic_tree_rpo": Preset(
         title="Dynamic-TreeRPO: captions that branch from shared prefixes",
@@ -112,8 +112,8 @@ DATA: Mapping[str, Preset] = {
         title="IGPO (inpainting): captions with forced spans join a failing group",
         source="2509.10396",
         plan=replace(
-            HINTED,
-            rollout=(*HINTED.rollout, part("replace_worst", injected=2)),
+            CLIPPED,
+            rollout=(part("inject_prefix", hint_floor=0.0, hint_shares=(0.5,), injected=2),),
             weights=(part("forced_high_entropy", forced_share=0.3),),
         ),
         limit="nothing injected: GRPO",

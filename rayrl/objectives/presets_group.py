@@ -50,9 +50,9 @@ GROUP: Mapping[str, Preset] = {
         title="Reg-GRPO: regression of standardised log-ratios on advantages (DeepVideo-R1)",
         source="2506.07464",
         plan=Plan(
-            rollout=(part("change_strength"),),
+            rollout=(part("change_by_difficulty", noise_rate=0.1, hint_rate=0.25),),
             advantage=(part("group_normalize", eps=1e-4, ddof=0),),
-            score=part("over_old"),
+            score=part("sampled_over_old"),
             surrogate=part("standardized_regression", spread_floor=0.1),
         ),
         limit="without the spread: pmd_mean",

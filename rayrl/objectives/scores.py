@@ -36,6 +36,13 @@ def over_old(policy_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Ten
     return masked_sum(policy_logprobs - old_logprobs, mask)
 
 
+def sampled_over_old(
+    policy_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, forced: Tensor
+) -> Tensor:
+    """The same over the tokens that were sampled, without those that were given as a hint."""
+    return masked_sum(policy_logprobs - old_logprobs, mask & ~forced)
+
+
 def mean_ratio(ratio: Tensor, mask: Tensor) -> Tensor:
     """The mean over tokens of policy / old (the ratio form of DisCO, 2505.12366)."""
     return masked_mean(ratio, mask)

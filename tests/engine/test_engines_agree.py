@@ -12,7 +12,7 @@ from rayrl.config import Config, EngineConfig
 from rayrl.engine.base import EngineSetup, Sampling, make_engine, request_seed
 from rayrl.learner.inputs import InputCache
 from rayrl.learner.logprobs import prefix_shared_logprobs
-from rayrl.vlm import load_captioner
+from rayrl.vlm import caption_prefix_ids, load_captioner
 from rayrl.weights import pack
 
 ALL = ("vision", "connector", "language")
@@ -48,21 +48,23 @@ def learner_difference(captioner, groups):
     """Largest |engine - learner| over all sampled tokens."""
     length = max(len(c.token_ids) for g in groups for c in g.completions)
     ids = torch.zeros(len(groups), 4, length, dtype=torch.long)
-    mask = torch.zeros(len(groups), 4, length, dtype=torch.bool)
+    there = torch.zeros(len(groups), 4, length, dtype=torch.bool)
+    mask = there.clone()
     sampled = torch.zeros(len(groups), 4, length)
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
             n = len(completion.token_ids)
             ids[p, g, :n] = torch.from_numpy(completion.token_ids).long()
             sampled[p, g, :n] = torch.from_numpy(completion.logprobs)
-            mask[p, g, :n] = True
+            mask[p, g, completion.num_forced : n] = True
+            there[p, g, :n] = True
     cache = InputCache(captioner.processor)
     inputs = cache.batch([g.prompt.image for g in groups], groups[0].prompt.text)
     for row, group in zip(inputs["input_ids"], groups, strict=True):
         assert row.tolist() == group.prompt_token_ids.tolist()
     with torch.no_grad():
         got = prefix_shared_logprobs(
-            captioner.model, inputs, ids, mask, SAMPLING.temperature, captioner.banned_ids
+            captioner.model, inputs, ids, there, SAMPLING.temperature, captioner.banned_ids
         )
     return float((got - sampled)[mask].abs().max())
 
@@ -136,6 +138,38 @@ def test_a_group_is_the_same_alone_and_in_a_batch(engine, captioner, prompts):
     for one, other in zip(alone.completions, together[2].completions, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         assert np.abs(one.logprobs - other.logprobs).max() < 1e-5
+
+
+def test_forced_tokens_begin_a_caption_and_the_rest_is_sampled_after_them(
+    engine, captioner, prompts
+):
+    engine.load_weights(pack(captioner.model, 6), changed=ALL)
+    beginnings = [caption_prefix_ids(captioner.processor, p.references[0])[:3] for p in prompts]
+    beginnings[1] = []
+    beginnings[2] = beginnings[2] * 20
+    groups = engine.generate(prompts, SAMPLING, seeds(prompts), beginnings)
+    plain = engine.generate(prompts, SAMPLING, seeds(prompts))
+    for given, group, other in zip(beginnings, groups, plain, strict=True):
+        # At least one token is sampled.
+        count = min(len(given), SAMPLING.max_tokens - 1)
+        assert group.prompt_token_ids.tolist() == other.prompt_token_ids.tolist()
+        for completion in group.completions:
+            assert completion.num_forced == count
+            assert completion.token_ids[:count].tolist() == given[:count]
+            assert completion.logprobs[:count].tolist() == [0.0] * count
+            assert count < len(completion.token_ids) <= SAMPLING.max_tokens
+            decoded = captioner.processor.tokenizer.decode(
+                completion.token_ids.tolist(), skip_special_tokens=True
+            )
+            assert completion.text == decoded.strip()
+        if not given:
+            for one, two in zip(group.completions, other.completions, strict=True):
+                assert one.token_ids.tolist() == two.token_ids.tolist()
+    assert groups[0].captions[0].startswith(prompts[0].references[0].split()[0])
+    assert learner_difference(captioner, groups) < 1e-5
+    alone = engine.generate(prompts[:1], SAMPLING, seeds(prompts)[:1], beginnings[:1])[0]
+    for one, two in zip(alone.completions, groups[0].completions, strict=True):
+        assert one.token_ids.tolist() == two.token_ids.tolist()
 
 
 def test_banned_ids_are_never_sampled_and_captions_end_once(engine, captioner, prompts):

@@ -170,7 +170,8 @@ def test_needs_are_what_the_parts_read() -> None:
         "nsc": set(),
         "gdpo": {"terms"},
         "bapo_adaptive_clip": {"whole_minibatch"},
-        "xrpo_novelty": {"allocate", "old_logprobs"},
+        "xrpo_novelty": {"old_logprobs"},
+        "reward_ranker": {"hard_negatives", "terms"},
         "high_entropy_tokens": {"entropy"},
         "rloo": {"ref_logprobs", "old_logprobs"},
         "ppo": {"values", "policy_values"},
@@ -185,8 +186,8 @@ def test_a_missing_need_is_explained_in_words() -> None:
         preset("scst").check({"ref_logprobs"})
     with pytest.raises(ValueError, match=r"micro-batches must be as large .*for bounds balanced"):
         preset("bapo_adaptive_clip").check(set())
-    with pytest.raises(ValueError, match=r"needs allocate \(a rollout planner\), for rollout"):
-        preset("xrpo_novelty").check({"old_logprobs"})
+    with pytest.raises(ValueError, match=r"needs hard_negatives \(a rollout planner\), for ro"):
+        preset("reward_ranker").check({"terms"})
     with pytest.raises(ValueError, match="scst needs greedy_rewards"):
         prepared(preset("scst"), toy_batch())
     with pytest.raises(ValueError, match="grpo_entropy: the loss needs entropy"):
@@ -233,9 +234,8 @@ def test_parameters_of_a_preset_have_names_of_their_own() -> None:
 
 def test_every_part_is_reachable_by_name() -> None:
     """A function that no preset and no alternative names could not be chosen."""
-    helpers = {"rollout": {"priority", "half_width", "optimal_multipliers"}}
     for slot in SLOTS:
-        known = set(functions(slot)) - helpers.get(slot, set())
+        known = set(functions(slot))
         others = set().union(
             *(named_parts()[other] for other in SLOTS if functions(other) == functions(slot))
         )

@@ -20,7 +20,7 @@ from objectives_toy import (
     toy_batch,
 )
 
-from rayrl.objectives import masks, planners, preset, ratio, select, weights
+from rayrl.objectives import masks, planners, preset, ratio, sampling, select, weights
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -203,11 +203,11 @@ def test_a_caption_that_only_the_scorer_likes_is_a_hard_negative() -> None:
 
 def test_the_driver_finds_the_planners_with_their_parameters() -> None:
     objective = preset("ghpo_reference_hints", hint_floor=0.2)
-    hint, prefix = objective.planners(0)
-    assert (hint.name, prefix.name) == ("needs_hint", "reference_prefix")
-    assert hint.params == {"hint_floor": 0.2}
-    assert hint.function is planners.needs_hint
-    assert objective.needs == {"needs_hint", "reference_prefix", "forced"}
+    (hint,) = objective.planners(0)
+    assert hint.params == {"hint_floor": 0.2, "hint_shares": (0.25, 0.5, 0.75)}
+    assert hint.function is sampling.hint_by_prefix
+    assert hint.inputs == ("drawn", "encode")
+    assert objective.needs == {"forced"}
 
 
 def test_phases_take_turns() -> None:

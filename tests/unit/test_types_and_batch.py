@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -64,13 +67,41 @@ def test_greedy_rewards_are_carried_when_every_group_has_one():
     assert make_batch(groups).greedy_rewards.tolist() == [0.5, 0.75]
 
 
-def test_groups_of_different_sizes_are_refused_by_name():
+def test_smaller_groups_end_in_rows_without_a_caption():
     groups = [
-        scored("a", [completion([1]), completion([2])], [1, 2]),
-        scored("odd", [completion([1])], [1]),
+        scored("a", [completion([1]), completion([2, 4])], [1, 2]),
+        scored("small", [completion([3], finish="length")], [5]),
     ]
-    with pytest.raises(ValueError, match="prompt odd: a group of 1, want 2"):
-        make_batch(groups)
+    batch = make_batch(groups)
+    assert batch.valid.tolist() == [[True, True], [True, False]]
+    assert batch.mask.astype(int).tolist() == [[[1, 0], [1, 1]], [[1, 0], [0, 0]]]
+    assert batch.rewards.tolist() == [[1, 2], [5, 0]]
+    assert batch.terms["cider_d"].tolist() == [[1, 2], [5, 0]]
+    assert batch.truncated.tolist() == [[False, False], [True, False]]
+    assert batch.num_tokens == 4
+
+
+def test_rows_without_a_token_are_refused_before_a_caption():
+    batch = make_batch([scored("a", [completion([1]), completion([2])], [1, 2])])
+    hole = batch.mask.copy()
+    hole[0, 0] = False
+    with pytest.raises(ValueError, match="prompt a has a completion without tokens"):
+        replace(batch, mask=hole)
+    with pytest.raises(ValueError, match="prompt a has a completion without tokens"):
+        replace(batch, mask=np.zeros_like(batch.mask))
+
+
+def test_forced_tokens_travel_from_completion_to_batch():
+    hinted = replace(completion([7, 8, 9]), num_forced=2)
+    group = pickle.loads(pickle.dumps(scored("a", [hinted, completion([1])], [1, 2])))
+    assert group.group.completions[0].num_forced == 2
+    batch = make_batch([group])
+    assert batch.forced.astype(int).tolist() == [[[1, 1, 0], [0, 0, 0]]]
+    assert make_batch([scored("a", [completion([1])], [1])]).forced is None
+    with pytest.raises(ValueError, match="prompt a has a forced token beyond a caption's end"):
+        replace(batch, forced=~batch.mask)
+    with pytest.raises(ValueError, match=r"forced of shape \(1, 2\), want \(1, 2, 3\)"):
+        replace(batch, forced=batch.mask.any(-1))
 
 
 def test_no_group_at_all_is_refused():
@@ -88,6 +119,10 @@ def test_no_group_at_all_is_refused():
         (lambda: completion([1], offset=np.inf), "log-prob -inf at token 0"),
         (lambda: scored("p", [completion([1])], [np.nan]), "prompt p: cider_d \\[nan\\]"),
         (lambda: scored("p", [completion([1])], [1.0, 2.0]), "shape \\(2,\\), want \\(1,\\)"),
+        (
+            lambda: replace(completion([1, 2]), num_forced=2),
+            "2 of 2 tokens forced, want at least one that was sampled",
+        ),
         (
             lambda: RolloutGroup(
                 prompt=prompt("q"),
