@@ -66,10 +66,13 @@ class EarlierCaptions:
             # What else is known of the captions is not known of the earlier one.
             fields={
                 "earlier": np.concatenate([false, known[:, None]], 1),
-                "valid": np.concatenate([~false, known[:, None]], 1),
+                "valid": np.concatenate([batch.valid, known[:, None]], 1),
             },
             wrong_spans=None,
             prefix_rewards=None,
+            forced=None
+            if batch.forced is None
+            else widened(batch.forced, [np.zeros(len(row.token_ids), bool) for row in rows]),
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
