@@ -39,7 +39,7 @@ from rayrl.report import write_report
 from rayrl.resume import check_same_data, open_run_folder
 from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
 from rayrl.rollout_metrics import group_metrics, sample_records, summarize
-from rayrl.rounds import Drawn, Rounds
+from rayrl.rounds import Drawn, Rounds, check_planners
 from rayrl.skipped import save_replay
 from rayrl.types import ScoredGroup, StepReport
 from rayrl.weights import read_model_files
@@ -242,7 +242,9 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     """From data to report; returns whether all steps were done (a stop between steps is not)."""
     folder = Path(config.run_folder)
     # What an objective lacks is said before hours of stage 1, not after.
-    build(config.objective).check(provided(config))
+    objective = build(config.objective)
+    objective.check(provided(config))
+    check_planners(objective.planners(0), config.train.group_size)
     train_data, val_data = load_split(config.data, "train"), load_split(config.data, "val")
     copies = open_run_folder(folder, config, resume=resume, say=print)
     count = min(len(val_data), config.train.eval_images)

@@ -201,6 +201,13 @@ def plan(
     return tuple(sorted(requests, key=lambda request: request.slot))
 
 
+def check_planners(planners: Sequence[Planner], group_size: int) -> None:
+    """Ask planners for the first round of a step without images, so that one whose parameters do
+    not fit the group's size says so (ValueError) before a run's work and not after."""
+    nothing = Drawn(step=0, total_steps=1, group_size=group_size, prompts=(), groups=())
+    plan(nothing, planners, {"take": lambda count: [], "encode": lambda text: []})
+
+
 def seeded(requests: Sequence[Request], run_seed: int, drawn: Drawn) -> tuple[Request, ...]:
     """The requests with their seeds, a function of (run seed, step, prompt, round): a request that
     is made again brings the same captions.  Sample i of a request uses seed + i, so requests for

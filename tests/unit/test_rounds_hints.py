@@ -12,7 +12,7 @@ from test_rounds import answer, asked, completion, prompt_at, rounds, scored
 from rayrl.batch import make_batch
 from rayrl.data.augment import with_noise
 from rayrl.objectives import preset
-from rayrl.rounds import Request, extended, grafted, worst_replaced
+from rayrl.rounds import Request, check_planners, extended, grafted, worst_replaced
 from tests.conftest import encoded_picture
 
 A, B = ord("a"), ord("b")
@@ -73,6 +73,13 @@ def test_injected_captions_replace_the_worst_where_they_are_better():
     # The best new one replaces the worst; the other one, -0.2, is worse than the next, -0.1.
     assert group.rewards.tolist() == pytest.approx([0.9, 0.0, -0.1])
     assert [c.token_ids.tolist() for c in group.group.completions] == [[A, B, 11], [11], [12]]
+
+
+def test_any_objective_takes_a_planner():
+    (planner,) = preset("nsc", rollout="refill", min_spread=0.1).planners(0)
+    assert planner.params == {"min_spread": 0.1, "refill_rounds": 3}
+    names = [p.name for p in preset("grpo", rollout="refill+hint_by_prefix").planners(0)]
+    assert names == ["refill", "hint_by_prefix"]
 
 
 def test_further_captions_go_where_rewards_spread():
@@ -146,6 +153,9 @@ def test_a_tree_that_does_not_fill_the_group_is_refused():
     tree = preset("dynamic_tree_rpo", tree_depths=(2, 5), tree_width=2)
     with pytest.raises(ValueError, match=r"trees of 4 captions, want a divisor of .* 6"):
         rounds(group_size=6, planners=tree.planners).begin(0)
+    with pytest.raises(ValueError, match=r"want a divisor of train.group_size 6"):
+        check_planners(tree.planners(0), 6)
+    check_planners(tree.planners(0), 8)
     falling = preset("dynamic_tree_rpo", tree_depths=(5, 2), tree_width=2)
     with pytest.raises(ValueError, match="want them to rise"):
         rounds(group_size=8, planners=falling.planners).begin(0)
