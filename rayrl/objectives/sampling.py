@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rayrl.data.augment import with_noise
+from rayrl.joins import extended, grafted, worst_replaced
 from rayrl.objectives import planners
-from rayrl.rounds import Drawn, Request, extended, grafted, worst_replaced
+from rayrl.rounds import Drawn, Request
 from rayrl.types import Prompt, ScoredGroup
 
 Encode = Callable[[str], list[int]]

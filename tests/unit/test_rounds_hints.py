@@ -11,8 +11,9 @@ from test_rounds import answer, asked, completion, prompt_at, rounds, scored
 
 from rayrl.batch import make_batch
 from rayrl.data.augment import with_noise
+from rayrl.joins import extended, grafted, worst_replaced
 from rayrl.objectives import preset
-from rayrl.rounds import Request, check_planners, extended, grafted, worst_replaced
+from rayrl.rounds import Request, check_planners
 from tests.conftest import encoded_picture
 
 A, B = ord("a"), ord("b")
