@@ -161,7 +161,8 @@ def test_forced_tokens_begin_a_caption_and_the_rest_is_sampled_after_them(
             decoded = captioner.processor.tokenizer.decode(
                 completion.token_ids.tolist(), skip_special_tokens=True
             )
-            assert completion.text == decoded.strip()
+            # A character that ends in the middle is shown by one decoder and not by the other.
+            assert completion.text.rstrip("\ufffd") == decoded.strip().rstrip("\ufffd")
         if not given:
             for one, two in zip(group.completions, other.completions, strict=True):
                 assert one.token_ids.tolist() == two.token_ids.tolist()
