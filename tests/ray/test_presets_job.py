@@ -24,13 +24,10 @@ RECOMMENDED = ("grpo", "scst", "nsc", "dr_grpo", "dapo")
 ROUNDS = {
     "dapo": (1, 28),
     "ghpo_reference_hints": (1, 28),
-    "igpo_inpainting": (1, 26),
     "guide_grpo": (1, 28),
     "xrpo_novelty": (1, 30),
     "dynamic_tree_rpo": (12, 24),
-    "reg_grpo": (6, 48),
 }
-FORCED = ("ghpo_reference_hints", "igpo_inpainting", "reg_grpo")
 SETTINGS = {"dynamic_tree_rpo": {"tree_depths": "3"}}
 
 PROGRAM = """
@@ -104,4 +101,4 @@ def check_rounds(name: str, rows: list[dict]) -> None:
     assert max(row["rounds/captions"] for row in rows) >= captions, name
     assert max(row["rounds/count"] for row in rows) >= 2, name
     forced = [row["length/forced"] for row in rows if "length/forced" in row]
-    assert bool(forced) == (name in FORCED), name
+    assert bool(forced) == (name == "ghpo_reference_hints"), name
