@@ -127,6 +127,8 @@ def _bad_parameters(model: torch.nn.Module) -> Iterator[str]:
 def _bad_fields(groups: GroupBatch) -> Iterator[str]:
     """Fields of the batch that are not finite, with the first prompt that they are so for."""
     named = {spec.name: getattr(groups, spec.name) for spec in dataclasses.fields(groups)}
+    # NaN there stands for references that an image does not have.
+    named.pop("reference_rewards")
     for name, value in {**named, **groups.terms}.items():
         if isinstance(value, Tensor) and value.is_floating_point() and not _finite(value):
             row = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
