@@ -40,7 +40,7 @@ from rayrl.resume import check_same_data, open_run_folder
 from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
 from rayrl.rollout_metrics import group_metrics, sample_records, summarize
 from rayrl.rounds import Drawn, Rounds, check_planners
-from rayrl.skipped import save_replay
+from rayrl.skipped import Skipped
 from rayrl.types import ScoredGroup, StepReport
 from rayrl.weights import read_model_files
 from rayrl.xe import Snapshot, run_stage1
@@ -61,6 +61,7 @@ class Run:
     fleet: Fleet
     learner: Any
     log: RunLog
+    skipped: Skipped
     backup: Backup
     signatures: Mapping[str, str]
     canary: Canary
@@ -68,7 +69,6 @@ class Run:
     tracer: Tracer
     stop: StopRequest = field(default_factory=StopRequest)
     saved_step: int = -1
-    problems: list[str] = field(default_factory=list)
 
 
 def train(run: Run, start: int) -> int:
@@ -152,28 +152,9 @@ def _after_step(
     if version % train.samples_every == 0 or version == 1:
         run.log.samples(sample_records(groups, report.advantages, version))
     run.log.step(version, metrics)
-    _check_skipped(run, report)
+    run.skipped.check(report, lambda: ray.get(run.learner.replay.remote()))
     if version % train.checkpoint_every == 0 or last:
         save(run)
-
-
-def _check_skipped(run: Run, report: StepReport) -> None:
-    """Say why the learner skipped a step and keep its batch; too many in a row end the run."""
-    if not report.problem:
-        run.problems.clear()
-        return
-    run.problems.append(report.problem)
-    place = save_replay(run.folder, ray.get(run.learner.replay.remote()), run.config)
-    run.log.message(
-        f"step {report.step}: an optimizer step was skipped: {report.problem}; "
-        f"look at it with --replay {place}"
-    )
-    row = report.metrics["learner/skipped_in_a_row"]
-    if row >= run.config.learner.max_skipped:
-        raise RuntimeError(
-            f"{row:.0f} optimizer steps in a row had no finite loss and gradient "
-            f"(learner.max_skipped); the first: {run.problems[0]}"
-        )
 
 
 def evaluate(run: Run, version: int) -> float:
@@ -321,6 +302,7 @@ def _start(
         fleet=fleet,
         learner=learner,
         log=log,
+        skipped=Skipped(folder, config, log.message),
         backup=Backup(copies, folder, keep=config.train.keep_checkpoints, say=log.message),
         signatures={
             "reward": reward_signature(config.reward, statistics),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,41 @@ import numpy as np
 from rayrl import cli
 from rayrl.checkpoint import Checkpoint, save_checkpoint
 from rayrl.config import Config
+from rayrl.types import StepReport
 
 _KEEP = 3
+
+
+class Skipped:
+    """The optimizer steps that were skipped since the last that was taken.
+
+    folder: the run's; say: tells a person
+    """
+
+    def __init__(self, folder: Path, config: Config, say: Callable[[str], None]) -> None:
+        self._folder, self._config, self._say = folder, config, say
+        self._problems: list[str] = []
+
+    def check(self, report: StepReport, fetch: Callable[[], Checkpoint]) -> None:
+        """Say why a step was skipped and keep its batch, which ``fetch`` gets from the learner.
+
+        Raises RuntimeError with the first cause after ``learner.max_skipped`` in a row."""
+        if not report.problem:
+            self._problems.clear()
+            return
+        self._problems.append(report.problem)
+        why = f"step {report.step}: an optimizer step was skipped: {report.problem}"
+        try:
+            place = save_replay(self._folder, fetch(), self._config)
+            self._say(f"{why}; look at it with --replay {place}")
+        except OSError as error:
+            self._say(f"{why}; its batch could not be kept: {error}")
+        row = report.metrics["learner/skipped_in_a_row"]
+        if row >= self._config.learner.max_skipped:
+            raise RuntimeError(
+                f"{row:.0f} optimizer steps in a row had no finite loss and gradient "
+                f"(learner.max_skipped); the first: {self._problems[0]}"
+            )
 
 
 def save_replay(folder: Path, replay: Checkpoint, config: Config) -> Path:

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from rayrl.adapters import AdapterWeights
 from rayrl.checkpoint import Checkpoint, join_state, split_state
@@ -29,6 +28,7 @@ from rayrl.learner.inputs import StepInputs
 from rayrl.learner.means import Means, short_names
 from rayrl.learner.measure import StepMeter
 from rayrl.learner.optimizer import (
+    clip_gradients,
     learning_rate,
     make_optimizer,
     optimizer_arrays,
@@ -43,7 +43,7 @@ from rayrl.learner.spans import with_token_fields
 from rayrl.objectives.batch import GroupBatch
 from rayrl.objectives.compile import CONFIGURED, PROVIDED
 from rayrl.objectives.config import NO_SOURCES, SourcesConfig
-from rayrl.objectives.objective import LossOutput, Objective, Prepared
+from rayrl.objectives.objective import LossOutput, Objective, Prepared, State
 from rayrl.objectives.reduce import Normalizer
 from rayrl.types import FloatArray, StepReport, TrainBatch
 from rayrl.weights import Weights
@@ -139,16 +139,7 @@ class Learner:
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if problem else 0
             if problem:
                 problems.append(problem)
-                if self._replay is None:
-                    self._replay = make_replay(
-                        batch,
-                        groups,
-                        step=self.step,
-                        images=indices,
-                        state=before,
-                        problem=problem,
-                        model_files=policy.files(whole=True),
-                    )
+                self._keep(batch, groups, indices, before, problem)
                 continue
             self._objective_state, decisions = self.objective.control(
                 self._objective_state, sums.means()
@@ -180,6 +171,26 @@ class Learner:
         """The batch with what becomes of it here: characters as tokens, captions of before."""
         batch = with_token_fields(batch, self.policy.processor.tokenizer)
         return batch if self._earlier is None else self._earlier.joined(batch)
+
+    def _keep(
+        self,
+        batch: TrainBatch,
+        groups: GroupBatch,
+        images: list[int],
+        state: State,
+        problem: str,
+    ) -> None:
+        """Keep the first minibatch that this step skips."""
+        if self._replay is None:
+            self._replay = make_replay(
+                batch,
+                groups,
+                step=self.step,
+                images=images,
+                state=state,
+                problem=problem,
+                model_files=self.policy.files(whole=True),
+            )
 
     def replay(self) -> Checkpoint | None:
         """The first minibatch that the last step skipped, with the policy as it was then; on
@@ -242,7 +253,7 @@ class Learner:
             mine.add(loss.metrics)
             mine.add({"learner/loss": (loss.loss.detach(), 0.0)})
         pairs = self._ranks.total_metrics(mine.pairs())
-        norm = self._clip_gradients()
+        norm = clip_gradients(self._named.values(), self._config.grad_clip, self._ranks)
         if not math.isfinite(pairs["learner/loss"][0] + norm):
             return problem(parts, {name: p.grad for name, p in self._named.items()}, norm)
         self._optimizer.step()
@@ -283,14 +294,6 @@ class Learner:
         # Every parameter gets a gradient on every rank, be it 0.
         nothing = loss.loss + 0 * out.logprobs.sum()
         return LossOutput(nothing, dict.fromkeys(loss.metrics, (nothing.detach(), 0.0)))
-
-    def _clip_gradients(self) -> float:
-        """Add the gradients up over ranks, and bound their norm; returns it as it was."""
-        parameters = list(self._named.values())
-        self._ranks.total_gradients(parameters)
-        norm = self._ranks.gradient_norm(parameters)
-        torch.nn.utils.clip_grads_with_norm_(parameters, self._config.grad_clip, norm)
-        return float(norm)
 
     def score(self, image: bytes, token_ids: Sequence[int]) -> FloatArray:
         """Log-probs [T] of a caption under the current weights, at temperature 1 with nothing

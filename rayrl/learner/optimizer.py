@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -25,6 +25,17 @@ def make_optimizer(
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=config.betas
     )
+
+
+def clip_gradients(
+    gradients_of: Iterable[torch.nn.Parameter], limit: float, ranks: Ranks = SOLO
+) -> float:
+    """Add the gradients up over ranks, and bound their norm; returns it as it was."""
+    parameters = list(gradients_of)
+    ranks.total_gradients(parameters)
+    norm = ranks.gradient_norm(parameters)
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return float(norm)
 
 
 def learning_rate(step: int, total: int, config: LearnerConfig) -> float:

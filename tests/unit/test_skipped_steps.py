@@ -14,7 +14,8 @@ from rayrl.checkpoint import load_checkpoint, save_checkpoint
 from rayrl.config import Config, LearnerConfig, ModelConfig
 from rayrl.learner.examine import examine, examine_folder
 from rayrl.learner.replay import read_replay
-from rayrl.skipped import save_replay
+from rayrl.skipped import Skipped, save_replay
+from rayrl.types import StepReport
 from tests.unit.test_learner import batch, largest_difference, learner, parameters
 
 __all__ = ["batch"]
@@ -151,3 +152,44 @@ def test_the_count_in_a_row_survives_a_checkpoint(tiny_folder, batch):
     other.restore(subject.checkpoint())
     spoil(other, 7)
     assert other.update(marked(batch, 0)).metrics["learner/skipped_in_a_row"] == 2
+
+
+def reports(*problems):
+    """Reports of steps of which those with a text were skipped."""
+    row = 0
+    for step, problem in enumerate(problems, start=1):
+        row = row + 1 if problem else 0
+        yield StepReport(
+            step=step,
+            weight_version=step,
+            metrics={"learner/skipped_in_a_row": float(row)},
+            advantages=np.zeros((1, 1), np.float32),
+            problem=problem,
+        )
+
+
+def test_too_many_in_a_row_end_the_run_with_the_first_cause(tiny_folder, batch, tmp_path):
+    subject = learner(tiny_folder)
+    spoil(subject, 7)
+    subject.update(marked(batch, 0))
+    said = []
+    skipped = Skipped(tmp_path, Config(learner=LearnerConfig(max_skipped=2)), said.append)
+    for report in reports("one", "", "two"):
+        skipped.check(report, subject.replay)
+    assert [line.split(";")[0][-3:] for line in said] == ["one", "two"]
+    *_, third = reports("one", "", "two", "three")
+    with pytest.raises(RuntimeError, match=r"2 optimizer steps in a row .* the first: two"):
+        skipped.check(third, subject.replay)
+
+
+def test_a_full_disk_costs_the_replay_and_not_the_run(tmp_path):
+    said = []
+    skipped = Skipped(tmp_path, Config(), said.append)
+
+    def full():
+        raise OSError("no space left")
+
+    skipped.check(next(reports("one")), full)
+    assert said == [
+        "step 1: an optimizer step was skipped: one; its batch could not be kept: no space left"
+    ]

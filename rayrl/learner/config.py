@@ -1,0 +1,98 @@
+"""The learner's part of the configuration; imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from rayrl.section import Section
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685) in place of the weights themselves."""
+
+    rank: NonNegativeInt = 0
+    """Rank of the adapters on the linear layers of `model.trainable`; 0 trains the weights."""
+    alpha: PositiveInt = 32
+    """Scale of what adapters add, over the rank."""
+    publish: Literal["merged", "adapters"] = "merged"
+    """What engines pull after a step: whole weights with the adapters in them, or the adapters
+    alone, which they add to the base that they hold."""
+
+
+class LearnerConfig(Section):
+    """The update."""
+
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW weight decay."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW moment decays."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of the learning rate after the warm-up, to 0 at the last step."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    grad_clip: PositiveFloat = 1.0
+    """Largest gradient norm."""
+    max_skipped: PositiveInt = 3
+    """Optimizer steps in a row without a finite loss and gradient that end the run; each is
+    skipped, counted, and kept for `--replay`."""
+    inner_epochs: PositiveInt = 1
+    """Passes over the captions of a step."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps a pass; the images of a step are shuffled into this many parts."""
+    micro_batch_images: PositiveInt = 32
+    """Images whose groups go through the model at once; changes memory, not results."""
+    micro_batch_tokens: NonNegativeInt = 0
+    """Tokens of prompts and captions that go through the model at once, padding included; 0 counts
+    images alone.  An image above it goes alone."""
+    lora: LoraConfig = LoraConfig()
+    activation_checkpointing: bool = False
+    """Keep only the inputs of layers for the backward pass and run the layers again in it."""
+    compile: bool = False
+    """Compile the layers with torch.compile; refused at the start, with the reason, where that does
+    not work."""
+    feature_cache_mb: NonNegativeInt = 1024
+    """Host memory, in MiB, for image features, which are computed once per image and run while
+    vision tower and connector are frozen; 0 computes them at every pass."""
+    prefix_shared: bool = True
+    """Run image and prompt once a group; off is the naive way, for comparison."""
+    num_workers: PositiveInt = 1
+    """Ranks: processes that share each step's images and take one step together."""
+    parallel: Literal["data", "fsdp"] = "data"
+    """With several ranks: each holds the whole model, or they split parameters, gradients and
+    optimizer state between them (FSDP2).  Changes memory, not results."""
+    cpus: PositiveFloat = 2.0
+    """CPUs of a rank, and its threads."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of a rank."""
+    timeout_s: PositiveFloat = 600.0
+    """A rank that keeps the others waiting for this long counts as dead."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> LearnerConfig:
+        others = {
+            "activation_checkpointing": self.activation_checkpointing,
+            "lora.rank": self.lora.rank > 0,
+            "parallel fsdp": self.parallel == "fsdp" and self.num_workers > 1,
+        }
+        for name, chosen in others.items():
+            if self.compile and chosen:
+                raise ValueError(
+                    f"compile does not go with {name}: the two are not tested together"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> LearnerConfig:
+        if self.lora.rank and self.parallel == "fsdp" and self.num_workers > 1:
+            raise ValueError("lora.rank with parallel fsdp: adapters train on whole models (data)")
+        return self
