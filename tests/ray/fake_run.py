@@ -103,6 +103,7 @@ def run(
     job = grpo.Run(
         config=config,
         folder=folder,
+        base=folder,
         train_data=data,
         heldout=heldout,
         fleet=fleet,
