@@ -58,8 +58,8 @@ class RolloutActor(Traced):
             self._engine.load_weights(weights, changed=changed)
         return self._engine.weight_version
 
-    @ray.method(num_returns=2)
     @traced
+    @ray.method(num_returns=2)  # innermost: Ray looks for it under every wrapper
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, version: int
     ) -> tuple[list[RolloutGroup], float]:
