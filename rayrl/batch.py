@@ -73,13 +73,15 @@ def _padded(rows: Sequence[FloatArray], size: int) -> FloatArray:
 
 
 def _stacked(fields: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The fields that every group has, [P, ...]; shorter ones end in NaN."""
+    """The fields that every group has, [P, ...]; shorter ones end in 0, numbers of the image in
+    NaN."""
     names = set.intersection(*(set(some) for some in fields))
     stacked = {}
     for name in sorted(names):
         rows = [some[name] for some in fields]
         longest = max(len(row) for row in rows)
         if any(len(row) < longest for row in rows):
-            rows = [np.pad(row, (0, longest - len(row)), constant_values=np.nan) for row in rows]
+            fill = np.nan if rows[0].dtype.kind == "f" and rows[0].ndim == 1 else 0
+            rows = [np.pad(row, (0, longest - len(row)), constant_values=fill) for row in rows]
         stacked[name] = np.stack(rows)
     return stacked

@@ -17,11 +17,10 @@ _DTYPES = {"b": torch.bool, "i": torch.long}
 
 
 def group_batch(batch: TrainBatch, device: str | torch.device) -> GroupBatch:
-    """The step's groups on ``device``; all captions that exist are valid, unless the field
-    ``valid`` says else.
+    """The step's groups on ``device``; all captions that exist are valid.
 
     Raises ValueError on a field that no objective knows."""
-    if unknown := batch.fields.keys() - OPTIONAL_FIELDS.keys() - {"valid"}:
+    if unknown := batch.fields.keys() - OPTIONAL_FIELDS.keys():
         raise ValueError(f"batch: unknown fields {', '.join(sorted(unknown))}")
 
     def tensor(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:

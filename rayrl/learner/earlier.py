@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -30,49 +31,44 @@ class EarlierCaptions:
         self._captions: dict[str, _Caption] = {}
 
     def joined(self, batch: TrainBatch) -> TrainBatch:
-        """The batch with G + 1 captions a group.  ``earlier`` [P,G+1] marks those that were
-        remembered; where there is none yet, the last one is a copy that is not ``valid``."""
-        here = [_caption(batch, i, 0) for i in range(len(batch.prompt_ids))]
+        """The batch with room for G + 1 captions a group: after its own, the one that was
+        remembered, which ``earlier`` [P,G+1] marks, or none yet."""
         found = [self._captions.get(name) for name in batch.prompt_ids]
-        rows = [own if old is None else old for own, old in zip(here, found, strict=True)]
-        self._captions.update(zip(batch.prompt_ids, here, strict=True))
-        known = np.array([old is not None for old in found])
+        for i, name in enumerate(batch.prompt_ids):
+            self._captions[name] = _caption(batch, i, 0)
         p, g, t = batch.shape
-        length = max(t, *(len(row.token_ids) for row in rows))
+        place = batch.valid.sum(1)
+        rows = [(i, int(place[i]), old) for i, old in enumerate(found) if old is not None]
+        length = max([t, *(len(old.token_ids) for _, _, old in rows)])
 
-        def widened(array: np.ndarray, last: list[np.ndarray]) -> np.ndarray:
+        def with_tokens(array: np.ndarray, values: Callable[[_Caption], Any]) -> np.ndarray:
             whole = np.zeros((p, g + 1, length), array.dtype)
             whole[:, :g, :t] = array
-            for i, values in enumerate(last):
-                whole[i, g, : len(values)] = values
+            for i, j, old in rows:
+                whole[i, j, : len(old.token_ids)] = values(old)
             return whole
 
-        def further(array: np.ndarray, last: list[float]) -> np.ndarray:
-            return np.concatenate([array, np.array(last, array.dtype)[:, None]], 1)
+        def with_value(array: np.ndarray, value: Callable[[_Caption], Any]) -> np.ndarray:
+            whole = np.concatenate([array, np.zeros((p, 1), array.dtype)], 1)
+            for i, j, old in rows:
+                whole[i, j] = value(old)
+            return whole
 
-        false = np.zeros((p, g), bool)
+        forced = batch.forced
         return replace(
             batch,
-            token_ids=widened(batch.token_ids, [row.token_ids for row in rows]),
-            mask=widened(batch.mask, [np.ones(len(row.token_ids), bool) for row in rows]),
-            rollout_logprobs=widened(batch.rollout_logprobs, [row.logprobs for row in rows]),
-            rewards=further(batch.rewards, [row.reward for row in rows]),
-            weight_versions=further(batch.weight_versions, [row.version for row in rows]),
-            truncated=further(batch.truncated, [row.truncated for row in rows]),
-            terms={
-                name: further(values, [row.terms[name] for row in rows])
-                for name, values in batch.terms.items()
-            },
+            token_ids=with_tokens(batch.token_ids, lambda old: old.token_ids),
+            mask=with_tokens(batch.mask, lambda old: True),
+            rollout_logprobs=with_tokens(batch.rollout_logprobs, lambda old: old.logprobs),
+            forced=None if forced is None else with_tokens(forced, lambda old: False),
+            rewards=with_value(batch.rewards, lambda old: old.reward),
+            weight_versions=with_value(batch.weight_versions, lambda old: old.version),
+            truncated=with_value(batch.truncated, lambda old: old.truncated),
+            terms={name: with_value(values, _term(name)) for name, values in batch.terms.items()},
             # What else is known of the captions is not known of the earlier one.
-            fields={
-                "earlier": np.concatenate([false, known[:, None]], 1),
-                "valid": np.concatenate([batch.valid, known[:, None]], 1),
-            },
+            fields={"earlier": with_value(np.zeros((p, g), bool), lambda old: True)},
             wrong_spans=None,
             prefix_rewards=None,
-            forced=None
-            if batch.forced is None
-            else widened(batch.forced, [np.zeros(len(row.token_ids), bool) for row in rows]),
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -106,6 +102,10 @@ class EarlierCaptions:
             self._captions[image] = _Caption(
                 ids[i], logprobs[i], float(row[0]), int(row[1]), bool(row[2]), terms
             )
+
+
+def _term(name: str) -> Callable[[_Caption], float]:
+    return lambda old: old.terms[name]
 
 
 def _caption(batch: TrainBatch, i: int, g: int) -> _Caption:

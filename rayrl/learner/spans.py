@@ -35,7 +35,7 @@ def with_token_fields(batch: TrainBatch, tokenizer: Any) -> TrainBatch:
     p, g, t = batch.shape
     credit, values = np.zeros((p, g, t), np.float32), np.zeros((p, g, t + 1), np.float32)
     for i in range(p):
-        for j in range(g):
+        for j in range(len(batch.texts[i])):
             ids = batch.token_ids[i, j][batch.mask[i, j]]
             ends = token_ends(tokenizer, ids.tolist(), batch.texts[i][j])
             if batch.wrong_spans is not None:

@@ -35,10 +35,10 @@ def test_an_image_that_comes_again_meets_its_first_caption():
     fresh = store.joined(FIRST)
     assert fresh.shape == (2, 3, 3)
     assert not fresh.fields["earlier"].any()
-    assert fresh.fields["valid"].tolist() == [[True, True, False]] * 2
+    assert fresh.valid.tolist() == [[True, True, False]] * 2
     again = store.joined(SECOND)
     assert again.fields["earlier"].tolist() == [[False, False, True], [False, False, False]]
-    assert again.fields["valid"].tolist() == [[True, True, True], [True, True, False]]
+    assert again.valid.tolist() == [[True, True, True], [True, True, False]]
     assert again.token_ids[0].tolist() == [[8, 9], [8, 0], [4, 0]]
     assert again.mask[0].sum(-1).tolist() == [2, 1, 1]
     assert again.rewards[0].tolist() == pytest.approx([0.5, 0.6, 3.0])
@@ -46,8 +46,7 @@ def test_an_image_that_comes_again_meets_its_first_caption():
     assert again.weight_versions[0].tolist() == [5, 3, 4]
     assert again.truncated[0].tolist() == [False, False, True]
     assert again.rollout_logprobs[0, 2].tolist() == [-1.0, 0.0]
-    groups = group_batch(again, "cpu")
-    assert groups.valid.tolist() == again.fields["valid"].tolist()
+    assert group_batch(again, "cpu").valid.tolist() == again.valid.tolist()
     # The caption that is there now is the earlier one of the next visit.
     third = store.joined(SECOND)
     assert third.token_ids[0, 2].tolist() == [8, 9]
@@ -95,3 +94,18 @@ def test_a_resumed_run_meets_the_same_captions(tiny_folder, batch, tmp_path):
             subject.update(batch)
     for name, value in parameters(straight).items():
         assert np.array_equal(parameters(resumed)[name], value), name
+
+
+def test_the_earlier_caption_comes_right_after_a_group_that_is_smaller():
+    store = EarlierCaptions()
+    store.joined(FIRST)
+    ragged = make_batch(
+        [
+            scored("a", [completion([9])], [1.0]),
+            scored("b", [completion([5]), completion([6])], [1.0, 2.0]),
+        ]
+    )
+    joined = store.joined(ragged)
+    assert joined.valid.tolist() == [[True, True, False], [True, True, True]]
+    assert joined.fields["earlier"].tolist() == [[False, True, False], [False, False, True]]
+    assert joined.token_ids[0].tolist() == [[9, 0, 0], [1, 2, 3], [0, 0, 0]]

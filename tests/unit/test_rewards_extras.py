@@ -210,3 +210,15 @@ def test_groups_may_differ_in_size():
     assert kernels[0].item() == 1
     alone = scorer({}).score([groups[2]])[0].fields["similarity"]
     np.testing.assert_allclose(kernels[2], alone)
+
+
+def test_judgements_of_smaller_groups_are_filled_with_nothing():
+    path = f"{__name__}:judge"
+    config = {
+        "terms": {"judge": {"kind": "function", "path": path}, "cider_d": 1.0},
+        "constraints": {"judge": ">= 1"},
+    }
+    batch = make_batch(scorer(config).score([group(0, "a horse"), GROUPS[0]]))
+    assert batch.fields["judge_ok"].tolist() == [[True, False], [True, True]]
+    assert batch.fields["reward_versions"].tolist() == [[3, 0], [3, 3]]
+    assert batch.fields["similarity"][0].tolist() == [[1, 0], [0, 0]]
