@@ -58,8 +58,9 @@ class RolloutActor(Traced):
             self._engine.load_weights(weights, changed=changed)
         return self._engine.weight_version
 
-    @traced
-    @ray.method(num_returns=2)  # innermost: Ray looks for it under every wrapper
+    # Ray looks at the innermost function, under every wrapper.
+    @traced  # type: ignore[arg-type]
+    @ray.method(num_returns=2)
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, version: int
     ) -> tuple[list[RolloutGroup], float]:
