@@ -25,6 +25,7 @@ from rayrl.metrics import Phases, RunLog
 from rayrl.objectives import build
 from rayrl.rewards.statistics import reward_statistics
 from rayrl.rounds import Rounds
+from rayrl.skipped import Skipped
 from tests.ray.fakes import FakeLearner, FakeRollout
 from tests.ray.test_grpo_job import children
 
@@ -104,6 +105,7 @@ def run(
         config=config,
         folder=folder,
         base=folder,
+        skipped=Skipped(folder, config, log.message),
         train_data=data,
         heldout=heldout,
         fleet=fleet,
