@@ -77,10 +77,13 @@ def describe(config: Config) -> str:
     train, learner = config.train, config.learner
     images, captions = train.images_per_step, config.captions_per_step
     per_update = images // learner.minibatches
-    micro = -(-per_update // learner.micro_batch_images)
+    ranks = learner.num_workers
+    micro = -(-per_update // ranks // learner.micro_batch_images)
     parts = f"in {micro} micro-batch{'es' * (micro > 1)}"
     if learner.micro_batch_tokens:
         parts = f"in micro-batches of up to {learner.micro_batch_tokens} tokens"
+    if ranks > 1:
+        parts += f" on each of {ranks} ranks ({learner.parallel})"
     updates = learner.inner_epochs * learner.minibatches
     ahead = train.max_staleness
     lines = [
@@ -92,7 +95,8 @@ def describe(config: Config) -> str:
         + (
             "sampled with the newest weights" if not ahead else f"sampled up to {ahead} steps ahead"
         ),
-        f"workers: {config.rollout.num_workers} rollout, {train.reward_workers} reward, 1 learner",
+        f"workers: {config.rollout.num_workers} rollout, {train.reward_workers} reward, "
+        f"{ranks} learner",
         f"stage 1: {config.xe.steps} cross-entropy steps of {config.xe.images_per_step} images x "
         f"{config.xe.captions_per_image} captions",
         f"objective: {config.objective.preset}; data: {config.data.source}; "

@@ -211,6 +211,11 @@ class Config(Section):
                 f"train.images_per_step {images} does not divide into "
                 f"learner.minibatches {self.learner.minibatches}"
             )
+        if images // self.learner.minibatches < self.learner.num_workers:
+            raise ValueError(
+                f"learner.num_workers {self.learner.num_workers}, but a minibatch has only "
+                f"{images // self.learner.minibatches} images to share"
+            )
         if self.xe.images_per_step % self.xe.num_workers:
             raise ValueError(
                 f"xe.images_per_step {self.xe.images_per_step} does not divide into "

@@ -11,14 +11,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import ray
 
 from rayrl import cli
 from rayrl.actors.cluster import connect, cpus_of, failing_in_one_line
 from rayrl.actors.fleet import Fleet, Pending
-from rayrl.actors.learner import LearnerActor
+from rayrl.actors.learner_group import LearnerGroup
 from rayrl.actors.pool import TooFewWorkers
 from rayrl.actors.reward import check_terms
 from rayrl.actors.telemetry import RayMetrics
@@ -59,7 +58,7 @@ class Run:
     heldout: Heldout
     rounds: Rounds
     fleet: Fleet
-    learner: Any
+    learner: LearnerGroup
     log: RunLog
     skipped: Skipped
     backup: Backup
@@ -90,7 +89,7 @@ def train(run: Run, start: int) -> int:
         drawn = _all_rounds(run, pending.pop(0), version)
         groups = drawn.whole
         with run.phases("learner"):
-            report = ray.get(run.learner.update.remote(groups))
+            report = run.learner.update(groups)
         version = report.weight_version
         with run.phases("sync"):
             publish(run, version)
@@ -133,11 +132,11 @@ def train_or_save(run: Run, start: int) -> int:
 def publish(run: Run, version: int, *, first: bool = False) -> None:
     """Hand the learner's weights to the workers; with the first version all of them, and every
     ``canary_every``-th time the proof that an engine computes what the learner does."""
-    weights = run.learner.weights.remote
+    weights = run.learner.weights
     frozen = weights(trained_only=False) if first else None
     run.fleet.publish(version, weights(trained_only=True), frozen=frozen)
     if first or version % run.config.rollout.canary_every == 0:
-        run.fleet.probe(version, run.canary, run.learner.score.remote(run.canary))
+        run.fleet.probe(version, run.canary, run.learner.score(run.canary))
 
 
 def _after_step(
@@ -152,7 +151,7 @@ def _after_step(
     if version % train.samples_every == 0 or version == 1:
         run.log.samples(sample_records(groups, report.advantages, version))
     run.log.step(version, metrics)
-    run.skipped.check(report, lambda: ray.get(run.learner.replay.remote()))
+    run.skipped.check(report, run.learner.replay)
     if version % train.checkpoint_every == 0 or last:
         save(run)
 
@@ -166,7 +165,7 @@ def evaluate(run: Run, version: int) -> float:
 
 def save(run: Run) -> None:
     """Write a checkpoint; a full disk costs this one, not the run."""
-    checkpoint: Checkpoint = ray.get(run.learner.checkpoint.remote())
+    checkpoint = run.learner.checkpoint()
     run.saved_step = checkpoint.step
     meta = {**checkpoint.meta, "data": run.train_data.fingerprint(), "seed": run.config.seed}
     meta["signatures"] = dict(run.signatures)
@@ -179,19 +178,23 @@ def save(run: Run) -> None:
     )
     run.backup.wait()
     try:
-        save_checkpoint(run.folder / "checkpoints", whole, keep=run.config.train.keep_checkpoints)
+        place = save_checkpoint(
+            run.folder / "checkpoints", whole, keep=run.config.train.keep_checkpoints
+        )
     except OSError as error:
         run.log.message(f"checkpoint of step {checkpoint.step} failed: {error}; going on")
         return
+    run.learner.rebuild_from(place)
     run.backup.checkpoint(checkpoint.step)
 
 
 def restore(run: Run) -> int:
     """Put the learner where the latest checkpoint was; returns its step."""
-    checkpoint = load_checkpoint(run.folder / "checkpoints" / "latest")
+    place = (run.folder / "checkpoints" / "latest").resolve()
+    checkpoint = load_checkpoint(place)
     check_same_data(checkpoint, run.train_data.fingerprint())
     run.rounds.restore(checkpoint.meta["rounds"])
-    return int(ray.get(run.learner.restore.remote(checkpoint)))
+    return run.learner.restore(checkpoint, place)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -253,7 +256,7 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
         finally:
             run.tracer.close()
             run.fleet.shutdown()
-            ray.kill(run.learner)
+            run.learner.shutdown()
             run.backup.close()
             run.log.close()
     finally:
@@ -275,16 +278,11 @@ def _start(
 ) -> Run:
     """Start the workers and the learner from the stage-1 model."""
     files = read_model_files(stage1.folder)
-    threads = str(max(1, int(config.learner.cpus)))
-    learner = LearnerActor.options(  # type: ignore[attr-defined]
-        num_cpus=config.learner.cpus,
-        num_gpus=config.learner.gpus,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
-    ).remote(config, files)
     objective = build(config.objective)
     last = list_checkpoints(folder / "checkpoints")[-1] if resume else None
     fleet = Fleet(config, files, statistics, greedy_baseline="greedy_rewards" in objective.needs)
-    tracer = Tracer(folder if trace else None, fleet.workers, {"learner 0": learner})
+    learner = LearnerGroup(config, files, fleet.budget)
+    tracer = Tracer(folder if trace else None, fleet.workers, learner.workers)
     log = RunLog(
         folder,
         total_steps=config.train.steps,
@@ -336,7 +334,7 @@ def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) 
     write_summary(run.folder, summary)
     if finished and run.config.xe.control and run.config.xe.steps:
         seconds = sum(summary["seconds_by_phase"].values()) - summary["seconds_by_phase"]["eval"]
-        ray.kill(run.learner)
+        run.learner.shutdown()
         summary["cider_d_xe_control"] = curve.control(snapshots[-1], seconds)
         write_summary(run.folder, summary)
     run.log.message(f"report: {write_report(run.folder)}")

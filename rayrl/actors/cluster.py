@@ -64,4 +64,5 @@ def cpus_of(config: Config) -> float:
     apart = sum(asked["num_cpus"] for asked in placements(config.reward).values())
     workers = rollout.max_workers * rollout.cpus
     workers += train.reward_workers * (train.reward_cpus + apart)
-    return max(workers + config.learner.cpus, config.xe.num_workers * config.learner.cpus + 2)
+    learner = config.learner.num_workers * config.learner.cpus
+    return max(workers + learner, config.xe.num_workers * config.learner.cpus + 2)

@@ -83,6 +83,11 @@ class Fleet:
         self._recent: list[StepTimes] = []
         self._step_began, self._waited, self._sampling_s = time.perf_counter(), 0.0, 0.0
 
+    @property
+    def budget(self) -> RestartBudget:
+        """Counts the workers that were replaced so far."""
+        return self._budget
+
     def adapt(self) -> None:
         """End a step: grow or shrink by what the last ones measured."""
         now = time.perf_counter()

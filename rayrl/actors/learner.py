@@ -1,4 +1,4 @@
-"""The learner actor: the update behind Ray."""
+"""The learner actor: the update behind Ray.  One rank of a :class:`LearnerGroup`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rayrl.canary import Canary
 from rayrl.checkpoint import Checkpoint
 from rayrl.config import Config
 from rayrl.learner.learner import Learner
+from rayrl.learner.parallel import SOLO, Ranks, join
 from rayrl.objectives import build
 from rayrl.trace import Traced, traced
 from rayrl.types import FloatArray, ScoredGroup, StepReport
@@ -22,9 +23,14 @@ from rayrl.weights import ModelFiles, Weights, write_model_files
 
 @ray.remote
 class LearnerActor(Traced):
-    """Trains the policy.  ``files`` are those of the stage-1 model, the run's reference."""
+    """Trains the policy.  ``files`` are those of the stage-1 model, the run's reference;
+    ``store`` is where several ranks find each other, an address and a port.
 
-    def __init__(self, config: Config, files: ModelFiles) -> None:
+    Every method must be called on every rank, in the same order."""
+
+    def __init__(
+        self, config: Config, files: ModelFiles, rank: int, store: tuple[str, int]
+    ) -> None:
         with tempfile.TemporaryDirectory(prefix="rayrl-learner-") as folder:
             self._learner = Learner(
                 write_model_files(files, Path(folder), with_weights=True),
@@ -37,10 +43,8 @@ class LearnerActor(Traced):
                 instruction=config.data.instruction,
                 total_steps=config.train.steps,
                 seed=config.seed,
+                ranks=_join(config, rank, store),
             )
-
-    def num_parameters(self) -> int:
-        return self._learner.num_parameters
 
     @traced
     def update(self, groups: Sequence[ScoredGroup]) -> StepReport:
@@ -51,9 +55,13 @@ class LearnerActor(Traced):
         """What the last step skipped, if it did."""
         return self._learner.replay()
 
-    @traced
-    def weights(self, *, trained_only: bool) -> Weights | AdapterWeights | None:
-        return self._learner.weights(trained_only=trained_only)
+    # Ray reads the number of results from the innermost function.
+    @traced  # type: ignore[arg-type]
+    @ray.method(num_returns=2)  # type: ignore[arg-type]
+    def weights(self, *, trained_only: bool) -> tuple[int, Weights | AdapterWeights | None]:
+        """The version, which tells that all went well, and the weights, which are large."""
+        weights = self._learner.weights(trained_only=trained_only)
+        return self._learner.weight_version, weights
 
     @traced
     def score(self, canary: Canary) -> FloatArray:
@@ -67,3 +75,16 @@ class LearnerActor(Traced):
     def restore(self, checkpoint: Checkpoint) -> int:
         """Continue from a checkpoint; returns its step."""
         return self._learner.restore(checkpoint)
+
+
+def _join(config: Config, rank: int, store: tuple[str, int]) -> Ranks:
+    learner = config.learner
+    if learner.num_workers == 1:
+        return SOLO
+    return join(
+        *store,
+        rank=rank,
+        size=learner.num_workers,
+        mode=learner.parallel,
+        timeout_s=learner.timeout_s,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,15 @@ _LAST_WAIT_S = 10.0
 
 
 class Tracer:
-    """Asks workers (actors by name: those that ``pool`` gives now, and ``others``) for their spans
+    """Asks workers (actors by name, those that ``sources`` give at that moment) for their spans
     after each step, and writes them to ``folder``/trace.json; does nothing where that is None.
 
     A worker that is busy answers later; one that died takes its latest spans along.
     """
 
-    def __init__(
-        self,
-        folder: Path | None,
-        pool: Callable[[], Mapping[str, Any]],
-        others: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, folder: Path | None, *sources: Callable[[], Mapping[str, Any]]) -> None:
         self._file = TraceFile(folder / "trace.json") if folder else None
-        self._pool, self._others = pool, others
+        self._sources = sources
         self._asked: dict[Any, str] = {}
 
     def phase(self, name: str, started: float, seconds: float) -> None:
@@ -50,7 +46,8 @@ class Tracer:
 
     def _collect(self, file: TraceFile, *, timeout_s: float) -> None:
         waiting = set(self._asked.values())
-        for lane, actor in {**self._pool(), **self._others}.items():
+        workers = itertools.chain(*(source().items() for source in self._sources))
+        for lane, actor in workers:
             if lane not in waiting:
                 self._asked[actor.take_spans.remote()] = lane
         refs = list(self._asked)

@@ -55,7 +55,7 @@ def read_needs(config_file: Path) -> Needs:
         backend=config.engine.backend,
         kv_cache_mb=config.engine.kv_cache_mb,
         cpu_engines=0 if rollout.gpus else rollout.num_workers,
-        gpus=rollout.gpus * rollout.num_workers + learner.gpus,
+        gpus=rollout.gpus * rollout.num_workers + learner.gpus * learner.num_workers,
         run_folder=Path(config.run_folder),
     )
 

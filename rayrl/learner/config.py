@@ -96,3 +96,12 @@ class LearnerConfig(Section):
         if self.lora.rank and self.parallel == "fsdp" and self.num_workers > 1:
             raise ValueError("lora.rank with parallel fsdp: adapters train on whole models (data)")
         return self
+
+    @model_validator(mode="after")
+    def _a_gpu_each(self) -> LearnerConfig:
+        if self.num_workers > 1 and self.gpus not in (0, 1):
+            raise ValueError(
+                f"gpus {self.gpus} with num_workers {self.num_workers}: a rank runs on one GPU of "
+                "its own, want 0 or 1"
+            )
+        return self

@@ -129,29 +129,32 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         yield bucket
 
 
-def open_store(address: str, port: int, size: int, *, timeout_s: float) -> dist.TCPStore:
-    """Where ranks find each other: rank 0 opens it (``port`` 0: any free one, see its ``port``),
-    the others then connect to it."""
+def open_store(address: str, size: int, *, timeout_s: float) -> dist.TCPStore:
+    """Where ranks find each other: open as long as this lives, at any free port, its ``port``."""
     return dist.TCPStore(
         address,
-        port,
+        0,
         size,
-        is_master=port == 0,
+        is_master=True,
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
     )
 
 
 def join(
-    store: dist.TCPStore,
+    address: str,
+    port: int,
     *,
     rank: int,
     size: int,
     mode: Literal["data", "fsdp"],
     timeout_s: float,
 ) -> Ranks:
-    """Become ``rank`` of ``size``.  From then on a rank that misses a collective for longer than
-    ``timeout_s`` fails it on the others, instead of keeping them waiting for ever."""
+    """Become ``rank`` of the ``size`` that meet at an open store.  From then on a rank that misses
+    a collective for longer than ``timeout_s`` fails it on the others."""
+    store = dist.TCPStore(
+        address, port, size, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+    )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
@@ -169,7 +172,12 @@ def shard(model: Any, compute: Callable[..., Any], device: str) -> None:
     its images' features can leave it out while another runs it.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     ignored = {
@@ -182,6 +190,8 @@ def shard(model: Any, compute: Callable[..., Any], device: str) -> None:
         "mesh": init_device_mesh(device, (dist.get_world_size(),)),
         "ignored_params": ignored,
         "reshard_after_forward": True,
+        # Whatever the type that parameters compute in, sums over ranks round once.
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
     }
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
@@ -201,7 +211,10 @@ def shard(model: Any, compute: Callable[..., Any], device: str) -> None:
 
 def compute_sharded(model: Any, *arguments: Any, **options: Any) -> Any:
     """Call the function that :func:`shard` was given, gathering parameters as they are needed."""
-    return model.sharded_compute(*arguments, **options)
+    outputs = model.sharded_compute(*arguments, **options)
+    if not torch.is_grad_enabled():
+        model.reshard()  # else the backward pass does, after it has used them
+    return outputs
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rayrl.learner.parallel import Ranks, join, open_store
+from rayrl.learner.parallel import join, open_store
 
 TIMEOUT_S = 120.0
 
@@ -27,7 +27,7 @@ class RankProcesses:
         ]
 
     def run(self, mode: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        store = open_store("127.0.0.1", 0, len(self._pools), timeout_s=TIMEOUT_S)
+        store = open_store("127.0.0.1", len(self._pools), timeout_s=TIMEOUT_S)
         futures = [
             pool.submit(_on_rank, store.port, rank, len(self._pools), mode, function, arguments)
             for rank, pool in enumerate(self._pools)
@@ -42,8 +42,7 @@ def _on_rank(
     port: int, rank: int, size: int, mode: Any, function: Callable[..., Any], arguments: Any
 ) -> Any:
     torch.set_num_threads(1)
-    store = open_store("127.0.0.1", port, size, timeout_s=TIMEOUT_S)
-    ranks: Ranks = join(store, rank=rank, size=size, mode=mode, timeout_s=TIMEOUT_S)
+    ranks = join("127.0.0.1", port, rank=rank, size=size, mode=mode, timeout_s=TIMEOUT_S)
     try:
         return function(ranks, *arguments)
     finally:

@@ -164,3 +164,21 @@ def test_two_ranks_continue_bit_for_bit(two, tiny_folder, batch, mode, dtype, tm
     options = {"lr": 1e-3, "dtype": dtype}
     (one, other), _ = two.run(mode, continue_twice, tiny_folder, batch, options, tmp_path)
     assert largest_difference(one, other) == 0
+
+
+def as_numbers(bits):
+    """One vector of bfloat16 weights that travelled as uint16."""
+    parts = [torch.from_numpy(bits[n].view(np.int16)).view(torch.bfloat16) for n in sorted(bits)]
+    return torch.cat([part.double().flatten() for part in parts])
+
+
+@pytest.mark.parametrize("mode", ["data", "fsdp"])
+def test_two_ranks_in_bfloat16_take_about_the_steps_of_one(two, tiny_folder, batch, mode):
+    groups, options = first_images(batch, 5), {"lr": 1e-3, "dtype": "bfloat16"}
+    metrics, before, after = steps(SOLO, tiny_folder, groups, options)
+    first, second = two.run(mode, steps, tiny_folder, groups, options)
+    assert first[0] == second[0]
+    for want, got in zip(metrics, first[0], strict=True):
+        assert got["learner/grad_norm"] == pytest.approx(want["learner/grad_norm"], rel=5e-3)
+    before, after, other = as_numbers(before), as_numbers(after), as_numbers(first[2])
+    assert float((other - after).norm() / (after - before).norm()) < 0.2

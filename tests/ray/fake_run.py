@@ -42,6 +42,34 @@ class Done:
     rows: list[dict]
 
 
+class OneLearner:
+    """Answers as a LearnerGroup does, with one actor that is not rebuilt."""
+
+    def __init__(self, actor) -> None:
+        self._actor = actor
+
+    def update(self, groups):
+        return ray.get(self._actor.update.remote(groups))
+
+    def weights(self, *, trained_only):
+        return self._actor.weights.remote(trained_only=trained_only)
+
+    def score(self, canary):
+        return self._actor.score.remote(canary)
+
+    def replay(self):
+        return ray.get(self._actor.replay.remote())
+
+    def checkpoint(self):
+        return ray.get(self._actor.checkpoint.remote())
+
+    def restore(self, checkpoint, folder):
+        return ray.get(self._actor.restore.remote(checkpoint))
+
+    def rebuild_from(self, folder) -> None:
+        pass
+
+
 class Watched(RunLog):
     """Calls ``after`` with every step that is logged and its metrics."""
 
@@ -109,13 +137,13 @@ def run(
         train_data=data,
         heldout=heldout,
         fleet=fleet,
-        learner=learner,
+        learner=OneLearner(learner),
         log=log,
         backup=Backup(None, folder, keep=1, say=log.message),
         rounds=Rounds.of_run(config, build(config.objective).planners, data, folder),
         signatures={},
         phases=Phases(),
-        tracer=Tracer(None, fleet.workers, {}),
+        tracer=Tracer(None, fleet.workers),
         canary=canary,
     )
     try:

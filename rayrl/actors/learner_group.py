@@ -1,0 +1,206 @@
+"""The learner as the driver sees it: one or more ranks that take a step together.
+
+Every call goes to every rank.  A rank that dies takes the group with it, for the others wait for
+it in the middle of a sum; the group is then built anew from the last checkpoint and repeats the
+updates since then with the same groups, which leads to the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rayrl.actors.learner import LearnerActor
+from rayrl.actors.pool import RestartBudget
+from rayrl.canary import Canary
+from rayrl.checkpoint import Checkpoint, load_checkpoint
+from rayrl.config import Config
+from rayrl.learner.parallel import open_store
+from rayrl.types import ScoredGroup, StepReport
+from rayrl.weights import ModelFiles
+
+log = logging.getLogger(__name__)
+
+_GRACE_S = 5.0
+"""After the first rank has failed, how long the others may take to say why."""
+_SAY_EVERY_S = 30.0
+
+
+class RankLost(RuntimeError):
+    """A rank died or hangs, so that the group cannot go on."""
+
+
+class LearnerGroup:
+    """``learner.num_workers`` learner actors, on one node where there is room.
+
+    ``files`` are those of the stage-1 model; lost ranks are counted against ``budget``.
+    """
+
+    def __init__(self, config: Config, files: ModelFiles, budget: RestartBudget) -> None:
+        self._config = config
+        self._files = ray.put(files)
+        self._budget = budget
+        learner = config.learner
+        asked = {"CPU": learner.cpus, "GPU": learner.gpus}
+        bundle = {name: amount for name, amount in asked.items() if amount}
+        self._place = placement_group([bundle] * learner.num_workers, strategy="PACK")
+        self._placed = False
+        self._origin: Path | None = None
+        self._since: list[Any] = []
+        self._store: Any = None
+        self._ranks = self._start()
+
+    def update(self, groups: Sequence[ScoredGroup]) -> StepReport:
+        """One step on whole groups; all ranks read one copy of them on each node."""
+        shared = ray.put(list(groups))
+        report: StepReport = ray.get(self._surely(lambda: self._call("update", shared)))
+        self._since.append(shared)
+        return report
+
+    def replay(self) -> Checkpoint:
+        """What the last step skipped; for a step whose report names a problem."""
+        replay: Checkpoint = ray.get(self._surely(lambda: self._call("replay")))
+        return replay
+
+    def weights(self, *, trained_only: bool) -> Any:
+        """A reference to the current :class:`Weights`, once they are packed."""
+        return self._surely(lambda: self._call("weights", trained_only=trained_only))
+
+    def score(self, canary: Canary) -> Any:
+        """A reference to the canary caption's log-probs [T] under the current weights."""
+        return self._surely(lambda: self._call("score", canary))
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that a resumed run needs of the learner."""
+        checkpoint: Checkpoint = ray.get(self._surely(lambda: self._call("checkpoint")))
+        return checkpoint
+
+    def restore(self, checkpoint: Checkpoint, folder: Path) -> int:
+        """Continue from a checkpoint, which was read from ``folder``; returns its step."""
+        self.rebuild_from(folder)
+        shared = ray.put(checkpoint)
+        return int(ray.get(self._surely(lambda: self._call("restore", shared))))
+
+    def rebuild_from(self, folder: Path) -> None:
+        """``folder`` holds a checkpoint of the learner as it is now, from which a lost one can be
+        rebuilt: the groups of earlier steps need not be kept any longer."""
+        self._origin = folder
+        self._since.clear()
+
+    def workers(self) -> dict[str, Any]:
+        """The ranks by name."""
+        return {f"learner {rank}": actor for rank, actor in enumerate(self._ranks)}
+
+    def shutdown(self) -> None:
+        """End every rank and give the resources back; a second time does nothing."""
+        if self._ranks:
+            self._kill()
+            remove_placement_group(self._place)
+
+    def _start(self) -> list[Any]:
+        learner = self._config.learner
+        place = ("", 0)
+        if learner.num_workers > 1:
+            address = ray.util.get_node_ip_address()
+            self._store = open_store(address, learner.num_workers, timeout_s=learner.timeout_s)
+            place = (address, self._store.port)
+        threads = str(max(1, int(learner.cpus)))
+        return [
+            LearnerActor.options(  # type: ignore[attr-defined]
+                num_cpus=learner.cpus,
+                num_gpus=learner.gpus,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._place, placement_group_bundle_index=rank
+                ),
+            ).remote(self._config, self._files, rank, place)
+            for rank in range(learner.num_workers)
+        ]
+
+    def _surely(self, call: Callable[[], Any]) -> Any:
+        """The result of ``call``, on a rebuilt group where one was lost, while the budget lasts."""
+        lost: RankLost | None = None
+        while True:
+            try:
+                if lost is not None:
+                    self._rebuild()
+                return call()
+            except RankLost as error:
+                lost = error
+                self._budget.spend("the learner is rebuilt", error)
+
+    def _rebuild(self) -> None:
+        """The group as it was after the last update."""
+        self._kill()
+        self._ranks = self._start()
+        if self._origin is not None:
+            self._call("restore", ray.put(load_checkpoint(self._origin)))
+        for groups in self._since:
+            self._call("update", groups)
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call every rank and wait for all; returns a reference to the last result of rank 0.
+
+        Raises RankLost where a rank died or does not answer, and else what the rank raised that
+        failed first."""
+        self._wait_for_place()
+        answers = [getattr(rank, method).remote(*arguments, **options) for rank in self._ranks]
+        results = [answer if isinstance(answer, list) else [answer] for answer in answers]
+        ranks = {refs[0]: rank for rank, refs in enumerate(results)}
+        self._check(ranks)
+        return results[0][-1]
+
+    def _wait_for_place(self) -> None:
+        while not self._placed:
+            self._placed = self._place.wait(_SAY_EVERY_S)
+            if not self._placed:
+                log.warning(
+                    "waiting for %d x %s for the learner",
+                    self._config.learner.num_workers,
+                    self._place.bundle_specs[0],
+                )
+
+    def _check(self, waiting: dict[Any, int]) -> None:
+        """Wait until all ranks have answered."""
+        errors: dict[int, RayError] = {}
+        while waiting:
+            limit = _GRACE_S if errors else None
+            done, _ = ray.wait(list(waiting), timeout=limit, fetch_local=False)
+            for ref in done:
+                rank = waiting.pop(ref)
+                try:
+                    ray.get(ref)
+                except RayError as error:
+                    errors[rank] = error
+            if not done:
+                break
+        if errors:
+            self._raise(errors, silent=sorted(waiting.values()))
+
+    def _raise(self, errors: dict[int, RayError], silent: Sequence[int]) -> None:
+        """Raise for the rank that is to blame: one that died, else one that does not answer while
+        another complains, else the first that failed."""
+        size = len(self._ranks)
+        first, error = next(iter(errors.items()))
+        for rank, died in errors.items():
+            if isinstance(died, RayActorError):
+                if died.actor_init_failed:
+                    raise died
+                raise RankLost(f"learner rank {rank} of {size} died: {died}") from died
+        if silent and isinstance(error, RuntimeError):
+            raise RankLost(
+                f"learner rank {silent[0]} of {size} does not answer; rank {first}: {error}"
+            ) from error
+        raise error
+
+    def _kill(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._ranks = []
