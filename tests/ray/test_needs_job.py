@@ -37,7 +37,11 @@ def dislikes_articles(captions: list[str], prompt: Prompt) -> Judged:
     ],
 )
 def test_a_job_brings_what_its_objective_needs(small_job, environment, tmp_path, preset, reports):
-    judge = {"kind": "function", "path": f"{__name__}:dislikes_articles", "weight": 0.1}
+    judge = {
+        "kind": "function",
+        "path": "tests.ray.test_needs_job:dislikes_articles",
+        "weight": 0.1,
+    }
     config = {
         "reward": {"terms": {"cider_d": 1.0, "judge": judge}, "constraints": {"judge": ">= -1"}}
     }
