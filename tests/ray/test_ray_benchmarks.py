@@ -1,0 +1,34 @@
+"""The benchmarks that start Ray, in little: they run, and what they count is right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(name: str, out: Path) -> dict:
+    """The JSON that `bench_<name>.py --small` writes."""
+    script = ROOT / "benchmarks" / f"bench_{name}.py"
+    command = [sys.executable, str(script), "--small", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (file,) = out.glob(f"{name}-*.json")
+    return json.loads(file.read_text())
+
+
+@pytest.mark.ray
+def test_the_simulated_fleet_does_every_step_in_both_modes(tmp_path):
+    result = run("fleet", tmp_path)
+    assert [row["max_staleness"] for row in result["rows"]] == [0, 1]
+    for row in result["rows"]:
+        assert row["captions_per_step"] == 2 * 8 * 8
+        assert len(row["all_step_seconds"]) == 3
+        # An engine that sleeps cannot be faster than its sleep.
+        assert row["overhead_seconds"] > 0 or row["max_staleness"] == 1
+        assert row["driver_cpu_seconds"] > 0
