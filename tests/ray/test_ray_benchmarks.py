@@ -23,6 +23,16 @@ def run(name: str, out: Path) -> dict:
 
 
 @pytest.mark.ray
+def test_every_worker_reads_weights_in_shared_memory_and_copies_them_once(tmp_path):
+    result = run("sync", tmp_path)
+    assert (result["workers"], len(result["rounds"])) == (2, 3)
+    assert result["bytes"] == pytest.approx(20e6, rel=0.01)
+    assert result["shared_fraction"] == 1.0
+    # A second copy would make it 2.
+    assert 1.0 <= result["copies_a_worker"] < 1.5
+
+
+@pytest.mark.ray
 def test_the_simulated_fleet_does_every_step_in_both_modes(tmp_path):
     result = run("fleet", tmp_path)
     assert [row["max_staleness"] for row in result["rows"]] == [0, 1]
