@@ -170,10 +170,8 @@ class Fleet:
         """Wait until every group of a batch is sampled, without fetching it: groups go from
         worker to worker.  A worker that takes too long is replaced."""
         started = time.perf_counter()
-        limit = self._config.rollout.timeout_s
         for share in pending.shares:
-            while not ray.wait([share.rollout], timeout=limit, fetch_local=False)[0]:
-                self._sample_again(share, pending, TimeoutError(f"no answer within {limit:g} s"))
+            self._wait_sampled(share, pending)
         self.confirm(pending.version)
         self._waited += time.perf_counter() - started
 
@@ -184,6 +182,8 @@ class Fleet:
         results: list[ScoredGroup | Dropped] = []
         for share in pending.shares:
             while True:
+                # Again, for a share that was lost may have been given to a worker that hangs.
+                self._wait_sampled(share, pending)
                 try:
                     results += ray.get(share.scored, timeout=self._config.train.reward_timeout_s)
                     break
@@ -291,6 +291,11 @@ class Fleet:
         else:
             self._reward.lost(share.scorer, error)
             self._send_to_score(share, pending)
+
+    def _wait_sampled(self, share: _Share, pending: Pending) -> None:
+        limit = self._config.rollout.timeout_s
+        while not ray.wait([share.rollout], timeout=limit, fetch_local=False)[0]:
+            self._sample_again(share, pending, TimeoutError(f"no answer within {limit:g} s"))
 
     def _sample_again(self, share: _Share, pending: Pending, cause: Exception) -> None:
         self._rollout.lost(share.worker, cause)
