@@ -72,8 +72,10 @@ class FakeRollout:
     def generate(self, requests, sampling, version):
         started = time.perf_counter()
         assert version == self._weights.version, (version, self._weights.version)
-        slow = (self._folder / SLOW_SAMPLING).exists()
-        time.sleep(0.1 * len(requests) if slow else random.uniform(0.0, 0.04))
+        if (self._folder / SLOW_SAMPLING).exists():
+            time.sleep(0.1 * len(requests))
+        elif not (self._folder / SLOW_LEARNER).exists():
+            time.sleep(random.uniform(0.0, 0.04))
         self._maybe_hang("generate")
         groups = [self._group(request.prompt, request.seed, request.size) for request in requests]
         return groups, time.perf_counter() - started
@@ -126,7 +128,7 @@ class FakeLearner:
         from rayrl.types import StepReport
 
         if (Path(os.environ["RAYRL_TEST_FAULTS"]) / SLOW_LEARNER).exists():
-            time.sleep(0.3)
+            time.sleep(0.6)
         for place, group in enumerate(groups):
             for g, completion in enumerate(group.group.completions):
                 moved = completion.token_ids.sum() * (1 + g) + completion.weight_version
