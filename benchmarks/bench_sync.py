@@ -32,6 +32,7 @@ from record import RESULTS, write
 from sync_fakes import FOLDER_VARIABLE
 
 from rayrl.actors.fleet import Fleet
+from rayrl.actors.pool import RestartBudget
 from rayrl.config import Config
 from rayrl.rewards.statistics import reward_statistics
 from rayrl.weights import Weights, pack
@@ -98,7 +99,9 @@ def rounds(args: argparse.Namespace) -> tuple[int, list[dict[str, float]]]:
     statistics = reward_statistics([["a picture"], ["another one"]], config.reward)
     publisher = Publisher.remote(args.megabytes)  # type: ignore[attr-defined]
     num_bytes: int = ray.get(publisher.num_bytes.remote())
-    fleet = Fleet(config, {}, statistics, greedy_baseline=False)
+    fleet = Fleet(
+        config, {}, statistics, RestartBudget(config.rollout.max_restarts), greedy_baseline=False
+    )
     try:
         fleet.wait()
         first = publisher.weights.remote(0)

@@ -18,7 +18,7 @@ from rayrl import cli
 from rayrl.actors.cluster import connect, cpus_of, failing_in_one_line
 from rayrl.actors.fleet import Fleet, Pending
 from rayrl.actors.learner_group import LearnerGroup
-from rayrl.actors.pool import TooFewWorkers
+from rayrl.actors.pool import RestartBudget, TooFewWorkers
 from rayrl.actors.reward import check_terms
 from rayrl.actors.telemetry import RayMetrics
 from rayrl.actors.tracing import Tracer
@@ -280,8 +280,11 @@ def _start(
     files = read_model_files(stage1.folder)
     objective = build(config.objective)
     last = list_checkpoints(folder / "checkpoints")[-1] if resume else None
-    fleet = Fleet(config, files, statistics, greedy_baseline="greedy_rewards" in objective.needs)
-    learner = LearnerGroup(config, files, fleet.budget)
+    budget = RestartBudget(config.rollout.max_restarts)
+    # First, so that it has its place before rollout workers, of which a run can have fewer.
+    learner = LearnerGroup(config, files, budget)
+    greedy = "greedy_rewards" in objective.needs
+    fleet = Fleet(config, files, statistics, budget, greedy_baseline=greedy)
     tracer = Tracer(folder if trace else None, fleet.workers, learner.workers)
     log = RunLog(
         folder,

@@ -60,12 +60,18 @@ class Pending:
 class Fleet:
     """Rollout and reward workers and the weight versions they pull.
 
-    ``files`` are the model's files, ``statistics`` what rewards are scored against.  The restart
-    budget is the run's: past it, the first cause is raised.
+    ``files`` are the model's files, ``statistics`` what rewards are scored against; replaced
+    workers are counted against ``budget``, which is the run's.
     """
 
     def __init__(
-        self, config: Config, files: ModelFiles, statistics: Statistics, *, greedy_baseline: bool
+        self,
+        config: Config,
+        files: ModelFiles,
+        statistics: Statistics,
+        budget: RestartBudget,
+        *,
+        greedy_baseline: bool,
     ) -> None:
         self._config = config
         self._sampling = Sampling(
@@ -74,7 +80,7 @@ class Fleet:
             max_tokens=config.sampling.max_tokens,
             greedy_baseline=greedy_baseline,
         )
-        self._budget = RestartBudget(config.rollout.max_restarts)
+        self._budget = budget
         self._versions = Versions(config)
         self._rollout = rollout_pool(
             config, ray.put(files), self._budget, self._versions.pull_newest
@@ -82,11 +88,6 @@ class Fleet:
         self._reward = reward_pool(config, (ray.put(statistics),), self._budget)
         self._recent: list[StepTimes] = []
         self._step_began, self._waited, self._sampling_s = time.perf_counter(), 0.0, 0.0
-
-    @property
-    def budget(self) -> RestartBudget:
-        """Counts the workers that were replaced so far."""
-        return self._budget
 
     def adapt(self) -> None:
         """End a step: grow or shrink by what the last ones measured."""

@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 _GRACE_S = 5.0
 """After the first rank has failed, how long the others may take to say why."""
 _SAY_EVERY_S = 30.0
+_ROOM_S = 5.0
+"""Ray needs less than this to find a place where there is one; a cluster that must grow first
+need not keep the other workers waiting for it."""
 
 
 class RankLost(RuntimeError):
@@ -51,7 +54,7 @@ class LearnerGroup:
         asked = {"CPU": learner.cpus, "GPU": learner.gpus}
         bundle = {name: amount for name, amount in asked.items() if amount}
         self._place = placement_group([bundle] * learner.num_workers, strategy="PACK")
-        self._placed = False
+        self._placed = self._place.wait(_ROOM_S)
         self._origin: Path | None = None
         self._since: list[Any] = []
         self._store: Any = None

@@ -14,6 +14,7 @@ import ray
 from rayrl import grpo
 from rayrl.actors import workers
 from rayrl.actors.fleet import Fleet
+from rayrl.actors.pool import RestartBudget
 from rayrl.actors.tracing import Tracer
 from rayrl.backup import Backup
 from rayrl.canary import Canary
@@ -126,7 +127,9 @@ def run(
     log = Watched(folder, total_steps=steps, tensorboard=False, resume_from=last)
     log.after = after or log.after
     learner = FakeLearner.options(**{"num_cpus": 0.1, **(learner_options or {})}).remote()
-    fleet = Fleet(config, {}, statistics, greedy_baseline=False)
+    fleet = Fleet(
+        config, {}, statistics, RestartBudget(config.rollout.max_restarts), greedy_baseline=False
+    )
     heldout = Heldout([val[i] for i in range(4)], folder)
     canary = Canary(prompt=val[0], token_ids=[1, 2, 3])
     job = grpo.Run(

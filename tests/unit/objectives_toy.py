@@ -42,7 +42,7 @@ NORMALIZED = (REWARDS - 0.7) / REWARDS.std(correction=0)
 EXACT = {"ddof": 0, "eps": 0.0}
 
 
-def close(got: torch.Tensor | float, want: object, tolerance: float = 6e-5) -> None:
+def assert_close(got: torch.Tensor | float, want: object, tolerance: float = 6e-5) -> None:
     torch.testing.assert_close(
         torch.as_tensor(got, dtype=torch.float64),
         torch.as_tensor(want, dtype=torch.float64),

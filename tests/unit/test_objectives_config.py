@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from objectives_toy import POLICY, REWARDS, advantages_of, close, loss_of, prepared, toy_batch
+from objectives_toy import (
+    POLICY,
+    REWARDS,
+    advantages_of,
+    assert_close,
+    loss_of,
+    prepared,
+    toy_batch,
+)
 from pydantic import ValidationError
 
 from rayrl.objectives import ObjectiveConfig, build, preset, presets
@@ -46,8 +54,10 @@ def test_a_parameter_is_overridden_wherever_it_is_set() -> None:
 
 
 def test_a_slot_is_overridden_by_name_by_function_and_by_part() -> None:
-    close(advantages_of("grpo", toy_batch(), advantage="leave_one_out"), (REWARDS - 0.7) * 4 / 3)
-    close(
+    assert_close(
+        advantages_of("grpo", toy_batch(), advantage="leave_one_out"), (REWARDS - 0.7) * 4 / 3
+    )
+    assert_close(
         advantages_of("grpo", toy_batch(), advantage="group_center+over_batch_std", eps=0.0),
         (REWARDS - 0.7) / REWARDS.std(correction=0),
     )
@@ -55,10 +65,10 @@ def test_a_slot_is_overridden_by_name_by_function_and_by_part() -> None:
     def centred_on(rewards: torch.Tensor, *, middle: float = 1.0) -> torch.Tensor:
         return rewards - middle
 
-    close(advantages_of("grpo", toy_batch(), advantage=centred_on), REWARDS - 1.0)
+    assert_close(advantages_of("grpo", toy_batch(), advantage=centred_on), REWARDS - 1.0)
     half = part(centred_on, middle=0.5)
-    close(advantages_of("grpo", toy_batch(), advantage=half), REWARDS - 0.5)
-    close(advantages_of("grpo", toy_batch(), advantage=half, middle="0.25"), REWARDS - 0.25)
+    assert_close(advantages_of("grpo", toy_batch(), advantage=half), REWARDS - 0.5)
+    assert_close(advantages_of("grpo", toy_batch(), advantage=half, middle="0.25"), REWARDS - 0.25)
     assert preset("grpo", regularizers="").needs == frozenset()
 
 
@@ -266,4 +276,4 @@ def test_state_is_flat_json() -> None:
         state, _ = objective.control(state, {"objective/kl_k3": 0.1})
         back = json.loads(json.dumps(state))
         first = objective.prepare(state, toy_batch())[1].fields["advantages"]
-        close(objective.prepare(back, toy_batch())[1].fields["advantages"], first, 0.0)
+        assert_close(objective.prepare(back, toy_batch())[1].fields["advantages"], first, 0.0)

@@ -13,7 +13,7 @@ from objectives_toy import (
     REWARDS_2,
     VALID,
     advantages_of,
-    close,
+    assert_close,
     loss_of,
     prepared,
     tensor,
@@ -30,7 +30,7 @@ def draw(seed: int = 0) -> torch.Generator:
 def test_flat_groups_are_dropped_by_dynamic_sampling() -> None:
     both = torch.cat([REWARDS, FLAT])
     spread = select.spread_above(both, VALID.expand(2, 4), min_spread=0.38)
-    close(spread, [[1.0] * 4, [0.0] * 4])
+    assert_close(spread, [[1.0] * 4, [0.0] * 4])
     ready = prepared(preset("dapo"), toy_batch(both))
     assert ready.normalizer().captions == 4
     assert ready.normalizer().tokens == 11
@@ -38,7 +38,7 @@ def test_flat_groups_are_dropped_by_dynamic_sampling() -> None:
 
 def test_truncated_captions_are_dropped() -> None:
     truncated = torch.tensor([[False, True, False, False]])
-    close(select.not_truncated(truncated, REWARDS), [[1.0, 0.0, 1.0, 1.0]])
+    assert_close(select.not_truncated(truncated, REWARDS), [[1.0, 0.0, 1.0, 1.0]])
 
 
 def test_draws_in_proportion_to_the_square_of_the_reward() -> None:
@@ -46,21 +46,21 @@ def test_draws_in_proportion_to_the_square_of_the_reward() -> None:
     counts = select.resample_by_power(
         many, torch.ones_like(many, dtype=torch.bool), draw(), reward_power=2.0
     )
-    close(counts.sum(1), torch.full((4000,), 4.0))
-    close(counts.mean(0) / 4, [0.0157, 0.0984, 0.3189, 0.5669], 0.01)
+    assert_close(counts.sum(1), torch.full((4000,), 4.0))
+    assert_close(counts.mean(0) / 4, [0.0157, 0.0984, 0.3189, 0.5669], 0.01)
 
 
 def test_draws_of_extremes_and_of_the_best() -> None:
     many = REWARDS.repeat(4000, 1)
     valid = torch.ones_like(many, dtype=torch.bool)
     ends = select.resample_extremes(many, valid, draw(), other_weight=0.0)
-    close(ends.mean(0) / 4, [0.5, 0.0, 0.0, 0.5], 0.01)
+    assert_close(ends.mean(0) / 4, [0.5, 0.0, 0.0, 0.5], 0.01)
     best = select.resample_best(many, valid, draw(), best_weight=0.4)
-    close(best.mean(0) / 4, [1 / 7, 1 / 7, 1 / 7, 4 / 7], 0.01)
+    assert_close(best.mean(0) / 4, [1 / 7, 1 / 7, 1 / 7, 4 / 7], 0.01)
 
 
 def test_power_zero_keeps_the_group() -> None:
-    close(select.resample_by_power(REWARDS, VALID, draw(), reward_power=0.0), [[1.0] * 4])
+    assert_close(select.resample_by_power(REWARDS, VALID, draw(), reward_power=0.0), [[1.0] * 4])
 
 
 def test_resampled_captions_count_as_often_as_they_were_drawn() -> None:
@@ -69,7 +69,9 @@ def test_resampled_captions_count_as_often_as_they_were_drawn() -> None:
     counts = ready.fields["caption_weights"]
     assert float(counts.sum()) == 4
     # Advantages are those of the whole group, before anything is drawn.
-    close(ready.fields["advantages"][:, 0, :, 0], advantages_of("grpo", toy_batch(), eps=0.0))
+    assert_close(
+        ready.fields["advantages"][:, 0, :, 0], advantages_of("grpo", toy_batch(), eps=0.0)
+    )
 
 
 def test_the_same_step_draws_the_same_captions() -> None:
@@ -78,21 +80,21 @@ def test_the_same_step_draws_the_same_captions() -> None:
     following, first = objective.prepare(state, batch)
     again = objective.prepare(state, batch)[1]
     later = objective.prepare(following, batch)[1]
-    close(first.fields["caption_weights"], again.fields["caption_weights"])
+    assert_close(first.fields["caption_weights"], again.fields["caption_weights"])
     assert (first.fields["caption_weights"] != later.fields["caption_weights"]).any()
 
 
 def test_best_of_n_trains_on_the_best_caption() -> None:
-    close(loss_of("superhf_best_of_n", overrides={"kl_coef": 0.0}), 0.8167)
+    assert_close(loss_of("superhf_best_of_n", overrides={"kl_coef": 0.0}), 0.8167)
 
 
 def test_calibrated_raft_takes_the_best_caption_that_passes() -> None:
     ok = torch.tensor([[True, True, False, True]])
     batch = toy_batch(judge_ok=ok, greedy_rewards=tensor([0.6]))
     ready = prepared(preset("raft_crraft"), batch)
-    close(ready.fields["caption_weights"], [[0.0, 0.0, 0.0, 1.0]])
-    close(ready.fields["advantages"][0, 0, 3, 0], 0.6457)
-    close(loss_of("raft_crraft", batch), 0.6457 * 0.8167, 1e-4)
+    assert_close(ready.fields["caption_weights"], [[0.0, 0.0, 0.0, 1.0]])
+    assert_close(ready.fields["advantages"][0, 0, 3, 0], 0.6457)
+    assert_close(loss_of("raft_crraft", batch), 0.6457 * 0.8167, 1e-4)
 
 
 def test_calibrated_raft_skips_an_image_where_nothing_passes() -> None:
@@ -110,15 +112,15 @@ def test_bad_captions_are_dropped_until_they_balance_the_good() -> None:
     assert float(keep[0, 3]) == 1
     # The mean is that of the two captions that are left.
     left = skewed[keep > 0]
-    close(ready.fields["advantages"][0, 0, 3, 0], 1.2 - left.mean())
+    assert_close(ready.fields["advantages"][0, 0, 3, 0], 1.2 - left.mean())
     balanced = prepared(preset("red_drop"), toy_batch()).fields["caption_weights"]
-    close(balanced, [[1.0] * 4])
+    assert_close(balanced, [[1.0] * 4])
 
 
 def test_solved_groups_are_dropped() -> None:
     both = torch.cat([REWARDS, FLAT])
     got = select.not_all_good(both, VALID.expand(2, 4), good_reward=1.0)
-    close(got, [[1.0] * 4, [0.0] * 4])
+    assert_close(got, [[1.0] * 4, [0.0] * 4])
 
 
 def test_hints_for_images_of_which_all_captions_fail() -> None:
@@ -135,13 +137,13 @@ def test_hints_for_images_of_which_all_captions_fail() -> None:
 def test_hinted_tokens_train_nothing() -> None:
     forced = torch.zeros(1, 4, 3, dtype=torch.bool)
     forced[0, 0, :2] = True
-    close(masks.sampled_only(forced)[0, 0], [0.0, 0.0, 1.0])
+    assert_close(masks.sampled_only(forced)[0, 0], [0.0, 0.0, 1.0])
     ready = prepared(preset("ghpo_reference_hints"), toy_batch(forced=forced))
     assert ready.normalizer().tokens == 9
 
 
 def test_hinted_captions_are_weighed_against_the_context_they_were_sampled_in() -> None:
-    close(ratio.over_rollout(tensor([-3.0]), tensor([-2.2])).exp(), [0.4493])
+    assert_close(ratio.over_rollout(tensor([-3.0]), tensor([-2.2])).exp(), [0.4493])
 
 
 def test_only_forced_tokens_of_high_entropy_train() -> None:
@@ -149,12 +151,12 @@ def test_only_forced_tokens_of_high_entropy_train() -> None:
     entropy = tensor([[[2.1, 0.1, 0.9, 0.0]]])
     mask = torch.ones(1, 1, 4, dtype=torch.bool)
     got = weights.forced_high_entropy(forced, entropy, mask, forced_share=1 / 3)
-    close(got, [[[1.0, 0.0, 0.0, 1.0]]])
+    assert_close(got, [[[1.0, 0.0, 0.0, 1.0]]])
 
 
 def test_improbable_tokens_train() -> None:
     old = tensor([[[0.5, 0.95, 0.9]]]).log()
-    close(masks.improbable(old, probable=0.9), [[[1.0, 0.0, 0.0]]], 1e-12)
+    assert_close(masks.improbable(old, probable=0.9), [[[1.0, 0.0, 0.0]]], 1e-12)
 
 
 def test_half_widths_and_priorities_of_an_image_with_four_captions() -> None:

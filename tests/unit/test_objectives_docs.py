@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from objectives_toy import REWARDS, TinyPolicy, close, loss_of, prepared, synthetic_batch, toy_batch
+from objectives_toy import (
+    REWARDS,
+    TinyPolicy,
+    assert_close,
+    loss_of,
+    prepared,
+    synthetic_batch,
+    toy_batch,
+)
 
 from rayrl.objectives import preset
 from rayrl.objectives.compile import CONFIGURED, PROVIDED
@@ -42,7 +50,7 @@ def test_the_example_of_ones_own_objective_trains(
 
     ready = prepared(objective, toy_batch())
     # torch takes the lower of the two middle rewards as the median.
-    close(ready.fields["advantages"][:, 0, :, 0], REWARDS - 0.5)
+    assert_close(ready.fields["advantages"][:, 0, :, 0], REWARDS - 0.5)
     policy = TinyPolicy(4)
     batch = synthetic_batch(policy)
     ready = prepared(objective, batch)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from objectives_toy import F64, LABELS, MASK, OLD, POLICY, REF, REWARDS, VALID, close, tensor
+from objectives_toy import F64, LABELS, MASK, OLD, POLICY, REF, REWARDS, VALID, assert_close, tensor
 
 from rayrl.objectives import group_loss, links, pairs, parts, regularize, scores, surrogate
 from rayrl.objectives.reduce import Normalizer
@@ -95,6 +95,9 @@ SCORES: dict[str, Loss] = {
     "over_reference": partial(scores.over_reference, ref_logprobs=REF, mask=MASK),
     "mean_over_reference": partial(scores.mean_over_reference, ref_logprobs=REF, mask=MASK),
     "over_old": partial(scores.over_old, old_logprobs=OLD, mask=MASK),
+    "sampled_over_old": partial(
+        scores.sampled_over_old, old_logprobs=OLD, mask=MASK, forced=MASK & (MASK.cumsum(-1) == 1)
+    ),
     "mean_ratio": lambda x: scores.mean_ratio(safe_exp(x - OLD), MASK),
     "chi_squared": partial(scores.chi_squared, ref_logprobs=REF, mask=MASK),
     "forward_kl": partial(scores.forward_kl, ref_logprobs=REF, mask=MASK),
@@ -174,7 +177,7 @@ def test_focal_weight_is_constant() -> None:
     h = tensor([[[0.5, -1.0]]]).requires_grad_()
     links.focal(h, hardness=2.0).sum().backward()
     wrong = torch.sigmoid(-h.detach())
-    close(h.grad, -(wrong**2) * wrong, 1e-12)
+    assert_close(h.grad, -(wrong**2) * wrong, 1e-12)
 
 
 def test_pairwise_policy_gradient_holds_its_weights() -> None:
@@ -183,8 +186,8 @@ def test_pairwise_policy_gradient_holds_its_weights() -> None:
     one[0, 3, 0] = 1.0
     group_loss.pairwise_policy_gradient(x, OLD, MASK, REWARDS, one, pair_clip=0.9).sum().backward()
     weight = torch.exp(tensor(0.35 + 0.15)) * (1.2 - 0.2) / 2
-    close(x.grad[0, 3], (-weight).expand(3), 1e-12)
-    close(x.grad[0, 0], weight.expand(3), 1e-12)
+    assert_close(x.grad[0, 3], (-weight).expand(3), 1e-12)
+    assert_close(x.grad[0, 0], weight.expand(3), 1e-12)
     assert x.grad[0, 1:3].abs().max() == 0.0
 
 
@@ -202,13 +205,13 @@ def test_trust_region_pulls_with_its_excess() -> None:
         kl_penalty=10.0,
     )
     loss.backward()
-    close(x.grad, -1.5 / 11 * weights, 1e-12)
+    assert_close(x.grad, -1.5 / 11 * weights, 1e-12)
 
 
 def test_k3_straight_has_the_gradient_of_k2() -> None:
     x = POLICY.clone().requires_grad_()
     regularize.kl_k3_straight(x, REF, kl_coef=1.0).sum().backward()
-    close(x.grad, POLICY - REF, 1e-12)
+    assert_close(x.grad, POLICY - REF, 1e-12)
 
 
 def test_safe_exp_is_finite_and_never_loses_its_gradient() -> None:
@@ -216,7 +219,7 @@ def test_safe_exp_is_finite_and_never_loses_its_gradient() -> None:
     y = safe_exp(x)
     y.sum().backward()
     top = torch.exp(tensor(20.0))
-    close(
+    assert_close(
         y / top, torch.stack([0 * top, 1 / top, top / top, 31 * top / top, 1 + 999980 * top / top])
     )
-    close(x.grad / top, torch.stack([0 * top, 1 / top, top / top, top / top, top / top]))
+    assert_close(x.grad / top, torch.stack([0 * top, 1 / top, top / top, top / top, top / top]))

@@ -22,7 +22,7 @@ from objectives_toy import (
     REWARDS_2,
     TinyPolicy,
     advantages_of,
-    close,
+    assert_close,
     loss_of,
     prepared,
     synthetic_batch,
@@ -92,7 +92,7 @@ def test_a_shift_of_an_images_rewards_changes_nothing() -> None:
     shifted = both + tensor([[0.3], [-0.2]])
     for name, overrides in SHIFT_FREE:
         got = advantages_of(name, batch_of(shifted), **overrides)
-        close(got, advantages_of(name, batch_of(both), **overrides), 1e-9)
+        assert_close(got, advantages_of(name, batch_of(both), **overrides), 1e-9)
 
 
 def test_a_shift_changes_what_has_an_absolute_scale() -> None:
@@ -113,7 +113,7 @@ def test_scst_is_shifted_with_its_greedy_reward() -> None:
     def greedy(rewards: torch.Tensor, reward: float) -> torch.Tensor:
         return advantages_of("scst", replace(batch_of(rewards), greedy_rewards=tensor([reward])))
 
-    close(greedy(REWARDS + 0.3, 0.9), greedy(REWARDS, 0.6))
+    assert_close(greedy(REWARDS + 0.3, 0.9), greedy(REWARDS, 0.6))
     assert (greedy(REWARDS + 0.3, 0.6) - greedy(REWARDS, 0.6)).abs().min() > 0.2
 
 
@@ -121,9 +121,11 @@ def test_a_scale_changes_nothing_where_the_spread_divides() -> None:
     both = torch.cat([REWARDS, REWARDS_2])
     for name, overrides in SCALE_FREE:
         got = advantages_of(name, batch_of(7 * both), **overrides)
-        close(got, advantages_of(name, batch_of(both), **overrides), 1e-9)
+        assert_close(got, advantages_of(name, batch_of(both), **overrides), 1e-9)
     for name in ("nsc", "dr_grpo"):
-        close(advantages_of(name, batch_of(7 * both)), 7 * advantages_of(name, batch_of(both)))
+        assert_close(
+            advantages_of(name, batch_of(7 * both)), 7 * advantages_of(name, batch_of(both))
+        )
 
 
 def test_gdpo_does_not_see_the_scale_of_a_term() -> None:
@@ -133,30 +135,32 @@ def test_gdpo_does_not_see_the_scale_of_a_term() -> None:
         scaled = {"cider_d": first * batch.rewards, "clip_score": clip_score}
         return advantages_of("gdpo", replace(batch, terms=scaled), **EXACT, batch_eps=0.0)
 
-    close(of(7.0, 0.2), of(1.0, 1.0), 1e-9)
+    assert_close(of(7.0, 0.2), of(1.0, 1.0), 1e-9)
 
 
 def test_permuted_captions_have_permuted_advantages() -> None:
     order = [2, 0, 3, 1]
     for name, overrides in PERMUTABLE:
         got = advantages_of(name, batch_of(REWARDS, order), **overrides)
-        close(got, advantages_of(name, batch_of(REWARDS), **overrides)[:, order], 1e-9)
+        assert_close(got, advantages_of(name, batch_of(REWARDS), **overrides)[:, order], 1e-9)
     moved = advantages_of("krpo_kalman", batch_of(REWARDS, order))
     assert (moved - advantages_of("krpo_kalman", batch_of(REWARDS))[:, order]).abs().max() > 0.1
 
 
 def test_advantages_add_up_to_zero() -> None:
     for name in ("grpo", "nsc", "dr_grpo", "rloo"):
-        close(advantages_of(name, batch_of(REWARDS)).sum(), 0.0, 1e-9)
-    close(advantages_of("asymre_shifted", batch_of(REWARDS)).sum(), 0.4, 1e-9)
+        assert_close(advantages_of(name, batch_of(REWARDS)).sum(), 0.0, 1e-9)
+    assert_close(advantages_of("asymre_shifted", batch_of(REWARDS)).sum(), 0.4, 1e-9)
     assert advantages_of("ngrpo_virtual_best", batch_of(REWARDS), select="").sum() < -0.5
     assert advantages_of("xrpo_novelty", batch_of(REWARDS)).sum() > 0.01
 
 
 def test_increasing_maps_of_the_rewards_do_not_change_ranks() -> None:
     for function in (shaping.quantile_in_group, shaping.win_rate):
-        close(function((3 * REWARDS).exp()), function(REWARDS), 1e-12)
-    close(shaping.quantile_in_group(tensor([[0.0, 0.0, 1.0, 2.0]])), [[0.25, 0.25, 0.625, 0.875]])
+        assert_close(function((3 * REWARDS).exp()), function(REWARDS), 1e-12)
+    assert_close(
+        shaping.quantile_in_group(tensor([[0.0, 0.0, 1.0, 2.0]])), [[0.25, 0.25, 0.625, 0.875]]
+    )
 
 
 def test_flat_groups() -> None:
@@ -177,7 +181,7 @@ def test_flat_groups() -> None:
 def test_one_term_of_gdpo_is_grpo_then_whitened() -> None:
     batch = toy_batch(torch.cat([REWARDS, REWARDS_2]))
     got = advantages_of("gdpo", batch, **EXACT, batch_eps=0.0)
-    close(got, advantages_of("grpo", batch, eps=0.0), 1e-9)
+    assert_close(got, advantages_of("grpo", batch, eps=0.0), 1e-9)
 
 
 def grad_of(name: str, policy: torch.Tensor, **overrides: Any) -> torch.Tensor:
@@ -230,7 +234,7 @@ def test_at_the_old_policy_the_gradient_is_that_of_reinforce(
 ) -> None:
     advantages = (REWARDS - 0.7) / REWARDS.std(correction=0)
     got = grad_of(name, OLD - 0.1, advantage=NORMALISED, **overrides)
-    close(got, (-advantages[..., None] / 12).expand(1, 4, 3), 1e-9)
+    assert_close(got, (-advantages[..., None] / 12).expand(1, 4, 3), 1e-9)
 
 
 def test_one_side_rec_has_the_gradient_of_the_clip_at_any_policy() -> None:
@@ -238,7 +242,7 @@ def test_one_side_rec_has_the_gradient_of_the_clip_at_any_policy() -> None:
     far = OLD - 0.1 + 0.4 * torch.randn(1, 4, 3, generator=draw, dtype=F64)
     clipped = grad_of("grpo", far, advantage="group_center", kl_coef=0.0)
     assert (clipped == 0).any()
-    close(grad_of("rec_one_side", far), clipped, 1e-9)
+    assert_close(grad_of("rec_one_side", far), clipped, 1e-9)
 
 
 def test_sums_over_pairs_are_sums_of_deviations() -> None:
@@ -249,7 +253,7 @@ def test_sums_over_pairs_are_sums_of_deviations() -> None:
     weights = pairs.each_once(r, valid)
     logprobs = sums[..., None]
     got = group_loss.pairwise_policy_gradient(logprobs, logprobs, mask, r, weights, pair_clip=0.2)
-    close(got, -5 / 2 * ((r - r.mean()) * sums).sum(1), 1e-9)
+    assert_close(got, -5 / 2 * ((r - r.mean()) * sums).sum(1), 1e-9)
 
 
 def gradient(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
@@ -281,21 +285,21 @@ def preference(name: str, drift: torch.Tensor, **overrides: Any) -> torch.Tensor
 def test_gradients_of_preferences_at_equal_log_probs() -> None:
     at = torch.zeros(2, dtype=F64)
     dpo = gradient(lambda x: preference("online_dpo", x), at)
-    close(dpo, [-0.05, 0.05], 1e-12)
+    assert_close(dpo, [-0.05, 0.05], 1e-12)
     mpo = gradient(lambda x: preference("mpo_maximum_preference", x, regularizers=""), at)
-    close(mpo, dpo / 2, 1e-12)
-    close(gradient(lambda x: preference("chi_po", x), at), 2 * dpo, 1e-12)
+    assert_close(mpo, dpo / 2, 1e-12)
+    assert_close(gradient(lambda x: preference("chi_po", x), at), 2 * dpo, 1e-12)
 
 
 def test_limits_of_preferences() -> None:
     at = tensor([0.3, -0.2])
     dpo = preference("online_dpo", at)
-    close(preference("dpo_two_betas", at, beta_worse=0.1), dpo, 1e-12)
-    close(preference("hanorec_hardness", at, hardness=0.0), dpo, 1e-12)
-    close(preference("smpo_soft_label", at, label_slope=1e4), dpo, 1e-12)
-    close(preference("rpo_regularized", at, beta=0.1, nll_coef=0.0), dpo, 1e-12)
-    close(preference("trpa_levels", at, beta=0.1, top_factor=1.0), dpo, 1e-12)
-    close(preference("simpo", at, beta=0.1, target=0.0), dpo, 1e-12)
+    assert_close(preference("dpo_two_betas", at, beta_worse=0.1), dpo, 1e-12)
+    assert_close(preference("hanorec_hardness", at, hardness=0.0), dpo, 1e-12)
+    assert_close(preference("smpo_soft_label", at, label_slope=1e4), dpo, 1e-12)
+    assert_close(preference("rpo_regularized", at, beta=0.1, nll_coef=0.0), dpo, 1e-12)
+    assert_close(preference("trpa_levels", at, beta=0.1, top_factor=1.0), dpo, 1e-12)
+    assert_close(preference("simpo", at, beta=0.1, target=0.0), dpo, 1e-12)
 
 
 def test_pacs_starts_at_log_two_with_centred_labels_as_advantages() -> None:
@@ -306,15 +310,15 @@ def test_pacs_starts_at_log_two_with_centred_labels_as_advantages() -> None:
         return group_loss.leave_one_out_bce(s, labels, valid, beta=1.0).mean(1)
 
     zeros = torch.zeros(1, 4, dtype=F64)
-    close(loss(zeros), torch.log(tensor([2.0])), 1e-12)
-    close(gradient(loss, zeros), -(labels - 0.5) / 3, 1e-12)
+    assert_close(loss(zeros), torch.log(tensor([2.0])), 1e-12)
+    assert_close(gradient(loss, zeros), -(labels - 0.5) / 3, 1e-12)
 
 
 def test_regressions_start_with_the_gradient_of_group_reinforce() -> None:
     deviation = REWARDS - 0.7
     zeros = torch.zeros(1, 4, dtype=F64)
     got = gradient(lambda s: group_loss.regression(s, deviation, score_factor=0.1).mean(1), zeros)
-    close(got, -2 * 0.1 / 4 * deviation, 1e-12)
+    assert_close(got, -2 * 0.1 / 4 * deviation, 1e-12)
     beta, mask = 0.5, torch.ones(1, 4, 1, dtype=torch.bool)
     weights = pairs.half_square(REWARDS, torch.ones(1, 4, dtype=torch.bool))
     nothing = torch.zeros(1, 4, 1, dtype=F64)
@@ -324,7 +328,7 @@ def test_regressions_start_with_the_gradient_of_group_reinforce() -> None:
         ),
         nothing,
     )
-    close(prdp[..., 0], -2 * beta / 4 * deviation, 1e-12)
+    assert_close(prdp[..., 0], -2 * beta / 4 * deviation, 1e-12)
 
 
 def test_standardised_regression_has_a_finite_first_gradient_along_the_advantage() -> None:
@@ -335,7 +339,7 @@ def test_standardised_regression_has_a_finite_first_gradient_along_the_advantage
         ),
         torch.zeros(1, 4, dtype=F64),
     )
-    close(got, -2 / 0.1 * advantages, 1e-9)
+    assert_close(got, -2 / 0.1 * advantages, 1e-9)
 
 
 def test_posterior_matching_starts_as_a_softmax_advantage() -> None:
@@ -352,23 +356,23 @@ def test_posterior_matching_starts_as_a_softmax_advantage() -> None:
         ),
         zeros,
     )
-    close(got[..., 0], -(torch.softmax(REWARDS, 1) - 0.25), 1e-12)
+    assert_close(got[..., 0], -(torch.softmax(REWARDS, 1) - 0.25), 1e-12)
 
 
 def test_chunks_of_one_token_and_of_the_caption() -> None:
     chunk = {**EXACT, "clip_low": 0.2, "clip_high": 0.2}
     one = loss_of("chunk_grpo", overrides={**chunk, "segment_length": 1})
-    close(one, loss_of("grpo_deepseekmath", overrides={**chunk, "kl_coef": 0.0}), 1e-12)
+    assert_close(one, loss_of("grpo_deepseekmath", overrides={**chunk, "kl_coef": 0.0}), 1e-12)
     whole = loss_of("chunk_grpo", overrides={**chunk, "segment_length": 9})
-    close(whole, loss_of("gspo", overrides=chunk), 1e-12)
+    assert_close(whole, loss_of("gspo", overrides=chunk), 1e-12)
 
 
 def test_disco_and_drpo_at_infinite_temperatures() -> None:
     quiet = {"kl_penalty": 0.0}
     hot = loss_of("disco_log_likelihood", overrides={**quiet, "contrast_temperature": 1e7})
-    close(hot, loss_of("disco_b", overrides=quiet), 1e-6)
+    assert_close(hot, loss_of("disco_b", overrides=quiet), 1e-6)
     even = loss_of("drpo_decoupled", overrides={**quiet, "brevity_temperature": 1e9})
-    close(even, loss_of("disco_log_likelihood", overrides=quiet), 1e-9)
+    assert_close(even, loss_of("disco_log_likelihood", overrides=quiet), 1e-9)
 
 
 def test_reducers_agree_for_equal_lengths() -> None:
@@ -379,10 +383,10 @@ def test_reducers_agree_for_equal_lengths() -> None:
         return loss_of("grpo", batch, overrides=overrides)
 
     mean = of("token_mean")
-    close(of("sequence_mean_token_mean"), mean, 1e-12)
-    close(of("sequence_mean_token_sum") / 3, mean, 1e-12)
-    close(of("constant_length", max_tokens=9) * 9 / 3, mean, 1e-12)
-    close(of("sequence_sum_token_mean") / 4, mean, 1e-12)
+    assert_close(of("sequence_mean_token_mean"), mean, 1e-12)
+    assert_close(of("sequence_mean_token_sum") / 3, mean, 1e-12)
+    assert_close(of("constant_length", max_tokens=9) * 9 / 3, mean, 1e-12)
+    assert_close(of("sequence_sum_token_mean") / 4, mean, 1e-12)
 
 
 def exact_kl(estimator: Callable[[torch.Tensor], torch.Tensor], seed: int = 0) -> torch.Tensor:
@@ -412,15 +416,15 @@ def test_gradients_of_the_kl_estimators() -> None:
 
     reverse = gradient(lambda x: kl(x.log_softmax(0), ref), logits)
     forward = gradient(lambda x: kl(ref, x.log_softmax(0)), logits)
-    close(exact_kl(estimator("kl_k1")), torch.zeros(6), 1e-9)
-    close(exact_kl(estimator("kl_k2")), reverse, 1e-9)
-    close(exact_kl(estimator("kl_k3_straight")), reverse, 1e-9)
-    close(exact_kl(estimator("kl_k3")), forward, 1e-9)
+    assert_close(exact_kl(estimator("kl_k1")), torch.zeros(6), 1e-9)
+    assert_close(exact_kl(estimator("kl_k2")), reverse, 1e-9)
+    assert_close(exact_kl(estimator("kl_k3_straight")), reverse, 1e-9)
+    assert_close(exact_kl(estimator("kl_k3")), forward, 1e-9)
     d = logits.log_softmax(0) - ref
     p = logits.softmax(0)
-    close((p * estimator("kl_k3")(d)).sum(), (p * d).sum(), 1e-9)
+    assert_close((p * estimator("kl_k3")(d)).sum(), (p * d).sum(), 1e-9)
     assert (estimator("kl_k3")(d) >= 0).all()
-    close((p * (d.exp() + (-d).exp() - 2)).sum(), (p * d.exp()).sum() - 1, 1e-9)
+    assert_close((p * (d.exp() + (-d).exp() - 2)).sum(), (p * d.exp()).sum() - 1, 1e-9)
 
 
 def test_gradient_of_the_chi_squared_term() -> None:
@@ -431,11 +435,11 @@ def test_gradient_of_the_chi_squared_term() -> None:
     objective.loss(ready, logprobs, ready.normalizer()).loss.backward()
     d = scores.over_reference(POLICY, REF, MASK)
     root = (d.exp() + (-d).exp() - 2).mean().sqrt()
-    close(logprobs.grad[..., 0], (d.exp() - (-d).exp()) / 4 / (2 * root), 1e-9)
+    assert_close(logprobs.grad[..., 0], (d.exp() - (-d).exp()) / 4 / (2 * root), 1e-9)
 
 
 def test_spread_of_a_batch_of_one_group_is_that_of_the_group() -> None:
-    close(stats.whiten(REWARDS), stats.standardize(REWARDS), 1e-12)
+    assert_close(stats.whiten(REWARDS), stats.standardize(REWARDS), 1e-12)
 
 
 def test_no_mismatch_changes_nothing() -> None:
@@ -452,10 +456,10 @@ def test_no_mismatch_changes_nothing() -> None:
         "sequence_masked",
         "geometric_masked",
     ):
-        close(loss_of("grpo", agreeing, policy, {"mismatch": name}), want, 1e-12)
+        assert_close(loss_of("grpo", agreeing, policy, {"mismatch": name}), want, 1e-12)
         assert loss_of("grpo", batch, policy, {"mismatch": name}) != pytest.approx(want), name
 
 
 def test_min_clip_without_bounds_is_the_unclipped_surrogate() -> None:
     ratio, a = MOVED.exp(), (REWARDS - 0.7)[..., None]
-    close(surrogate.min_clip(ratio, a, 0.0, 1e9), surrogate.unclipped(ratio, a), 1e-12)
+    assert_close(surrogate.min_clip(ratio, a, 0.0, 1e9), surrogate.unclipped(ratio, a), 1e-12)

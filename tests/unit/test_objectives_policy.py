@@ -19,7 +19,7 @@ from objectives_toy import (
     REF,
     REWARDS,
     VALID,
-    close,
+    assert_close,
     loss_of,
     tensor,
     toy_batch,
@@ -75,10 +75,10 @@ def masses(low: torch.Tensor, high: torch.Tensor) -> float:
 
 def test_bounds_are_searched_until_the_masses_balance() -> None:
     low, high = balanced(1.0)
-    close(torch.stack([low, high]), [0.9, 3.0])
+    assert_close(torch.stack([low, high]), [0.9, 3.0])
     assert masses(low, high) == pytest.approx(0.9208, abs=5e-5)
     assert masses(tensor(0.6), tensor(1.2)) == pytest.approx(0.8565, abs=5e-5)
-    close(torch.stack(balanced(0.0)), [0.6, 1.2])
+    assert_close(torch.stack(balanced(0.0)), [0.6, 1.2])
 
 
 def test_the_first_bounds_that_balance_are_taken() -> None:
@@ -91,11 +91,11 @@ def test_the_first_bounds_that_balance_are_taken() -> None:
 def test_bounds_by_probability() -> None:
     old = tensor([0.01, 0.2, 0.9]).log()
     low, high = bounds.by_probability(old, clip_low=0.16, clip_high=0.2, highest=10.0)
-    close(torch.stack([low, high], -1), [[0.5, 5.0], [0.5, 1.6180], [0.7687, 1.1872]])
+    assert_close(torch.stack([low, high], -1), [[0.5, 5.0], [0.5, 1.6180], [0.7687, 1.1872]])
 
 
 def test_espo_and_the_metric_that_stops_it() -> None:
-    close(loss_of("espo_early_stop", overrides=EXACT), -0.0170)
+    assert_close(loss_of("espo_early_stop", overrides=EXACT), -0.0170)
     objective = preset("espo_early_stop")
     state, ready = objective.prepare(objective.initial_state(), toy_batch())
     total, count = objective.loss(ready, POLICY, ready.normalizer()).metrics[
@@ -108,11 +108,11 @@ def test_espo_and_the_metric_that_stops_it() -> None:
 
 
 def test_disco_with_both_scores_and_without_hard_negatives() -> None:
-    close(scores.mean_logprob(POLICY, MASK), [[-1.05, -0.75, -0.75, -0.8167]])
+    assert_close(scores.mean_logprob(POLICY, MASK), [[-1.05, -0.75, -0.75, -0.8167]])
     quiet = {**FREE, "labels": part("above", good_reward=0.8)}
-    close(loss_of("disco_log_likelihood", overrides=quiet), -0.1155)
-    close(loss_of("disco_ratio", overrides=quiet), -0.0926)
-    close(loss_of("disco_b", overrides=quiet), -0.1167)
+    assert_close(loss_of("disco_log_likelihood", overrides=quiet), -0.1155)
+    assert_close(loss_of("disco_ratio", overrides=quiet), -0.0926)
+    assert_close(loss_of("disco_b", overrides=quiet), -0.1167)
 
 
 def test_trust_region_is_silent_while_its_estimate_is_negative() -> None:
@@ -120,120 +120,120 @@ def test_trust_region_is_silent_while_its_estimate_is_negative() -> None:
     assert float(drift) == pytest.approx(-0.0773, abs=5e-5)
     choices = {"kl_limit": 1e-4, "kl_penalty": 1e3}
     silent = regularize.trust_region(POLICY, OLD, TOKENS, CAPTIONS, COUNTS, identity, **choices)
-    close(silent, 0.0)
+    assert_close(silent, 0.0)
     loud = regularize.trust_region(OLD, POLICY, TOKENS, CAPTIONS, COUNTS, identity, **choices)
-    close(loud, 1e3 * (-float(drift) - 1e-4) * -float(drift))
+    assert_close(loud, 1e3 * (-float(drift) - 1e-4) * -float(drift))
 
 
 def test_drpo_weighs_good_captions_by_brevity() -> None:
     lengths = torch.tensor([[8, 10, 12, 20]])
     chosen = pairs.shorter_good(LABELS, lengths, VALID, max_tokens=25, brevity_temperature=0.1)
-    close(chosen.sum(2), [[0.0, 0.0, 0.9608, 0.0392]])
+    assert_close(chosen.sum(2), [[0.0, 0.0, 0.9608, 0.0392]])
     mean = scores.mean_logprob(POLICY, MASK)
-    close(group_loss.contrastive(mean, chosen, contrast_temperature=10.0), [-0.1463])
+    assert_close(group_loss.contrastive(mean, chosen, contrast_temperature=10.0), [-0.1463])
 
 
 def test_pacs_logits_and_loss() -> None:
     moved = scores.over_old(POLICY, OLD, MASK)
-    close(moved, [[0.35, -0.05, 0.4, 0.15]])
+    assert_close(moved, [[0.35, -0.05, 0.4, 0.15]])
     losses = group_loss.leave_one_out_bce(moved, LABELS, VALID, beta=1.0)
     psi = tensor([0.1833, -0.35, 0.25, -0.0833])
     want = torch.nn.functional.binary_cross_entropy_with_logits(psi, LABELS[0], reduction="none")
-    close(losses[0], want)
-    close(losses.mean(), 0.6585)
+    assert_close(losses[0], want)
+    assert_close(losses.mean(), 0.6585)
 
 
 def test_pacs_weighs_its_classes_alike() -> None:
     labels = tensor([[1.0, 0.0, 0.0, 0.0]])
     losses = group_loss.leave_one_out_bce(torch.zeros_like(labels), labels, VALID, beta=1.0)
-    close(losses, tensor([[2.0, 2 / 3, 2 / 3, 2 / 3]]) * math.log(2))
+    assert_close(losses, tensor([[2.0, 2 / 3, 2 / 3, 2 / 3]]) * math.log(2))
 
 
 def test_regressions_on_log_ratios() -> None:
     moved = scores.over_old(POLICY, OLD, MASK)
     standard = group_loss.standardized_regression(moved, NORMALIZED, VALID, spread_floor=0.0)
-    close(standard.mean(), 2.0737)
-    close(loss_of("pmd_mean"), 0.1463)
+    assert_close(standard.mean(), 2.0737)
+    assert_close(loss_of("pmd_mean"), 0.1463)
     linear = group_loss.kimi(POLICY, OLD, MASK, DEVIATION, score_factor=0.1)
     sums = (POLICY * MASK).sum(-1)
-    close(linear, -DEVIATION * sums + 0.05 * moved.square())
+    assert_close(linear, -DEVIATION * sums + 0.05 * moved.square())
 
 
 def test_brain_matches_the_group_to_its_posterior() -> None:
     loss = group_loss.posterior_matching(
         POLICY, OLD, REF, MASK, REWARDS, VALID, posterior_temperature=1.0
     )
-    close(loss, [0.0823])
+    assert_close(loss, [0.0823])
     logprobs = POLICY.clone().requires_grad_()
     group_loss.posterior_matching(
         logprobs, OLD, REF, MASK, REWARDS, VALID, posterior_temperature=1.0
     ).sum().backward()
     # The gradient in each caption's log-prob is beta - alpha.
-    close(logprobs.grad[0, :, 0], [0.1324, 0.0150, 0.0095, -0.1568])
+    assert_close(logprobs.grad[0, :, 0], [0.1324, 0.0150, 0.0095, -0.1568])
 
 
 def test_opmd_family() -> None:
-    close(loss_of("opmd"), -0.0227)
-    close(loss_of("opmd_squared"), -0.0410)
-    close(loss_of("awm_advantage_weighted", overrides=EXACT), -0.1194)
-    close(loss_of("sso", overrides=EXACT), 0.0472)
+    assert_close(loss_of("opmd"), -0.0227)
+    assert_close(loss_of("opmd_squared"), -0.0410)
+    assert_close(loss_of("awm_advantage_weighted", overrides=EXACT), -0.1194)
+    assert_close(loss_of("sso", overrides=EXACT), 0.0472)
 
 
 def test_rec_masks() -> None:
-    close(loss_of("rec_one_side"), -0.1177)
+    assert_close(loss_of("rec_one_side"), -0.1177)
     left = weights.one_side(MOVED.exp(), DEVIATION[..., None], 0.8, 1.2)
     assert int(((left == 0) & MASK).sum()) == 2
     ratios, up, down = tensor([0.3, 0.7, 1.0, 1.5, 4.0]), tensor([1.0]), tensor([-1.0])
-    close(weights.two_side(ratios, 0.8, 1.2), [0.0, 0.0, 1.0, 0.0, 0.0])
+    assert_close(weights.two_side(ratios, 0.8, 1.2), [0.0, 0.0, 1.0, 0.0, 0.0])
     ring = {"ring_low": 0.6, "ring_high": 2.0}
-    close(weights.ring(ratios, up, 0.8, 1.2, **ring), [1.0, 0.0, 1.0, 0.0, 0.0])
-    close(weights.ring(ratios, down, 0.8, 1.2, **ring), [0.0, 0.0, 1.0, 0.0, 1.0])
+    assert_close(weights.ring(ratios, up, 0.8, 1.2, **ring), [1.0, 0.0, 1.0, 0.0, 0.0])
+    assert_close(weights.ring(ratios, down, 0.8, 1.2, **ring), [0.0, 0.0, 1.0, 0.0, 1.0])
 
 
 def test_sequence_weights_of_topr_and_vespo() -> None:
     log_ratio = tensor([[[0.2, 0.1], [0.3, -0.5]]])
     mask = torch.ones(1, 2, 2, dtype=torch.bool)
     negative = -torch.ones(1, 2, 1, dtype=F64)
-    close(weights.tapered(log_ratio, mask, negative), [[[1.0], [math.exp(-0.2)]]])
-    close(weights.tapered(log_ratio, mask, -negative), [[[1.0], [1.0]]])
+    assert_close(weights.tapered(log_ratio, mask, negative), [[[1.0], [math.exp(-0.2)]]])
+    assert_close(weights.tapered(log_ratio, mask, -negative), [[[1.0], [1.0]]])
     choices = {"power_positive": 2.0, "decay_positive": 3.0}
     choices |= {"power_negative": 3.0, "decay_negative": 2.0}
     w = math.exp(0.3)
     up = weights.soft_sequence(log_ratio, mask, -negative, **choices)
     down = weights.soft_sequence(log_ratio, mask, negative, **choices)
-    close(up[0, 0], [w**2 * math.exp(3 * (1 - w))])
-    close(down[0, 0], [w**3 * math.exp(2 * (1 - w))])
+    assert_close(up[0, 0], [w**2 * math.exp(3 * (1 - w))])
+    assert_close(down[0, 0], [w**3 * math.exp(2 * (1 - w))])
 
 
 def test_ratios_recentred_at_every_position() -> None:
     got = ratio.recentered(POLICY, OLD, MASK, identity).exp()
-    close(got[0, 0], [1.1092, 0.8135, 1.2668])
+    assert_close(got[0, 0], [1.1092, 0.8135, 1.2668])
 
 
 def test_a_linear_bound_lies_below_the_ratio() -> None:
     a, moved = tensor([0.5252]), tensor([0.25])
     got = surrogate.linear_bound(moved.exp(), moved, a, 0.8, 1.2)
-    close(got, [-0.6565])
+    assert_close(got, [-0.6565])
     assert float(-got) < 0.5252 * math.exp(0.25)
 
 
 def test_one_ratio_for_each_segment() -> None:
     segments = torch.tensor([[[0, 0, 1]] * 4])
     got = ratio.segment(POLICY, OLD, MASK, segments).exp()
-    close(got[0, 3], [1.0513, 1.0513, 1.0513])
-    close(got[0, 2, :2], [math.exp(0.2)] * 2)
+    assert_close(got[0, 3], [1.0513, 1.0513, 1.0513])
+    assert_close(got[0, 2, :2], [math.exp(0.2)] * 2)
 
 
 def test_length_entropy_and_staleness_factors() -> None:
-    close(weights.length(MASK, POLICY)[..., 0], LENGTHS)
+    assert_close(weights.length(MASK, POLICY)[..., 0], LENGTHS)
     entropy = tensor([[[0.1, 0.9], [0.5, 0.2], [0.3, 7.0]]])
     mask = torch.tensor([[[True, True], [True, True], [True, False]]])
     got = weights.high_entropy(entropy, mask, entropy_share=0.4)
-    close(got, [[[0.0, 2.5], [2.5, 0.0], [0.0, 0.0]]])
+    assert_close(got, [[[0.0, 2.5], [2.5, 0.0], [0.0, 0.0]]])
     got = weights.not_stale_negative(
         OLD - 0.6, OLD, MASK, tensor([[[-1.0], [1.0], [-1.0], [1.0]]]), stale_kl=0.5
     )
-    close(got, [[[0.0], [1.0], [0.0], [1.0]]])
+    assert_close(got, [[[0.0], [1.0], [0.0], [1.0]]])
 
 
 def test_the_largest_covariance_of_advantage_and_logprob() -> None:
@@ -242,7 +242,7 @@ def test_the_largest_covariance_of_advantage_and_logprob() -> None:
     mask = torch.ones(1, 2, 2, dtype=torch.bool)
     # Deviations 1, 0, -1, 0 times 1, 1, -1, -1: the first and the third token tie.
     got = weights.without_covariance(logprobs, advantages, mask, identity, covariance_share=0.25)
-    close(got, [[[0.0, 1.0], [0.0, 1.0]]])
+    assert_close(got, [[[0.0, 1.0], [0.0, 1.0]]])
     penalty = regularize.kl_high_covariance(
         logprobs,
         logprobs - 0.1,
@@ -252,27 +252,27 @@ def test_the_largest_covariance_of_advantage_and_logprob() -> None:
         covariance_share=0.25,
         covariance_kl_coef=2.0,
     )
-    close(penalty, [[[0.2, 0.0], [0.2, 0.0]]])
+    assert_close(penalty, [[[0.2, 0.0], [0.2, 0.0]]])
 
 
 def test_kl_estimators_of_a_log_ratio_of_0_2() -> None:
     p, ref = tensor([0.2, -0.2]), torch.zeros(2, dtype=F64)
-    close(regularize.kl_k1(p, ref, kl_coef=1.0), [0.2, -0.2])
-    close(regularize.kl_k2(p, ref, kl_coef=1.0), [0.02, 0.02])
-    close(regularize.kl_k3(p, ref, kl_coef=1.0), [0.0187, 0.0214])
-    close(regularize.kl_k3_straight(p, ref, kl_coef=1.0), [0.0187, 0.0214])
+    assert_close(regularize.kl_k1(p, ref, kl_coef=1.0), [0.2, -0.2])
+    assert_close(regularize.kl_k2(p, ref, kl_coef=1.0), [0.02, 0.02])
+    assert_close(regularize.kl_k3(p, ref, kl_coef=1.0), [0.0187, 0.0214])
+    assert_close(regularize.kl_k3_straight(p, ref, kl_coef=1.0), [0.0187, 0.0214])
 
 
 def test_k3_weighted_by_the_ratio() -> None:
     k3 = regularize.kl_k3_weighted(POLICY, OLD, REF, kl_coef=1.0)
-    close(k3[MASK].mean(), 0.0126)
+    assert_close(k3[MASK].mean(), 0.0126)
 
 
 def test_entropy_bonus_and_its_controller() -> None:
     p = tensor([0.7, 0.2, 0.1])
     entropy = -(p * p.log()).sum()
-    close(entropy, 0.8018)
-    close(regularize.entropy_bonus(entropy, entropy_coef=0.01), -0.008018)
+    assert_close(entropy, 0.8018)
+    assert_close(regularize.entropy_bonus(entropy, entropy_coef=0.01), -0.008018)
     choices = {"entropy_target": 1.0, "entropy_step": 0.005}
     low = control.adaptive_entropy({"objective/entropy": 0.9}, {"entropy_coef": 0.01}, **choices)
     assert low["coefficients"] == pytest.approx({"entropy_coef": 0.015, "entropy_coef_held": 0.015})
@@ -295,20 +295,20 @@ def test_a_controller_changes_the_loss_of_the_next_step() -> None:
     assert state["coefficients"]["kl_coef"] == pytest.approx(0.0408)
     state, ready = objective.prepare(state, toy_batch())
     term = objective.loss(ready, POLICY, ready.normalizer()).metrics["objective/loss_kl_k3"][0]
-    close(term, 0.0408 * 0.0113, 1e-5)
-    close(before[0] / before[1], 0.0126, 2e-3)
+    assert_close(term, 0.0408 * 0.0113, 1e-5)
+    assert_close(before[0] / before[1], 0.0126, 2e-3)
 
 
 def test_nll_terms() -> None:
-    close(0.0205 + regularize.nll_behaviour(tensor(-0.8), nll_coef=0.1), 0.1005)
+    assert_close(0.0205 + regularize.nll_behaviour(tensor(-0.8), nll_coef=0.1), 0.1005)
     anchors = tensor([[[-1.0, -2.0], [-0.6, 0.0]]])
     mask = torch.tensor([[[True, True], [True, False]]])
-    close(regularize.nll_references(anchors, mask, nll_coef=0.5), [0.6])
+    assert_close(regularize.nll_references(anchors, mask, nll_coef=0.5), [0.6])
 
 
 def test_chi_squared_of_whole_captions() -> None:
     drift = scores.over_reference(POLICY, REF, MASK)
-    close(drift.exp(), [[1.2214, 0.9512, 1.3499, 1.0513]])
+    assert_close(drift.exp(), [[1.2214, 0.9512, 1.3499, 1.0513]])
     got = regularize.chi_squared(
         POLICY,
         REF,
@@ -320,8 +320,8 @@ def test_chi_squared_of_whole_captions() -> None:
         chi_floor=1e-4,
         chi_limit=10.0,
     )
-    close(got, 1.4741e-4, 1e-8)
-    close((got / 8e-4).square(), 0.0340)
+    assert_close(got, 1.4741e-4, 1e-8)
+    assert_close((got / 8e-4).square(), 0.0340)
 
 
 def test_a_critics_loss() -> None:
@@ -331,12 +331,12 @@ def test_a_critics_loss() -> None:
         values, old, tensor([[1.0]]), torch.tensor([[False]]), **choices, finished_only=False
     )
     # The clipped value 0.7 is further from the return 1 than 0.9 is.
-    close(whole, [[[0.045, 0.32]]])
+    assert_close(whole, [[[0.045, 0.32]]])
     cut = regularize.value_error(
         values, old, tensor([[1.0]]), torch.tensor([[True]]), **choices, finished_only=True
     )
-    close(cut, [[[0.0, 0.0]]])
+    assert_close(cut, [[[0.0, 0.0]]])
     dense = regularize.value_error(
         values, old, tensor([[[0.3, 0.2]]]), torch.tensor([[False]]), **choices, finished_only=False
     )
-    close(dense, [[[0.08, 0.0]]])
+    assert_close(dense, [[[0.08, 0.0]]])

@@ -16,7 +16,7 @@ from objectives_toy import (
     F64,
     REWARDS,
     TinyPolicy,
-    close,
+    assert_close,
     loss_of,
     prepared,
     synthetic_batch,
@@ -144,7 +144,7 @@ def test_parts_of_a_minibatch_add_up_to_it(name: str) -> None:
         split = gradient_of_parts(objective, ready, policy, [[2], [0, 3], [1]])
     assert split[0] == pytest.approx(whole[0], abs=1e-12)
     for got, want in zip(split[1], whole[1], strict=True):
-        close(got, want, 1e-10)
+        assert_close(got, want, 1e-10)
     assert split[2] == pytest.approx(whole[2], abs=1e-9)
 
 
@@ -283,19 +283,19 @@ def test_select_keeps_the_order_of_the_prompts() -> None:
     _, batch = start_of("grpo")
     chosen = batch.select([2, 0])
     assert chosen.image_ids == ("2", "0")
-    close(chosen.rewards, batch.rewards[[2, 0]])
-    close(chosen.terms["clip_score"], batch.terms["clip_score"][[2, 0]])
+    assert_close(chosen.rewards, batch.rewards[[2, 0]])
+    assert_close(chosen.terms["clip_score"], batch.terms["clip_score"][[2, 0]])
     ready = prepared(preset("grpo"), batch)
     both, one = ready.select([3, 1]), ready.select([3, 1]).select([1])
-    close(both.fields["advantages"], ready.fields["advantages"][[3, 1]])
+    assert_close(both.fields["advantages"], ready.fields["advantages"][[3, 1]])
     assert one.batch.image_ids == ("1",)
 
 
 def test_other_old_logprobs() -> None:
     ready = prepared(preset("grpo"), toy_batch())
     changed = ready.with_old_logprobs(ready.batch.old_logprobs + 1)
-    close(changed.batch.old_logprobs, ready.batch.old_logprobs + 1)
-    close(changed.fields["advantages"], ready.fields["advantages"])
+    assert_close(changed.batch.old_logprobs, ready.batch.old_logprobs + 1)
+    assert_close(changed.fields["advantages"], ready.fields["advantages"])
 
 
 def test_a_step_without_any_kept_caption_has_loss_zero_and_no_gradient() -> None:
@@ -305,11 +305,11 @@ def test_a_step_without_any_kept_caption_has_loss_zero_and_no_gradient() -> None
 
 def test_where_an_objective_pushes_a_caption() -> None:
     deviation = REWARDS - 0.7
-    close(prepared(preset("dr_grpo"), toy_batch()).caption_advantages(), deviation)
+    assert_close(prepared(preset("dr_grpo"), toy_batch()).caption_advantages(), deviation)
     # Credit of single tokens is averaged over those that are there, two in the third caption.
     ready = prepared(preset("tempo_prefix_tree"), toy_batch())
     tokens = ready.fields["advantages"][0, 0]
-    close(ready.caption_advantages()[0, 2], tokens[2, :2].mean())
+    assert_close(ready.caption_advantages()[0, 2], tokens[2, :2].mean())
     pairs = prepared(preset("online_dpo"), toy_batch()).caption_advantages()
-    close(pairs, [[-1.0, 0.0, 0.0, 1.0]])
-    close(prepared(preset("pacs"), toy_batch()).caption_advantages(), deviation)
+    assert_close(pairs, [[-1.0, 0.0, 0.0, 1.0]])
+    assert_close(prepared(preset("pacs"), toy_batch()).caption_advantages(), deviation)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from objectives_toy import TinyPolicy, close, prepared, synthetic_batch
+from objectives_toy import TinyPolicy, assert_close, prepared, synthetic_batch
 
 from rayrl.objectives import preset
 
@@ -139,6 +139,6 @@ def test_loss_and_gradient_are_those_of_trl(case: str) -> None:
         inputs["importance_sampling_ratio"] = is_ratio.clamp(max=settings["tis"])
     theirs = grpo_trainer.GRPOTrainer._compute_loss(host, host.model, inputs)
     theirs.backward()
-    close(ours, theirs.detach(), 1e-7)
-    close(x.grad, y.grad, 1e-7)
+    assert_close(ours, theirs.detach(), 1e-7)
+    assert_close(x.grad, y.grad, 1e-7)
     assert x.grad.abs().max() > 1e-3
