@@ -32,6 +32,7 @@ from tests.ray.test_grpo_job import children
 
 FAULTS = 10  # in a run
 STEPS = FAULTS + 4
+IMAGES = 60  # to train on
 
 
 @dataclass
@@ -97,7 +98,7 @@ def run(
     config = Config.model_validate(
         {
             "run_folder": str(folder),
-            "data": {"scenes": {"num_train": 60, "num_val": 8}},
+            "data": {"scenes": {"num_train": IMAGES, "num_val": 8}},
             "rollout": {
                 "num_workers": 3,
                 "min_workers": 1,
@@ -208,7 +209,11 @@ def kill(name: str):
 
 def assert_same(disturbed: Done, quiet: Done) -> None:
     assert disturbed.trained == quiet.trained
-    assert all(len(set(ids)) == 7 for ids in disturbed.trained)
+    assert {len(ids) for ids in disturbed.trained} == {7}
+    in_order = [prompt for ids in disturbed.trained for prompt in ids]
+    for epoch in range(0, len(in_order), IMAGES):
+        part = in_order[epoch : epoch + IMAGES]
+        assert len(set(part)) == len(part)
     assert disturbed.weights == quiet.weights
     assert [row["step"] for row in disturbed.rows] == list(range(1, len(quiet.rows) + 1))
     assert all(row["groups/dropped"] == 0 for row in disturbed.rows)

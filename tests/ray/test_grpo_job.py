@@ -86,7 +86,7 @@ def check_trace(folder) -> None:
     assert len(of("rollout worker 0", "load")) >= 5
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 2])
+@pytest.mark.parametrize("ahead", [0, 2])
 def test_staleness_is_exactly_what_was_promised(small_job, environment, tmp_path, ahead):
     # Two reward workers share the frequencies of a step, however many steps are on their way.
     flags = small_job(train__max_staleness=ahead, train__reward_workers=2, reward__df="batch")
@@ -229,18 +229,6 @@ def children(driver: int, name: str) -> list[int]:
         return pid == driver
 
     return [int(pid) for pid, _, args in rows if args.startswith(name) and below(int(pid))]
-
-
-def test_a_worker_that_keeps_dying_ends_the_run_with_the_first_cause(
-    small_job, environment, tmp_path
-):
-    flags = small_job(rollout__max_restarts=0, train__steps=50)
-    process = start(flags, environment)
-    wait_for_step(tmp_path / "run", 1, process)
-    os.kill(children(process.pid, "ray::RolloutActor")[0], signal.SIGKILL)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 1
-    assert "rollout.max_restarts allows 0" in output.strip().splitlines()[-1]
 
 
 def test_a_run_folder_that_holds_a_run_is_not_overwritten(small_job, environment, tmp_path):

@@ -17,7 +17,7 @@ from tests.ray.conftest import ROOT
 from tests.ray.fake_run import STEPS, Done, assert_same, run
 
 pytestmark = pytest.mark.ray
-KILLS = 5
+KILLS = 3
 
 
 def drive(address: str, folder: Path, faults: str, staleness: int, result: Path) -> None:

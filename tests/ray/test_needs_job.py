@@ -30,10 +30,6 @@ def dislikes_articles(captions: list[str], prompt: Prompt) -> Judged:
         ("ppo_max", "objective/critic_explained_variance"),
         # What a judge says of single words, by the way of its versions.
         ("capo_wrong_spans", "objective/mixed_reward_versions"),
-        # Rewards of prefixes, scored beside the captions.
-        ("igpo_info_gain", "objective/flat_groups"),
-        # Rewards of the references against each other.
-        ("infalign_ctrl", "kl"),
     ],
 )
 def test_a_job_brings_what_its_objective_needs(small_job, environment, tmp_path, preset, reports):
