@@ -59,15 +59,18 @@ def to_device(groups: GroupBatch, device: str | torch.device) -> GroupBatch:
 def minibatches(
     images: int, config: LearnerConfig, order: np.random.Generator
 ) -> Iterator[list[int]]:
-    """Image indices of every optimizer step of a step; ``order`` shuffles each epoch."""
-    size = images // config.minibatches
+    """Image indices of every optimizer step of a step; ``order`` shuffles each epoch.
+
+    Where groups were dropped the parts are of nearly equal size, so that every image trains, and
+    there are never more parts than images."""
+    parts = min(config.minibatches, images)
     for _ in range(config.inner_epochs):
         if config.minibatches == 1:
             yield list(range(images))
             continue
         shuffled = order.permutation(images).tolist()
-        for start in range(0, size * config.minibatches, size):
-            yield shuffled[start : start + size]
+        for part in range(parts):
+            yield shuffled[images * part // parts : images * (part + 1) // parts]
 
 
 def micro_batches(

@@ -8,7 +8,7 @@ import torch
 
 from rayrl.checkpoint import load_checkpoint, save_checkpoint
 from rayrl.config import LearnerConfig, ModelConfig, TinyConfig
-from rayrl.learner.batches import group_batch
+from rayrl.learner.batches import group_batch, minibatches
 from rayrl.learner.learner import Learner
 from rayrl.learner.measure import MEASURED
 from rayrl.learner.parallel import SOLO
@@ -202,3 +202,14 @@ def test_five_steps_move_the_weights_and_report_finite_metrics(tiny_folder, batc
     assert all(np.isfinite(value) for value in report.metrics.values())
     assert largest_difference(before, parameters(subject)) > 1e-4
     assert torch.isfinite(torch.tensor(report.metrics["learner/grad_norm"]))
+
+
+@pytest.mark.parametrize(
+    ("images", "sizes"), [(8, [2, 2, 2, 2]), (6, [1, 2, 1, 2]), (3, [1, 1, 1])]
+)
+def test_every_image_trains_once_an_epoch_however_many_groups_were_dropped(images, sizes):
+    config = LearnerConfig(minibatches=4, inner_epochs=2)
+    parts = list(minibatches(images, config, np.random.default_rng(0)))
+    assert [len(part) for part in parts] == 2 * sizes
+    for epoch in (parts[: len(sizes)], parts[len(sizes) :]):
+        assert sorted(image for part in epoch for image in part) == list(range(images))
