@@ -6,9 +6,10 @@
     .venv/bin/python benchmarks/bench_against_trl.py --small    # one step each, to see that it runs
 
 The first command puts TRL into a folder of its own, beside the very torch and transformers that
-rayrl uses.  Both systems get the same model (random weights), pictures, reward (CIDEr-D), group
-size, images a step, AdamW and KL weight, and run on all cores, one after the other.  A step is
-sampling, reward, update, and for rayrl the weights' way back to the engine.
+rayrl uses.  Both systems get the same model, pictures, reward (CIDEr-D), group size, images a
+step, AdamW and KL weight, and run on all cores, one after the other.  A step is sampling, reward,
+update, and for rayrl the weights' way back to the engine.  The model has random weights, or some
+steps of cross-entropy, after which captions are shorter and those of an image begin alike.
 
 rayrl runs the parts of its synchronous loop in one process, without Ray: once with vLLM, which is
 what a run uses, and once with transformers' ``generate``, which is what TRL uses on a CPU.
@@ -17,6 +18,7 @@ what a run uses, and once with transformers' ``generate``, which is what TRL use
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import queue
@@ -136,6 +138,7 @@ def measure(case: Case, names: list[str], rounds: int, trl: Path) -> dict[str, A
         "group_size": case.group_size,
         "images_per_step": case.images_per_step,
         "kl_coef": case.kl_coef,
+        "xe_steps": case.xe_steps,
         "systems": rows,
     }
 
@@ -164,7 +167,8 @@ def summarize(case: Case, steps: list[dict[str, Any]]) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     print(
         f"({result['shape']})  {result['image_tokens']} image tokens  G = {result['group_size']}  "
-        f"P = {result['images_per_step']}  KL weight {result['kl_coef']}"
+        f"P = {result['images_per_step']}  KL weight {result['kl_coef']}  "
+        f"after {result['xe_steps']} steps of cross-entropy"
     )
     for name, row in result["systems"].items():
         phases = "  ".join(f"{k} {v:.3f}" for k, v in row["seconds_by_phase"].items())
@@ -182,6 +186,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--groups", nargs="+", type=int, default=[8, 16])
+    parser.add_argument(
+        "--xe-steps", nargs="+", type=int, default=[0, 150], help="of cross-entropy before"
+    )
     parser.add_argument("--images", type=int, default=8, help="images of a step")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each system")
     parser.add_argument("--kl", type=float, default=0.04, help="KL weight, of arXiv 2503.01333")
@@ -195,6 +202,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"no TRL in {args.trl}: install it as --help says, or name it with --trl")
     if args.small:
         args.groups, args.images, args.rounds = [4], 2, 1
+        args.xe_steps = [0, 2]
     return args
 
 
@@ -202,9 +210,9 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     names = ["trl", *(f"rayrl, {engine}" for engine in args.engines)]
     cases = []
-    for shape in args.shapes:
+    for shape, xe_steps in itertools.product(args.shapes, args.xe_steps):
         with tempfile.TemporaryDirectory() as folder:
-            for group in args.groups:
+            for i, group in enumerate(args.groups):
                 case = Case(
                     shape=shape,
                     group_size=group,
@@ -212,8 +220,10 @@ def main(argv: list[str]) -> None:
                     kl_coef=args.kl,
                     lr=args.lr,
                     folder=folder,
+                    xe_steps=xe_steps,
                 )
-                build_model(case)
+                if i == 0:
+                    build_model(case)
                 cases.append(measure(case, names, args.rounds, args.trl))
                 show(cases[-1])
     if not args.small or args.out:

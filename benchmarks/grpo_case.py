@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from rayrl.config import TinyConfig
+from rayrl.config import ModelConfig, TinyConfig, XeConfig
 from rayrl.data import Dataset, load_split
 from rayrl.data.config import DataConfig
+from rayrl.data.order import prompt_indices
 from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.statistics import Statistics, reward_statistics
 
@@ -50,8 +51,9 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What both systems are given.  ``folder`` holds the model with random weights, whose captions
-    hardly ever end before MAX_TOKENS.  ``kl_coef`` above 0 needs a reference model."""
+    """What both systems are given.  ``folder`` holds the model.  With random weights its captions
+    hardly ever end before MAX_TOKENS and share no words, the worst case; after ``xe_steps`` of
+    cross-entropy they look like captions.  ``kl_coef`` above 0 needs a reference model."""
 
     shape: str
     group_size: int
@@ -59,6 +61,7 @@ class Case:
     kl_coef: float
     lr: float
     folder: str
+    xe_steps: int = 0
     seed: int = 0
 
     @property
@@ -92,7 +95,34 @@ def build_model(case: Case) -> Path:
     pictures = data(case)
     captions = [text for texts in pictures.references() for text in texts]
     tiny = SHAPES[case.shape]
-    return build_tiny_captioner(tiny, captions, pictures.instruction, Path(case.folder), seed=0)
+    folder = build_tiny_captioner(tiny, captions, pictures.instruction, Path(case.folder), seed=0)
+    if case.xe_steps:
+        teach(folder, pictures, case)
+    return folder
+
+
+def teach(folder: Path, pictures: Dataset, case: Case) -> None:
+    """Train the model in ``folder`` with cross-entropy, as stage 1 does."""
+    from rayrl.learner.xe import XeTrainer
+
+    config = XeConfig()
+    trainer = XeTrainer(
+        folder,
+        model=ModelConfig(),
+        config=config,
+        instruction=pictures.instruction,
+        max_tokens=MAX_TOKENS,
+        seed=case.seed,
+    )
+    for step in range(case.xe_steps):
+        order = prompt_indices(step, config.images_per_step, len(pictures), case.seed)
+        prompts = [pictures[index] for _, index in order]
+        trainer.step(
+            [prompt.image for prompt in prompts],
+            [prompt.references for prompt in prompts],
+            progress=step / case.xe_steps,
+        )
+    trainer.save(folder)
 
 
 class Seconds:

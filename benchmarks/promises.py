@@ -49,11 +49,12 @@ def of_updates(cases: list[dict[str, Any]]) -> Promises:
 
 
 def of_steps(cases: list[dict[str, Any]]) -> Promises:
-    """Of the cases that bench_against_trl.py measured; a larger group gains more."""
+    """Of the cases that bench_against_trl.py measured with random weights; a larger group gains
+    more."""
     times = {
         (case["shape"], case["group_size"]): case["systems"]["rayrl, vllm"]["times_trl"]
         for case in cases
-        if "rayrl, vllm" in case["systems"]
+        if "rayrl, vllm" in case["systems"] and not case.get("xe_steps")
     }
     kept: Promises = {}
     for (shape, group), value in times.items():

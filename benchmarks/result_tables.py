@@ -99,6 +99,7 @@ def against_trl(result: Result) -> list[str]:
             rows.append(
                 [
                     f"({case['shape']}), {case['image_tokens']} image tokens",
+                    "cross-entropy" if case.get("xe_steps") else "random",
                     str(case["group_size"]),
                     f"TRL {result['trl']}" if name == "trl" else name,
                     f"{system['captions_per_second']:.0f}",
@@ -106,7 +107,8 @@ def against_trl(result: Result) -> list[str]:
                     ", ".join(f"{k} {v:.2f}" for k, v in system["seconds_by_phase"].items()),
                 ]
             )
-    return table(["model", "G", "system", "captions/s", "times TRL", "seconds of a step"], rows)
+    header = ["model", "weights", "G", "system", "captions/s", "times TRL", "seconds of a step"]
+    return table(header, rows)
 
 
 def fleet(result: Result) -> list[str]:

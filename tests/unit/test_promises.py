@@ -56,11 +56,12 @@ def test_every_promise_of_an_update_is_measured_by_default():
 
 
 def test_whole_steps_gain_more_with_a_larger_group():
-    def step(shape, group, times):
+    def step(shape, group, times, **more):
         systems = {"rayrl, vllm": {"times_trl": times}}
-        return {"shape": shape, "group_size": group, "systems": systems}
+        return {"shape": shape, "group_size": group, "systems": systems, **more}
 
-    kept = promises.of_steps([step("a", 8, 2.6), step("a", 16, 2.55), step("b", 8, 5.9)])
+    taught = step("b", 8, 9.0, xe_steps=150)
+    kept = promises.of_steps([step("a", 8, 2.6), step("a", 16, 2.55), step("b", 8, 5.9), taught])
     assert {name: one["reached"] for name, one in kept.items()} == {
         "(a), G = 8: times TRL": True,
         "(a), G = 16: times TRL": False,
