@@ -107,11 +107,11 @@ def test_tables_of_steps_fleet_and_sync_hold_the_numbers():
     system = {
         "captions_per_second": 151.6,
         "times_trl": 2.96,
-        "seconds_by_phase": {"rollout": 0.25, "update": 0.125},
+        "seconds_by_phase": {"rollout": 0.25, "sync": 0.125},
     }
     case = {"shape": "a", "image_tokens": 16, "group_size": 8, "systems": {"rayrl, vllm": system}}
     assert result_tables.against_trl({"trl": "1.16.0", "cases": [case]})[-1] == (
-        "| (a), 16 image tokens | random | 8 | rayrl, vllm | 152 | 3.0 | rollout 0.25, update 0.12 |"
+        "| (a), 16 image tokens | random | 8 | rayrl, vllm | 152 | 3.0 | rollout 0.25, sync 0.12 |"
     )
     row = {
         "workers": 64,
