@@ -92,12 +92,6 @@ class LearnerConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _adapters_fit(self) -> LearnerConfig:
-        if self.lora.rank and self.parallel == "fsdp" and self.num_workers > 1:
-            raise ValueError("lora.rank with parallel fsdp: adapters train on whole models (data)")
-        return self
-
-    @model_validator(mode="after")
     def _a_gpu_each(self) -> LearnerConfig:
         if self.num_workers > 1 and self.gpus not in (0, 1):
             raise ValueError(

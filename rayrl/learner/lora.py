@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rayrl.adapters import AdapterWeights, merge, pairs_checksum
 from rayrl.config import LoraConfig
+from rayrl.learner.parallel import SOLO, Ranks, like, whole_tensor
 from rayrl.vlm import part_of
 from rayrl.weights import ModelFiles, read_model_files
 
@@ -67,14 +68,16 @@ class Adapters:
 
     def tensors(self, *, merged: bool) -> Iterator[tuple[str, Tensor]]:
         """The base's parameters under the names they have without adapters, those that adapters
-        change merged with them or as they are."""
+        change merged with them or as they are.  Where a model is sharded, every rank must take all
+        of them, in turn: one that is merged is whole while it is the last."""
         for wrapped, parameter in self.model.named_parameters(remove_duplicate=False):
             name = wrapped.removeprefix(_WRAP).replace(_LAYER, ".")
             if ".lora_" in wrapped:
                 continue
             layer = name.removesuffix(".weight")
             if merged and _LAYER in wrapped and wrapped.endswith(".weight"):
-                yield name, merge(parameter, *self._pair(layer), self.scale)
+                a, b = (whole_tensor(side.detach()) for side in self._pair(layer))
+                yield name, merge(whole_tensor(parameter.detach()), a, b, self.scale)
             else:
                 yield name, parameter
 
@@ -83,16 +86,19 @@ class Adapters:
         """Names of the parameters that adapters change."""
         return [f"{name}.weight" for name in self._layers]
 
-    def weights(self, version: int) -> AdapterWeights:
-        """The adapters alone, in host memory.
+    def weights(self, version: int, ranks: Ranks = SOLO) -> AdapterWeights | None:
+        """The adapters alone, in host memory, on rank 0; the others, on which it must be called
+        too, return None.
 
         Raises ValueError naming the first that is not finite."""
         pairs = {}
         for name in self._layers:
-            a, b = (np.array(side.detach().float().cpu().numpy()) for side in self._pair(name))
+            a, b = (np.array(ranks.gathered(side).float().numpy()) for side in self._pair(name))
             if not (np.isfinite(a).all() and np.isfinite(b).all()):
                 raise ValueError(f"adapters of version {version}: {name} is not finite")
             pairs[f"{name}.weight"] = (a, b)
+        if ranks.rank > 0:
+            return None
         return AdapterWeights(
             version=version, scale=self.scale, pairs=pairs, checksum=pairs_checksum(pairs)
         )
@@ -101,11 +107,14 @@ class Adapters:
         module = self._layers[name]
         return module.lora_A["default"].weight, module.lora_B["default"].weight
 
-    def files(self, processor: Any) -> ModelFiles:
-        """The adapters and the processor.  Without config.json: from_pretrained then takes the
-        base that the adapters name."""
+    def files(self, processor: Any, ranks: Ranks = SOLO) -> ModelFiles:
+        """The adapters and the processor, on rank 0; called on every rank.  Without config.json:
+        from_pretrained then takes the base that the adapters name."""
+        state = {name: ranks.gathered(p) for name, p in self._trained()}
+        if ranks.rank > 0:
+            return {}
         with tempfile.TemporaryDirectory() as folder:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=state)
             (Path(folder) / "README.md").unlink(missing_ok=True)
             processor.save_pretrained(folder)
             return read_model_files(folder)
@@ -114,25 +123,26 @@ class Adapters:
         """Inverse of :meth:`files`.
 
         Raises ValueError where they are no adapters, or those of another model."""
-        from peft import set_peft_model_state_dict
         from safetensors.torch import load
 
         if _WEIGHTS not in files:
             raise ValueError("checkpoint of another model: it holds no adapters")
         state = load(files[_WEIGHTS].tobytes())
         have = {name: tuple(value.shape) for name, value in state.items()}
-        want = {
-            name.replace(".default.", "."): tuple(p.shape)
-            for name, p in self.model.named_parameters()
-            if ".lora_" in name
-        }
+        mine = {name.replace(".default.", "."): p for name, p in self._trained()}
+        want = {name: tuple(p.shape) for name, p in mine.items()}
         for name in sorted(have.keys() | want.keys()):
             if have.get(name) != want.get(name):
                 raise ValueError(
                     f"checkpoint of another model: adapter {name} is {have.get(name, 'absent')} in "
                     f"the checkpoint and {want.get(name, 'absent')} in this run's model"
                 )
-        set_peft_model_state_dict(self.model, state)
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(like(state[name], parameter))
+
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((n, p) for n, p in self.model.named_parameters() if ".lora_" in n)
 
     def fingerprint(self) -> str:
         """Tells bases apart: names, shapes and a strided sample of the values."""

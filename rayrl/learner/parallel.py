@@ -168,8 +168,8 @@ def shard(model: Any, compute: Callable[..., Any], device: str) -> None:
 
     compute: the function that will be called with the model, through :func:`compute_sharded`
 
-    A frozen vision tower or connector stays whole on every rank, so that a rank which has cached
-    its images' features can leave it out while another runs it.
+    A vision tower or connector in which nothing trains stays whole on every rank, so that a rank
+    which has cached its images' features can leave it out while another runs it.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -180,12 +180,9 @@ def shard(model: Any, compute: Callable[..., Any], device: str) -> None:
     )
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    ignored = {
-        p
-        for name, p in model.named_parameters()
-        if not p.requires_grad and part_of(name) != "language"
-    }
-    frozen = not any(p.requires_grad for p in model.parameters())
+    training = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
+    split = {"language", *training}
+    ignored = {p for name, p in model.named_parameters() if part_of(name) not in split}
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device, (dist.get_world_size(),)),
         "ignored_params": ignored,
@@ -198,7 +195,7 @@ def shard(model: Any, compute: Callable[..., Any], device: str) -> None:
         if not set(layer.parameters()) <= ignored:
             fully_shard(layer, **options)
     # What is outside layers is needed again at once by the backward pass.
-    fully_shard(model, **{**options, "reshard_after_forward": frozen})
+    fully_shard(model, **{**options, "reshard_after_forward": not training})
     for parameter in ignored:
         parameter.data = parameter.data.to(device)
     for module in model.modules():

@@ -92,7 +92,7 @@ class Policy:
         if ranks.sharded:
             for each in (self.model, self.reference):
                 if each is not None:
-                    shard(each, self.forward.compute, self.device)
+                    shard(bare_model(each), self.forward.compute, self.device)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.masters = Masters(parameters)
         self.named = self.masters.named
@@ -146,26 +146,23 @@ class Policy:
         base and the adapters.  On rank 0; the others, on which it must be called too, return
         None."""
         names = self.trainable if trained_only else None
-        if self.adapters is not None:
-            if self._ranks.rank > 0:
-                return None
-            if self._publishes_adapters and trained_only:
-                return self.adapters.weights(version)
+        gather = self._ranks.gathered
+        if self.adapters is None:
+            weights = pack(self.model, version, names, gather)
+        elif self._publishes_adapters and trained_only:
+            return self.adapters.weights(version, self._ranks)
+        else:
             named = self.adapters.tensors(merged=not self._publishes_adapters)
-            return pack_tensors(named, version, names)
-        weights = pack(self.model, version, names, gather=self._ranks.gathered)
+            weights = pack_tensors(named, version, names, gather)
         return weights if self._ranks.rank == 0 else None
 
     def files(self, *, whole: bool = False) -> ModelFiles:
         """What ``from_pretrained`` loads, on rank 0; called on every rank.  With adapters those
         alone, unless the ``whole`` model is asked for."""
-        if self.adapters is not None:
-            bare = bare_model(self.model)
-            if not whole:
-                return self.adapters.files(self.processor)
-            state = dict(self.adapters.tensors(merged=True))
-            return model_files(bare, self.processor, self._ranks, state)
-        return model_files(self.model, self.processor, self._ranks)
+        if self.adapters is not None and not whole:
+            return self.adapters.files(self.processor, self._ranks)
+        merged = None if self.adapters is None else self.adapters.tensors(merged=True)
+        return model_files(bare_model(self.model), self.processor, self._ranks, merged)
 
     def meta(self) -> dict[str, str]:
         """What a checkpoint must say of the weights that are not in it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ def model_files(
     model: Any,
     processor: Any,
     ranks: Ranks = SOLO,
-    state: Mapping[str, torch.Tensor] | None = None,
+    named: Iterable[tuple[str, torch.Tensor]] | None = None,
 ) -> ModelFiles:
     """What ``from_pretrained`` needs of model and processor, as files in memory; on rank 0.
-    ``state`` takes the place of the model's own."""
-    state = _whole_state(model, ranks) if state is None else state
+    ``named`` tensors take the place of the model's own."""
+    state = _whole_state(model, ranks) if named is None else _gathered(named, ranks)
     if ranks.rank > 0:
         return {}
     with tempfile.TemporaryDirectory() as folder:
@@ -59,14 +59,23 @@ def _whole_state(model: torch.nn.Module, ranks: Ranks) -> dict[str, torch.Tensor
     where the model's own will do."""
     if not ranks.sharded:
         return None
-    identity = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    whole: dict[int | str, torch.Tensor] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return _gathered(
+        ((name, parameters.get(name, value)) for name, value in model.state_dict().items()), ranks
+    )
+
+
+def _gathered(named: Iterable[tuple[str, torch.Tensor]], ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Whole tensors in host memory, one after the other; a parameter with two names once."""
+    parameters: dict[int, torch.Tensor] = {}
     state = {}
-    for name, value in model.state_dict().items():
-        key = identity.get(name, name)
-        if key not in whole:
-            whole[key] = ranks.gathered(value)
-        state[name] = whole[key]
+    for name, value in named:
+        if not isinstance(value, torch.nn.Parameter):
+            state[name] = ranks.gathered(value)
+            continue
+        if id(value) not in parameters:
+            parameters[id(value)] = ranks.gathered(value)
+        state[name] = parameters[id(value)]
     return state
 
 

@@ -10,7 +10,7 @@ import torch
 
 from rayrl.adapters import AdapterWeights, with_base
 from rayrl.checkpoint import load_checkpoint, save_checkpoint
-from rayrl.config import EngineConfig, LearnerConfig
+from rayrl.config import EngineConfig
 from rayrl.engine.base import EngineSetup, Sampling
 from rayrl.engine.hf import HfEngine
 from rayrl.vlm import load_captioner
@@ -184,8 +184,3 @@ def test_without_peft_the_reason_is_said(tiny_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"learner.lora.rank 4 needs PEFT: install rayrl\[lora\]"):
         adapted(tiny_folder)
-
-
-def test_adapters_do_not_go_with_sharded_models():
-    with pytest.raises(ValueError, match="adapters train on whole models"):
-        LearnerConfig(lora={"rank": 4}, parallel="fsdp", num_workers=2)

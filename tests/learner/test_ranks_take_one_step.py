@@ -8,16 +8,19 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load
 
 from rayrl.checkpoint import load_checkpoint, save_checkpoint
 from rayrl.learner.measure import MEASURED
 from rayrl.learner.parallel import SOLO
 from tests.learner.rank_processes import RankProcesses
+from tests.unit.allocated import peak_bytes
 from tests.unit.test_learner import batch, largest_difference, learner
 
 __all__ = ["batch"]
 
 STEPS = 3
+ADAPTERS = {"lora": {"rank": 4}, "lr": 1e-4, "trainable": ("language",)}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,8 @@ CASES = {
     "naive": {"images": 5, "prefix_shared": False},
     "recomputed": {"images": 5, "activation_checkpointing": True},
     "token budget": {"images": 5, "micro_batch_tokens": 100},
+    "adapters": {"images": 5, **ADAPTERS},
+    "adapters everywhere": {"images": 5, "lora": {"rank": 4}, "lr": 1e-4, "minibatches": 5},
     "dr_grpo": {"images": 5, "objective": "dr_grpo"},
     "pairs": {"images": 5, "objective": "online_dpo"},
     "critic": {"images": 5, "objective": "ppo", "minibatches": 5},
@@ -129,8 +134,11 @@ def test_two_ranks_take_the_steps_of_one(two, alone, tiny_folder, batch, mode, c
 
 
 @pytest.mark.parametrize("mode", ["data", "fsdp"])
-def test_a_checkpoint_goes_from_two_ranks_to_one_and_back(two, tiny_folder, batch, mode, tmp_path):
-    options = {"lr": 1e-5, "inner_epochs": 2, "objective": "apo_momentum"}
+@pytest.mark.parametrize("parts", [{"lr": 1e-5}, ADAPTERS], ids=["weights", "adapters"])
+def test_a_checkpoint_goes_from_two_ranks_to_one_and_back(
+    two, tiny_folder, batch, mode, parts, tmp_path
+):
+    options = {"inner_epochs": 2, "objective": "apo_momentum", **parts}
     straight = steps(SOLO, tiny_folder, batch, options, count=3)
     places = [tmp_path / name for name in ("first", "second")]
     two.run(mode, steps, tiny_folder, batch, options, 1, None, places[0])
@@ -166,6 +174,40 @@ def test_two_ranks_continue_bit_for_bit(two, tiny_folder, batch, mode, dtype, tm
     options = {"lr": 1e-3, "dtype": dtype}
     (one, other), _ = two.run(mode, continue_twice, tiny_folder, batch, options, tmp_path)
     assert largest_difference(one, other) == 0
+
+
+def publish(ranks, folder, batch):
+    """What rank 0 publishes of adapters that took a step: alone on their base, and merged; and
+    how many bytes each way took at its peak and the largest parameter has, on every rank."""
+    peaks, published = [], []
+    for form in ("adapters", "merged"):
+        lora = {"rank": 4, "publish": form}
+        subject = learner(folder, ranks=ranks, lora=lora, lr=1e-2, trainable=("language",))
+        base = subject.weights(trained_only=False)
+        subject.update(batch)
+        peaks.append(peak_bytes(lambda s=subject: s.weights(trained_only=True)))
+        last = subject.weights(trained_only=True)
+        published.append(last.merged(base) if form == "adapters" and last else last)
+        files = subject.policy.files(whole=True)
+    if ranks.rank > 0:
+        assert published == [None, None] and files == {}
+        return peaks, None, None
+    arrays = [{name: np.array(v) for name, v in weights.arrays.items()} for weights in published]
+    return peaks, arrays, load(files["model.safetensors"].tobytes())
+
+
+def test_sharded_adapters_are_published_without_a_second_copy(two, tiny_folder, batch):
+    _, (want, _), _ = publish(SOLO, tiny_folder, batch)
+    (_, (apart, merged), files), (peaks, _, _) = two.run("fsdp", publish, tiny_folder, batch)
+    assert merged.keys() == apart.keys() == want.keys()
+    assert all(np.array_equal(merged[name], apart[name]) for name in merged)
+    assert all(np.array_equal(merged[name], files[name]) for name in merged)
+    assert largest_difference(want, merged) < 1e-5
+    whole, largest = (f(v.nbytes for v in merged.values()) for f in (sum, max))
+    adapters, one_merged = peaks
+    # Rank 1 keeps nothing: a pair of matrices at most, and what one merged weight needs.
+    assert 0 < adapters < largest
+    assert largest < one_merged < 6 * largest < whole
 
 
 def as_numbers(bits):

@@ -5,25 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_families import build, llava, make_batch
-from torch.profiler import ProfilerActivity, profile
 
 from rayrl.learner.logprobs import naive_outputs, prefix_shared_outputs
+from tests.unit.allocated import peak_bytes
 
 G, T, V = 16, 10, 8192
 MIB = 2**20
-
-
-def peak_bytes(function):
-    """The most bytes that were allocated at once by ``function``, beyond those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    live = peak = 0
-    for _, change in changes:
-        live += change
-        peak = max(peak, live)
-    return peak
 
 
 @pytest.fixture(scope="module")
