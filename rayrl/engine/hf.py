@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,14 +10,25 @@ import torch
 
 from rayrl.config import Part
 from rayrl.engine.base import EngineSetup, Sampling, forced_tokens
+from rayrl.engine.copies import sample_copies
+from rayrl.engine.draw import Drawn, uniforms
+from rayrl.engine.shared import sample_groups
+from rayrl.learner.families import refusal
+from rayrl.learner.features import FeatureCache, image_key
+from rayrl.learner.inputs import InputCache
 from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
-from rayrl.vlm import banned_ids, eos_ids, load_processor, prompt_inputs
+from rayrl.vlm import banned_ids, eos_ids, load_processor
 from rayrl.weights import Weights, load_into
+
+# What an engine keeps of prepared pictures, and of the features of a frozen vision tower.
+_INPUT_BYTES = 256 * 2**20
+_FEATURE_BYTES = 256 * 2**20
 
 
 class HfEngine:
-    """Samples with ``generate``.  Starts with random weights at version -1 and refuses to sample
-    until a version was loaded."""
+    """Samples with the learner's own code where its model family can share prompts, else with
+    ``generate``.  Starts with random weights at version -1 and refuses to sample until a version
+    was loaded."""
 
     def __init__(self, setup: EngineSetup) -> None:
         from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
@@ -34,6 +45,8 @@ class HfEngine:
         self._processor = load_processor(setup.folder, trust_remote_code=trust)
         self._eos = eos_ids(self._model, self._processor)
         self._banned = banned_ids(config, self._processor)
+        self._prepared = InputCache(self._processor, max_bytes=_INPUT_BYTES)
+        self._features: FeatureCache | None = None
         self._rows = max(1, setup.config.max_concurrency)
         self._version = -1
 
@@ -112,6 +125,11 @@ class HfEngine:
     def load_weights(self, weights: Weights, *, changed: Sequence[Part]) -> None:
         weights.verify()
         self._version = -1
+        if {"vision", "connector"} & set(changed):
+            # Features would be stale with the next version, so none are kept.
+            self._features = None
+        elif self._features is None and refusal(self._model) is None:
+            self._features = FeatureCache(_FEATURE_BYTES)
         load_into(self._model, weights)
         self._version = weights.version
 
@@ -122,73 +140,70 @@ class HfEngine:
         seeds: Sequence[int] | None,
         forced: Sequence[Sequence[int]],
     ) -> _Drawn:
-        from transformers import LogitsProcessorList
-
         inputs = self._inputs(prompts)
-        rows = [ids for ids in forced for _ in range(sampling.group_size)]
-        chooser = _Chooser(
-            forced=rows,
-            banned=self._banned,
+        uniform = None
+        if seeds is not None:
+            uniform = uniforms(seeds, sampling.group_size, sampling.max_tokens)
+        draw: Callable[..., Drawn] = sample_copies if refusal(self._model) else sample_groups
+        drawn = draw(
+            self._model,
+            inputs,
+            group_size=sampling.group_size,
+            max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
-            generators=None
-            if seeds is None
-            else [
-                torch.Generator().manual_seed(seed + i)
-                for seed in seeds
-                for i in range(sampling.group_size)
-            ],
+            banned_ids=self._banned,
+            eos_ids=self._eos,
+            uniform=uniform,
+            forced=forced,
+            **self._known_features(prompts, inputs),
         )
-        with torch.inference_mode():
-            sequences = self._model.generate(
-                **inputs,
-                # The chooser leaves one finite score a row, so that sampling is its choice.
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                num_return_sequences=sampling.group_size,
-                max_new_tokens=sampling.max_tokens,
-                eos_token_id=list(self._eos),
-                pad_token_id=self._eos[0],
-                logits_processor=LogitsProcessorList([chooser]),
-            )
-        width = inputs["input_ids"].shape[1]
-        new_ids = sequences[:, width:].cpu().numpy().astype(np.int32)
-        logprobs = torch.stack(chooser.logprobs, dim=1).numpy()
-        completions = [
-            self._completion(ids, row, len(given))
-            for ids, row, given in zip(new_ids, logprobs, rows, strict=True)
-        ]
+        new_ids = drawn.ids.flatten(0, 1).cpu().numpy().astype(np.int32)
+        logprobs = drawn.logprobs.flatten(0, 1).cpu().numpy()
         mask = inputs["attention_mask"].bool().cpu()
-        ids = inputs["input_ids"].cpu()
         prompt_ids = [
-            row[keep].numpy().astype(np.int32) for row, keep in zip(ids, mask, strict=True)
+            row[keep].numpy().astype(np.int32)
+            for row, keep in zip(inputs["input_ids"].cpu(), mask, strict=True)
         ]
-        return _Drawn(prompt_ids, completions)
+        num_forced = [len(ids) for ids in forced for _ in range(sampling.group_size)]
+        return _Drawn(prompt_ids, self._completions(new_ids, logprobs, num_forced))
+
+    def _known_features(self, prompts: Sequence[Prompt], inputs: Any) -> dict[str, Any]:
+        """The prompts' image features, where a frozen vision tower lets them be kept."""
+        if self._features is None:
+            return {}
+        keys = [image_key(prompt.image) for prompt in prompts]
+        with torch.inference_mode():
+            return {"image_features": self._features.features(self._model, inputs, keys)}
 
     def _inputs(self, prompts: Sequence[Prompt]) -> Any:
         """The model's inputs, where the engine holds weights to read them with."""
         if self._version < 0:
             raise RuntimeError("the engine holds no weights yet: load a version before sampling")
-        inputs = prompt_inputs(
-            self._processor, [p.image for p in prompts], [p.text for p in prompts]
-        ).to(self._device)
+        images, texts = [p.image for p in prompts], [p.text for p in prompts]
+        inputs = self._prepared.batch(images, texts).to(self._device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
         return inputs
 
-    def _completion(self, ids: np.ndarray, logprobs: np.ndarray, num_forced: int) -> Completion:
-        ends = np.flatnonzero(np.isin(ids, self._eos))
-        length = int(ends[0]) + 1 if len(ends) else len(ids)
-        text = self._processor.tokenizer.decode(ids[:length].tolist(), skip_special_tokens=True)
-        return Completion(
-            token_ids=ids[:length],
-            logprobs=logprobs[:length],
-            text=text.strip(),
-            finish_reason="stop" if len(ends) else "length",
-            weight_version=self._version,
-            num_forced=num_forced,
-        )
+    def _completions(
+        self, ids: np.ndarray, logprobs: np.ndarray, num_forced: Sequence[int]
+    ) -> list[Completion]:
+        """One completion a row of [R, T], up to and with its first end token."""
+        ended = np.isin(ids, self._eos)
+        lengths = np.where(ended.any(1), ended.argmax(1) + 1, ids.shape[1]).tolist()
+        rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        texts = self._processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [
+            Completion(
+                token_ids=row,
+                logprobs=scores[: len(row)],
+                text=text.strip(),
+                finish_reason="stop" if int(row[-1]) in self._eos else "length",
+                weight_version=self._version,
+                num_forced=given,
+            )
+            for row, scores, text, given in zip(rows, logprobs, texts, num_forced, strict=True)
+        ]
 
 
 class _Drawn:
@@ -197,50 +212,3 @@ class _Drawn:
     def __init__(self, prompt_ids: list[np.ndarray], completions: list[Completion]) -> None:
         self.prompt_ids = prompt_ids
         self.completions = completions
-
-
-class _Chooser:
-    """A logits processor that draws each row's token from that row's own generator (or takes the
-    arg-max), records its log-prob, and leaves only that token finite.  A row's first tokens may be
-    given; they are certain, so their log-prob is 0.
-
-    ``generate`` itself draws all rows from one stream, which would make a group depend on what
-    else is in the batch.  Drawing is Gumbel-max on temperature-scaled log-probs.
-    """
-
-    def __init__(
-        self,
-        *,
-        forced: Sequence[Sequence[int]],
-        banned: Sequence[int],
-        temperature: float,
-        generators: list[torch.Generator] | None,
-    ) -> None:
-        self._forced = forced
-        self._banned = list(banned)
-        self._temperature = temperature
-        self._generators = generators
-        self.logprobs: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logits = scores.float() / self._temperature
-        logits[:, self._banned] = -torch.inf
-        logprobs = logits.log_softmax(-1)
-        chosen = self._choose(logprobs)
-        picked = logprobs.gather(1, chosen[:, None])[:, 0].cpu()
-        step = len(self.logprobs)
-        for row, ids in enumerate(self._forced):
-            if step < len(ids):
-                chosen[row], picked[row] = ids[step], 0.0
-        self.logprobs.append(picked)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
-
-    def _choose(self, logprobs: torch.Tensor) -> torch.Tensor:
-        if self._generators is None:
-            return logprobs.argmax(-1)
-        uniform: list[Any] = [
-            torch.rand(logprobs.shape[1], generator=generator, dtype=torch.float64)
-            for generator in self._generators
-        ]
-        noise = -torch.log(-torch.log(torch.stack(uniform).clamp(1e-300, 1 - 1e-16)))
-        return (logprobs.double().cpu() + noise).argmax(-1).to(logprobs.device)

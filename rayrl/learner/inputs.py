@@ -28,18 +28,21 @@ class InputCache:
         self._bytes = 0
         self._entries: OrderedDict[bytes, dict[str, torch.Tensor]] = OrderedDict()
 
-    def batch(self, images: Sequence[bytes], instruction: str) -> BatchFeature:
-        """Inputs of P prompts: input_ids and attention_mask [P, S] padded on the left, the rest
-        one after the other along the first axis."""
-        entries = [self._entry(image, instruction) for image in images]
+    def batch(self, images: Sequence[bytes], instruction: str | Sequence[str]) -> BatchFeature:
+        """Inputs of P prompts, with one instruction for all or one each: input_ids and
+        attention_mask [P, S] padded on the left, the rest one after the other along the first
+        axis."""
+        given = [instruction] * len(images) if isinstance(instruction, str) else instruction
+        entries = [self._entry(*prompt) for prompt in zip(images, given, strict=True)]
         shapes = {tuple((k, v.shape[1:]) for k, v in e.items() if k not in _TEXT) for e in entries}
         if len(shapes) > 1:
             # Pictures of different sizes: only the processor knows how its family pads them.
-            return prompt_inputs(self._processor, images, [instruction] * len(images))
+            return prompt_inputs(self._processor, images, given)
         return _collate(entries, int(self._processor.tokenizer.pad_token_id))
 
     def _entry(self, image: bytes, instruction: str) -> dict[str, torch.Tensor]:
-        key = hashlib.blake2b(image, key=instruction.encode()[:64], digest_size=16).digest()
+        salt = hashlib.blake2b(instruction.encode(), digest_size=32).digest()
+        key = hashlib.blake2b(image, key=salt, digest_size=16).digest()
         entry = self._entries.get(key)
         if entry is None:
             entry = dict(prompt_inputs(self._processor, [image], [instruction]))

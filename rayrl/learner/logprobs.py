@@ -39,6 +39,7 @@ from rayrl.learner.tree import GroupTree, build_tree
 
 __all__ = [
     "LogprobOutput",
+    "decode_rows",
     "naive_logprobs",
     "naive_outputs",
     "prefix_shared_logprobs",
@@ -114,7 +115,7 @@ def prefix_shared_outputs(
     tree = build_tree(prompt_mask, ids, mask, align=8 if device.type == "cuda" else 1).to(device)
     ids = ids.to(device)
     features = _features(bare, prompt_inputs, image_features)
-    hidden = _decode(bare, prompt_inputs, ids, tree, features)
+    hidden = decode_rows(bare, prompt_inputs, ids, tree, features)
     states = TokenStates(
         hidden=hidden.flatten(0, 1).index_select(0, tree.rows),
         row=tree.row,
@@ -141,10 +142,16 @@ def _features(model: Any, inputs: Inputs, given: Sequence[Tensor] | None) -> Seq
     return given
 
 
-def _decode(
-    model: Any, inputs: Inputs, ids: Tensor, tree: GroupTree, features: Sequence[Tensor]
+def decode_rows(
+    model: Any,
+    inputs: Inputs,
+    ids: Tensor,
+    tree: GroupTree,
+    features: Sequence[Tensor],
+    cache: Any = None,
 ) -> Tensor:
-    """Hidden states [P, L, D] of the packed rows."""
+    """Hidden states [P, L, D] of a bare model's packed rows; their keys and values go to
+    ``cache``, where one is given."""
     family = FAMILIES[model.config.model_type]
     packed = torch.cat([inputs["input_ids"], ids.flatten(1)], dim=1).gather(1, tree.source)
     at_image = tree.real & (packed == model.config.image_token_id)
@@ -159,7 +166,8 @@ def _decode(
         inputs_embeds=embeds,
         attention_mask=_masks(model, inputs, tree, embeds),
         position_ids=_positions(family.positions(model, inputs), inputs["attention_mask"], tree),
-        use_cache=False,
+        past_key_values=cache,
+        use_cache=cache is not None,
         **deepstack,
     )
     return output.last_hidden_state
@@ -175,30 +183,41 @@ def _positions(prompt: Tensor, prompt_mask: Tensor, tree: GroupTree) -> Tensor:
 
 
 def _masks(model: Any, inputs: Inputs, tree: GroupTree, embeds: Tensor) -> Any:
-    """The decoder's attention mask, made once for all layers: additive [P, 1, n, L] for the nodes
-    alone where that is enough, else for all rows, one for each type of layer where some attend
-    within a sliding window only."""
-    kind = embeds.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeds.dtype
-
-    def additive(visible: Tensor) -> Tensor:
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
-
-    family, text = FAMILIES[model.config.model_type], model.config.get_text_config()
+    """The decoder's attention mask, made once for all layers: for the nodes alone where that is
+    enough, else for all rows."""
+    family = FAMILIES[model.config.model_type]
     both_ways = _both_ways(family, inputs, tree)
-    window = getattr(text, "sliding_window", None)
-    if window is not None and tree.source.shape[1] <= window:
-        window = None
+    window = attention_window(model, tree.source.shape[1])
     if both_ways is None and window is None and use_tree_attention(family.decoder(model)):
-        return additive(tree.nodes)
+        return layer_masks(model, tree.nodes, tree.nodes, embeds)
     visible = tree.visible()
     near = visible
     if window is not None:
         near = visible & (tree.rank[:, :, None] - tree.rank[:, None] < window)
     if both_ways is not None:
         visible, near = visible | both_ways, near | both_ways
-    if window is None or getattr(text, "layer_types", None) is None:
+    return layer_masks(model, visible, visible if window is None else near, embeds)
+
+
+def attention_window(model: Any, length: int) -> int | None:
+    """How far back some or all layers see, where sequences of ``length`` are longer than that."""
+    window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
+    return None if window is None or length <= window else window
+
+
+def layer_masks(model: Any, visible: Tensor, near: Tensor, like: Tensor) -> Any:
+    """Attention masks of the type of ``like``, additive [P, 1, n, L], from what n queries see of L
+    keys, [P, n, L]: ``near`` in layers with a window and ``visible`` in the others; a mapping by
+    type of layer where the two differ."""
+    kind = like.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+
+    def additive(seen: Tensor) -> Tensor:
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+    types = getattr(model.config.get_text_config(), "layer_types", None)
+    if near is visible or types is None:
         return additive(near)
     return {"full_attention": additive(visible), "sliding_attention": additive(near)}
 
