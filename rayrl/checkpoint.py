@@ -107,21 +107,39 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(step=int(meta["step"]), model_files=files, arrays=arrays, meta=meta)
 
 
-def split_state(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """An objective's state (a flat mapping) as arrays and JSON values."""
-    arrays, values = {}, {}
+def split_state(
+    state: Mapping[str, Any], prefix: str = "objective/"
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """An objective's state as arrays, by names that begin with ``prefix``, and JSON values;
+    mappings within it likewise.
+
+    Raises ValueError for an array whose name has a "/", which separates names."""
+    arrays: dict[str, np.ndarray] = {}
+    values: dict[str, Any] = {}
     for name, value in state.items():
-        if isinstance(value, np.ndarray):
-            arrays[f"objective/{name}"] = value
-        elif hasattr(value, "numpy"):
-            arrays[f"objective/{name}"] = value.detach().cpu().numpy()
+        if isinstance(value, Mapping):
+            inner, values[name] = split_state(value, f"{prefix}{name}/")
+            arrays |= inner
+        elif isinstance(value, np.ndarray) or hasattr(value, "numpy"):
+            if "/" in name:
+                raise ValueError(f"state: an array of the name {name!r}, want one without a '/'")
+            arrays[prefix + name] = (
+                value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
+            )
         else:
             values[name] = value
     return arrays, values
 
 
-def join_state(values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def join_state(
+    values: Mapping[str, Any], arrays: Mapping[str, np.ndarray], prefix: str = "objective/"
+) -> dict[str, Any]:
     """Inverse of :func:`split_state`; tensors come back as arrays."""
-    prefix = "objective/"
     mine = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-    return {**values, **mine}
+    own = {name: value for name, value in mine.items() if "/" not in name}
+    within = {
+        name: join_state(value, arrays, f"{prefix}{name}/")
+        for name, value in values.items()
+        if isinstance(value, Mapping)
+    }
+    return {**values, **own, **within}

@@ -38,7 +38,7 @@ from rayrl.learner.parallel import SOLO, Ranks
 from rayrl.learner.policy import Policy
 from rayrl.learner.providers import MicroBatch
 from rayrl.learner.replay import make_replay
-from rayrl.learner.sources import make_providers
+from rayrl.learner.sources import FROM_REFERENCE, make_providers
 from rayrl.learner.spans import with_token_fields
 from rayrl.objectives.batch import GroupBatch
 from rayrl.objectives.compile import CONFIGURED, PROVIDED
@@ -84,7 +84,7 @@ class Learner:
             folder,
             model=model,
             config=config,
-            with_reference=bool(objective.needs & {"ref_logprobs", "augmented_ref_logprobs"}),
+            with_reference=bool(objective.needs & FROM_REFERENCE),
             temperature=temperature,
             ranks=ranks,
             seed=seed,

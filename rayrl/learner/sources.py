@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 
 from rayrl.config import Config
 from rayrl.learner.anchors import Anchors
+from rayrl.learner.caption_features import CaptionFeatures
 from rayrl.learner.changed import ChangedImages
 from rayrl.learner.heads import Critic, TermHeads
 from rayrl.learner.parallel import SOLO, Ranks
@@ -14,6 +15,9 @@ from rayrl.learner.providers import Collisions, OldLogprobs, OtherModels, Provid
 from rayrl.objectives.compile import PROVIDED
 from rayrl.objectives.config import SourcesConfig
 from rayrl.rewards.config import FunctionConfig, HttpConfig
+
+FROM_REFERENCE = frozenset({"ref_logprobs", "augmented_ref_logprobs", "caption_features"})
+"""Needs that the frozen model of stage 1 serves."""
 
 
 def provided(config: Config) -> frozenset[str]:
@@ -70,6 +74,7 @@ def make_providers(
         "head_logprobs": lambda: TermHeads(
             hidden_size, num_terms, lr=config.head_lr, device=policy.device, ranks=ranks
         ),
+        "caption_features": lambda: CaptionFeatures(policy),
         "anchor_logprobs": lambda: Anchors(policy.processor, policy.eos_id),
         "values": lambda: Critic(hidden_size, lr=config.head_lr, device=policy.device, ranks=ranks),
     }

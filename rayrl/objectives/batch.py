@@ -30,6 +30,7 @@ OPTIONAL_FIELDS = {
     "auxiliary_logprobs": "[P,G,T,K] log-probs under one policy for each auxiliary reward",
     "augmented_ref_logprobs": "[P,G,T] reference log-probs of the captions after a changed image",
     "earlier": "[P,G] bool, captions that an earlier checkpoint sampled",
+    "caption_features": "[P,G,D] the reference model's hidden states, a mean for each caption",
 }
 """Fields of a batch that only some objectives need."""
 
@@ -78,6 +79,7 @@ class GroupBatch:
     auxiliary_logprobs: Tensor | None = None
     augmented_ref_logprobs: Tensor | None = None
     earlier: Tensor | None = None
+    caption_features: Tensor | None = None
 
     def __post_init__(self) -> None:
         p, g, t = self.mask.shape

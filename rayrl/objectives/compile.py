@@ -54,7 +54,7 @@ PROVIDED = frozenset(
         *("ref_logprobs", "greedy_rewards", "forced", "old_logprobs", "entropy", "terms"),
         *("extrapolate", "values", "policy_values", "collision", "anchor_logprobs", "anchor_mask"),
         *("reference_rewards", "similarity", "prefix_values", "head_logprobs"),
-        *("augmented_logprobs", "augmented_ref_logprobs", "earlier"),
+        *("augmented_logprobs", "augmented_ref_logprobs", "earlier", "caption_features"),
     }
 )
 """Needs that the driver and the learner of this package always can bring."""
@@ -125,8 +125,7 @@ def missing(name: str, compiled: Compiled, lacking: Collection[str]) -> str:
     """In words: what is lacking and which part needs it."""
     words = {**OPTIONAL_FIELDS, **GRAPH_FIELDS, **SERVICES}
     lines = [
-        f"{need} ({words.get(need, 'a rollout planner')}{_remedy(need)}), "
-        f"for {', '.join(compiled.needs_of[need])}"
+        f"{need} ({words[need]}{_remedy(need)}), for {', '.join(compiled.needs_of[need])}"
         for need in sorted(lacking)
     ]
     return f"objective {name} needs " + "; ".join(lines)
@@ -171,6 +170,10 @@ def _sources(bound: BoundPart) -> Iterable[str]:
     """The slots that produce what ``bound`` reads; ValueError on what nothing produces."""
     known = {*ALWAYS, *DERIVED, *OPTIONAL_FIELDS, *GRAPH_FIELDS, *SERVICES, *_NEED_OF}
     if bound.slot == "rollout":
+        if "drawn" not in bound.inputs:
+            raise ValueError(
+                f"rollout {bound.name} does not read 'drawn', what the step drew so far"
+            )
         return
     for name in bound.inputs:
         if name not in known:
@@ -189,8 +192,6 @@ def _read(bound: BoundPart, slot: str) -> str:
 
 def _needs(bound: BoundPart) -> Iterable[str]:
     if bound.slot == "rollout":
-        if "drawn" not in bound.inputs:
-            yield bound.name
         return
     for name in bound.inputs:
         if name in bound.optional:

@@ -27,6 +27,7 @@ def of_loss(values: Values) -> Metrics:
         **_ranking(values),
         **_pairs(values),
         **_critic(values),
+        **_scorer(values),
     }
 
 
@@ -153,3 +154,14 @@ def _critic(values: Values) -> Metrics:
     spread = masked_sum((returns - values["mean_return"][:, None, None]).square(), mask).sum()
     error = masked_sum((returns - values["values"]).square(), mask).sum()
     return {"objective/critic_explained_variance": (spread - error, spread)}
+
+
+def _scorer(values: Values) -> Metrics:
+    """Of all pairs that the true reward tells apart, the share that a learned scorer ranks
+    alike."""
+    if values.get("caption_features") is None:
+        return {}
+    rewards, scores, valid = values["raw_rewards"], values["rewards"], values["exists"]
+    better = (pairwise(rewards, rewards) > 0) & valid[:, :, None] & valid[:, None]
+    agree = better & (pairwise(scores, scores) > 0)
+    return {"objective/scorer_accuracy": (agree.sum(), better.sum())}

@@ -108,14 +108,6 @@ def replace_worst(
     return [(int(i), int(j)) for i, j in pairs if hinted[j] > own[i]]
 
 
-def hard_negatives(scores: npt.ArrayLike, true_rewards: npt.ArrayLike) -> list[int]:
-    """Images whose best caption by the learned scorer [P,G] is below the group's mean of the true
-    reward [P,G]: what the scorer is retrained on (RewardRanker, read in its abstract)."""
-    scores, true = np.asarray(scores, np.float64), np.asarray(true_rewards, np.float64)
-    chosen = true[np.arange(len(true)), scores.argmax(1)]
-    return np.flatnonzero(chosen < true.mean(1)).tolist()
-
-
 def optimal_multipliers(
     rewards: npt.ArrayLike,
     constraints: npt.ArrayLike,

@@ -125,11 +125,12 @@ DATA: Mapping[str, Preset] = {
         source="",
         plan=replace(
             CLIPPED,
-            rollout=(part("hard_negatives"),),
-            aggregate=(part("only_term", main_term="reward_model"),),
+            aggregate=(part("self_trained_scorer", scorer_passes=100, scorer_memory=512),),
         ),
-        limit="a frozen scorer: reward_model",
+        limit="a frozen scorer: GRPO on its scores",
         basis="abstract",
+        note="a linear scorer on the reference model's hidden states; the run's reward is the true "
+        "one, which finds its mistakes; no published sizes",
     ),
     "chi_squared_regularized": Preset(
         title="Correlated proxies: chi-squared regularization as a loss (ORPO)",

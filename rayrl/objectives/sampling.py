@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from rayrl.data.augment import with_noise
 from rayrl.joins import extended, grafted, worst_replaced
@@ -168,12 +167,6 @@ def change_by_difficulty(
             forced = tuple(planners.reference_prefix(ids, 0, hint_shares=(share,)))
         requests.append(Request(slot=slot, prompt=prompt, size=drawn.group_size, forced=forced))
     return requests
-
-
-def hard_negatives(scores: npt.ArrayLike, true_rewards: npt.ArrayLike) -> list[int]:
-    """What a learned scorer would be retrained on, see :func:`planners.hard_negatives`.  It is no
-    planner: an objective with it waits for a driver that retrains a scorer."""
-    return planners.hard_negatives(scores, true_rewards)
 
 
 def _failing(drawn: Drawn, hint_floor: float) -> Iterator[tuple[int, Prompt]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayrl.objectives import stats, terms
+from rayrl.objectives import scorer, stats, terms
 
 State = Mapping[str, Any]
 
@@ -143,6 +143,40 @@ def history_normalized(
     sums = before["variance"] * before["count"] + variance * count
     sums += shift**2 * before["count"] * count / total
     return normal, {"count": total, "mean": new_mean, "variance": sums / total}
+
+
+def self_trained_scorer(
+    rewards: Tensor,
+    caption_features: Tensor,
+    valid: Tensor,
+    state: State,
+    *,
+    scorer_passes: int,
+    scorer_memory: int,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Scores [P,G] in place of the true ``rewards`` [P,G], all of a batch by one version of the
+    scorer.  At first it is trained on the best and the worst caption of each group; then after
+    each step on its mistakes too, the truly best caption against the one that it took for the best
+    (RewardRanker, read in its abstract).
+
+    scorer_passes: gradient steps of a training, which starts anew each time
+    scorer_memory: how many pairs the training set holds, the newest
+    state: `pairs` [M,D], the training set; see :mod:`rayrl.objectives.scorer`
+    """
+    features = caption_features.to(rewards.dtype)
+    best = rewards.masked_fill(~valid, -torch.inf).argmax(1)
+    pairs = torch.tensor(state.get("pairs", ()), dtype=rewards.dtype, device=rewards.device)
+    if not len(pairs):
+        worst = rewards.masked_fill(~valid, torch.inf).argmin(1)
+        pairs = scorer.differences(features, rewards, best, worst)
+    scores = torch.where(valid, features @ scorer.pairwise_logistic(pairs, scorer_passes), 0.0)
+    mistaken = scorer.hard_negatives(scores, rewards, valid)
+    chosen = scores.masked_fill(~valid, -torch.inf).argmax(1)
+    new = scorer.differences(
+        features[mistaken], rewards[mistaken], best[mistaken], chosen[mistaken]
+    )
+    kept = torch.cat([pairs, new])[-scorer_memory:]
+    return scores, {"pairs": kept.float().cpu().numpy()}
 
 
 def brevity(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rayrl.objectives import preset
 from rayrl.objectives.batch import GRAPH_FIELDS, OPTIONAL_FIELDS
-from rayrl.objectives.compile import CONFIGURED, PROVIDED, SERVICES
+from rayrl.objectives.compile import CONFIGURED, SERVICES
 from rayrl.objectives.plan import SLOTS, Plan
 from rayrl.objectives.preset_base import CLIPPED, TRUNCATED_IS, Preset
 from rayrl.objectives.presets import ALTERNATIVES, FAMILIES, PRESETS, plans_of
@@ -37,8 +37,8 @@ def tables() -> str:
         "bring beyond tokens, log-probs and rewards.  *Clipped* stands for ratio: token; bounds:",
         "fixed(clip_low=0.2, clip_high=0.2); surrogate: min_clip.  Status: **ready** runs with",
         "this package as it is; **ready, whole** does when micro-batches are as large as",
-        "minibatches, **ready with** a setting or a reward term when that is there; **waits** runs",
-        "on tensors, and waits for a provider of its needs.",
+        "minibatches, **ready with** a setting or a reward term when that is there.  *Formula",
+        "from the abstract only* says that no more of the paper was read.",
         "",
     ]
     for family, members in FAMILIES.items():
@@ -84,10 +84,9 @@ def _slots(plan: Plan) -> str:
 
 
 def _status(one: Preset, needs: frozenset[str]) -> str:
-    waits = needs - PROVIDED - CONFIGURED.keys() - {"whole_minibatch"}
-    state = "waits" if waits else "ready, whole" if "whole_minibatch" in needs else "ready"
+    state = "ready, whole" if "whole_minibatch" in needs else "ready"
     wants = sorted({CONFIGURED[need] for need in needs if need in CONFIGURED})
-    state += f" with {'; '.join(wants)}" if wants and not waits else ""
+    state += f" with {'; '.join(wants)}" if wants else ""
     return state + {"abstract": ", formula from the abstract only"}.get(one.basis, "")
 
 
@@ -106,8 +105,7 @@ def _needs() -> Iterator[str]:
     words = {**OPTIONAL_FIELDS, **GRAPH_FIELDS, **SERVICES}
     used = frozenset().union(*(preset(name).needs for name in PRESETS))
     for need in sorted(used):
-        planner = f"a plan for sampling, `rayrl.objectives.planners.{need}`, for the driver"
-        yield f"| `{need}` | {words.get(need, planner)} |"
+        yield f"| `{need}` | {words[need]} |"
 
 
 if __name__ == "__main__":

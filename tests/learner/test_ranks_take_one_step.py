@@ -90,6 +90,7 @@ CASES = {
     "changed images": {"images": 5, "objective": "pami_changed_image"},
     # The first step knows no earlier captions yet.
     "earlier captions": {"images": 5, "objective": "seppo_earlier", "lr": 2e-5},
+    "self-trained scorer": {"images": 5, "objective": "reward_ranker"},
     # Statistics over the minibatch: a square root, the tokens with the largest covariance, bounds.
     "chi-squared": {"images": 5, "objective": "chi_squared_regularized", "inner_epochs": 2},
     "covariance": {"images": 5, "objective": "kl_cov", "inner_epochs": 2},

@@ -228,4 +228,5 @@ def synthetic_batch(
         auxiliary_logprobs=near(0.4)[..., None],
         augmented_ref_logprobs=near(0.4),
         earlier=(torch.arange(g) == g - 1).expand(p, g),
+        caption_features=uniform(p, g, 3),
     )

@@ -88,3 +88,21 @@ def test_an_objective_state_survives_as_arrays_and_json(tmp_path):
     back = join_state(values, {**arrays, "optimizer/w/step": np.zeros(())})
     assert back["history"].tolist() == [1.5, 2.5] and back["beta"] == 0.5
     assert set(back) == set(state)
+
+
+def test_arrays_within_an_objective_state_keep_their_place(tmp_path):
+    inner = {"pairs": np.eye(2), "count": 3, "coco/1": [1, 0.5]}
+    state = {"step": 4, "part": inner, "phase_0": {"part": {"x": np.ones(1)}, "empty": {}}}
+    arrays, values = split_state(state)
+    assert sorted(arrays) == ["objective/part/pairs", "objective/phase_0/part/x"]
+    json.dumps(values)
+    back = join_state(values, arrays)
+    assert back["part"]["pairs"].tolist() == [[1, 0], [0, 1]]
+    assert {k: v for k, v in back["part"].items() if k != "pairs"} == {
+        "count": 3,
+        "coco/1": [1, 0.5],
+    }
+    assert back["phase_0"]["part"]["x"].tolist() == [1.0]
+    assert back["phase_0"]["empty"] == {} and back["step"] == 4
+    with pytest.raises(ValueError, match="an array of the name 'coco/1', want one without"):
+        split_state({"part": {"coco/1": np.ones(1)}})

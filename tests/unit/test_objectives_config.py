@@ -181,7 +181,7 @@ def test_needs_are_what_the_parts_read() -> None:
         "gdpo": {"terms"},
         "bapo_adaptive_clip": {"whole_minibatch"},
         "xrpo_novelty": {"old_logprobs"},
-        "reward_ranker": {"hard_negatives", "terms"},
+        "reward_ranker": {"caption_features"},
         "high_entropy_tokens": {"entropy"},
         "rloo": {"ref_logprobs", "old_logprobs"},
         "ppo": {"values", "policy_values"},
@@ -191,13 +191,17 @@ def test_needs_are_what_the_parts_read() -> None:
         assert preset(name).needs == want, name
 
 
+def needy_planner(take: Any) -> list[Any]:
+    return []
+
+
 def test_a_missing_need_is_explained_in_words() -> None:
     with pytest.raises(ValueError, match=r"scst needs greedy_rewards \(\[P\] reward of the "):
         preset("scst").check({"ref_logprobs"})
     with pytest.raises(ValueError, match=r"micro-batches must be as large .*for bounds balanced"):
         preset("bapo_adaptive_clip").check(set())
-    with pytest.raises(ValueError, match=r"needs hard_negatives \(a rollout planner\), for ro"):
-        preset("reward_ranker").check({"terms"})
+    with pytest.raises(ValueError, match=r"rollout needy_planner does not read 'drawn'"):
+        preset("grpo", rollout=needy_planner)
     with pytest.raises(ValueError, match="scst needs greedy_rewards"):
         prepared(preset("scst"), toy_batch())
     with pytest.raises(ValueError, match="grpo_entropy: the loss needs entropy"):

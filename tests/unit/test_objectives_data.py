@@ -199,10 +199,6 @@ def test_hinted_captions_replace_worse_ones() -> None:
     assert planners.replace_worst([1.0, 2.0], [0.5], injected=2) == []
 
 
-def test_a_caption_that_only_the_scorer_likes_is_a_hard_negative() -> None:
-    assert planners.hard_negatives([[0.9, 0.4], [0.1, 0.7]], [[0.2, 0.8], [0.0, 1.0]]) == [0]
-
-
 def test_the_driver_finds_the_planners_with_their_parameters() -> None:
     objective = preset("ghpo_reference_hints", hint_floor=0.2)
     (hint,) = objective.planners(0)

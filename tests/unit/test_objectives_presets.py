@@ -29,7 +29,7 @@ from rayrl.objectives.objective import Objective, Prepared
 
 NAMES = presets()
 # Word accuracy and reward models are reward terms of their own.
-NUM_TERMS = {"asr_word_accuracy": 3, "reward_model": 4, "reward_ranker": 4}
+NUM_TERMS = {"asr_word_accuracy": 3, "reward_model": 4}
 SIZES: dict[str, Any] = {
     # Real groups have thousands of tokens; these have a few dozen.
     "clip_cov": {"covariance_share": 0.05},
