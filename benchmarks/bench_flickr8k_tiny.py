@@ -19,7 +19,8 @@ from bench_default_run import PACKAGES
 from record import ROOT, write
 
 from rayrl import cli
-from rayrl.metrics import EVAL_METRIC, read_jsonl
+from rayrl.jsonl import read_jsonl
+from rayrl.metrics import EVAL_METRIC
 
 
 def main(argv: list[str]) -> None:

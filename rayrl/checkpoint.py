@@ -88,6 +88,20 @@ def list_checkpoints(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest whole one in ``folder``, with ``latest`` put right where a run ended between the
+    move of a checkpoint into its place and that of the link.
+
+    FileNotFoundError where there is none."""
+    steps = list_checkpoints(folder)
+    if not steps:
+        raise FileNotFoundError(f"{folder}: no checkpoint to resume from")
+    place = folder / f"step_{steps[-1]}"
+    if (folder / "latest").resolve() != place.resolve():
+        point_latest_at(place)
+    return place
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read ``step_N`` or ``latest``.
 

@@ -24,7 +24,7 @@ from rayrl.data import Dataset, load_split
 from rayrl.data.references import load_captions, load_references
 from rayrl.engine.base import vllm_importable
 from rayrl.eval_cli import PROGRAM, Options, load_config, parse
-from rayrl.metrics import write_atomically
+from rayrl.jsonl import write_atomically
 from rayrl.rewards.bootstrap import compare, comparison_table, scaled
 from rayrl.rewards.java import MetricUnavailable, find_java
 from rayrl.rewards.results import ImageId, match, read_results, write_results

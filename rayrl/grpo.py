@@ -22,10 +22,9 @@ from rayrl.actors.pool import RestartBudget, TooFewWorkers
 from rayrl.actors.reward import check_terms
 from rayrl.actors.telemetry import RayMetrics
 from rayrl.actors.tracing import Tracer
-from rayrl.adapters import with_base
 from rayrl.backup import Backup
 from rayrl.canary import Canary, make_canary
-from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from rayrl.checkpoint import list_checkpoints
 from rayrl.config import Config
 from rayrl.data import Dataset, load_split
 from rayrl.heldout import Heldout
@@ -35,10 +34,11 @@ from rayrl.metrics import Phases, RunLog, write_summary
 from rayrl.objectives import build
 from rayrl.remote import RemoteCopies
 from rayrl.report import write_report
-from rayrl.resume import check_same_data, open_run_folder
+from rayrl.resume import open_run_folder
 from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
 from rayrl.rollout_metrics import group_metrics, sample_records, summarize
 from rayrl.rounds import Drawn, Rounds, check_planners
+from rayrl.saving import restore, save
 from rayrl.skipped import Skipped
 from rayrl.types import ScoredGroup, StepReport
 from rayrl.weights import read_model_files
@@ -102,7 +102,7 @@ def train(run: Run, start: int) -> int:
         _after_step(run, report, metrics, groups)
     if run.saved_step != version > start:
         # The request to stop came after the step had decided that it was not the last.
-        save(run)
+        save(run, last=True)
     return version
 
 
@@ -124,7 +124,7 @@ def train_or_save(run: Run, start: int) -> int:
     try:
         return train(run, start)
     except TooFewWorkers:
-        save(run)
+        save(run, last=True)
         run.log.message(f"saved step {run.saved_step}: go on with --resume when there are workers")
         raise
 
@@ -153,48 +153,14 @@ def _after_step(
     run.log.step(version, metrics)
     run.skipped.check(report, run.learner.replay)
     if version % train.checkpoint_every == 0 or last:
-        save(run)
+        save(run, last=last)
 
 
 def evaluate(run: Run, version: int) -> float:
     """Held-out CIDEr-D (x100) of greedy captions at a version that the workers hold."""
     with run.phases("eval"):
         captions = [c.text for c in run.fleet.greedy(run.heldout.prompts, version)]
-        return run.heldout.record(version, captions)
-
-
-def save(run: Run) -> None:
-    """Write a checkpoint; a full disk costs this one, not the run."""
-    checkpoint = run.learner.checkpoint()
-    run.saved_step = checkpoint.step
-    meta = {**checkpoint.meta, "data": run.train_data.fingerprint(), "seed": run.config.seed}
-    meta["signatures"] = dict(run.signatures)
-    meta["rounds"] = run.rounds.state()
-    whole = Checkpoint(
-        step=checkpoint.step,
-        model_files=with_base(checkpoint.model_files, run.base),
-        arrays=checkpoint.arrays,
-        meta=meta,
-    )
-    run.backup.wait()
-    try:
-        place = save_checkpoint(
-            run.folder / "checkpoints", whole, keep=run.config.train.keep_checkpoints
-        )
-    except OSError as error:
-        run.log.message(f"checkpoint of step {checkpoint.step} failed: {error}; going on")
-        return
-    run.learner.rebuild_from(place)
-    run.backup.checkpoint(checkpoint.step)
-
-
-def restore(run: Run) -> int:
-    """Put the learner where the latest checkpoint was; returns its step."""
-    place = (run.folder / "checkpoints" / "latest").resolve()
-    checkpoint = load_checkpoint(place)
-    check_same_data(checkpoint, run.train_data.fingerprint())
-    run.rounds.restore(checkpoint.meta["rounds"])
-    return run.learner.restore(checkpoint, place)
+        return run.heldout.record(version, captions, attempt=run.log.attempt)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -254,7 +220,7 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
             with run.stop.listening(run.log.message):
                 return _train_and_report(run, snapshots, resume=resume)
         finally:
-            run.tracer.close()
+            run.log.attempt("trace.json", run.tracer.close)
             run.fleet.shutdown()
             run.learner.shutdown()
             run.backup.close()

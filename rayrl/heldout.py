@@ -5,16 +5,19 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rayrl.data.images import decode
+from rayrl.jsonl import write_atomically
 from rayrl.rewards import ptb
 from rayrl.rewards.cider import CiderD, DocumentFrequency
 from rayrl.rewards.signature import cider_signature
 from rayrl.types import Prompt
 
 _THUMBNAIL = 160
+
+Attempt = Callable[[str, Callable[[], None]], None]
 
 
 class Heldout:
@@ -43,8 +46,9 @@ class Heldout:
         each = self._cider.score([ptb.tokenize(c) for c in captions], self._references) * 100.0
         return float(each.mean()), each.tolist()
 
-    def record(self, version: int, captions: Sequence[str]) -> float:
-        """Score a version's captions and keep them beside the first ones in eval_captions.json."""
+    def record(self, version: int, captions: Sequence[str], *, attempt: Attempt) -> float:
+        """Score a version's captions and keep them beside the first ones in eval_captions.json,
+        which ``attempt`` (its name, and what writes it) may give up."""
         corpus, each = self.score(captions)
         now = list(zip(captions, each, strict=True))
         if not self._before:
@@ -59,9 +63,8 @@ class Heldout:
             }
             for prompt, before, after in zip(self.prompts, self._before, now, strict=True)
         ]
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps({"version": version, "images": images}))
-        partial.replace(self._file)
+        text = json.dumps({"version": version, "images": images})
+        attempt(self._file.name, lambda: write_atomically(self._file, text))
         return corpus
 
     def _restored(self) -> list[tuple[str, float]]:

@@ -1,23 +1,26 @@
 """What a run writes while it goes: a progress line, metrics.jsonl, samples.jsonl, TensorBoard.
 
 The driver is the only writer.  Both files hold one JSON object a line and are flushed after each,
-so that a run that dies loses nothing, and a resumed run holds every step exactly once.
+so that a run that dies loses nothing, and a resumed run holds every step exactly once.  A full disk
+costs no line: they wait in memory until there is room.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from rayrl.jsonl import JsonlFile, json_value, lines, read_jsonl, write_atomically
 from rayrl.progress import Progress, open_progress, progress_text
 
 EVAL_METRIC = "eval/cider_d"
+_METRICS, _SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 class Phases:
@@ -80,19 +83,20 @@ class RunLog:
         clock: Callable[[], float] = time.time,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._metrics_file = folder / "metrics.jsonl"
-        self._samples_file = folder / "samples.jsonl"
         keep = -1 if resume_from is None else resume_from
-        for file in (self._metrics_file, self._samples_file):
-            _keep_steps(file, keep)
+        self._files: dict[str, JsonlFile] = {}
+        for name in (_METRICS, _SAMPLES):
+            _keep_steps(folder / name, keep)
+            self._files[name] = JsonlFile(folder / name)
+        self._refused: set[str] = set()
         scores = [row[EVAL_METRIC] for row in self.history() if EVAL_METRIC in row]
         self._first_score = scores[0] if scores else math.nan
         self._last_score = scores[-1] if scores else math.nan
         self._total, self._last_step = total_steps, keep
-        self._also = also
+        self._events = TensorBoard(folder) if tensorboard else None
+        self._sinks = [*also, *([self._events] if self._events else [])]
         self._clock = clock
         self._started: tuple[int, float] | None = None
-        self._tensorboard = _open_tensorboard(folder, keep + 1) if tensorboard else None
         self._progress: Progress = open_progress()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -104,21 +108,35 @@ class RunLog:
             raise ValueError(f"step {step} after step {self._last_step}: steps only go up")
         self._last_step = step
         now = self._clock()
-        _append(self._metrics_file, [{"step": step, "time": now, **metrics}])
+        row = {"step": step, "time": now, **metrics}
+        self.attempt(_METRICS, lambda: self._files[_METRICS].append([row]))
         for name, value in metrics.items():
             if not math.isfinite(value):
                 self.message(f"step {step}: {name} is {value}")
-            if self._tensorboard is not None:
-                self._tensorboard.add_scalar(name, value, step)
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
-        for sink in self._also:
-            sink.step(step, metrics)
+        for sink in self._sinks:
+            self.attempt(type(sink).__name__, functools.partial(sink.step, step, metrics))
         self._show(step, metrics, now)
 
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Append groups to samples.jsonl; each record holds at least its ``step``."""
-        _append(self._samples_file, records)
+        self.attempt(_SAMPLES, lambda: self._files[_SAMPLES].append(records))
+
+    def flush(self) -> None:
+        """Write what waits for room.  OSError where there still is none."""
+        for file in self._files.values():
+            file.flush()
+
+    def attempt(self, what: str, write: Callable[[], None]) -> None:
+        """Write something that the run can go on without; where storage refuses (a full disk), say
+        so once, until it accepts again."""
+        try:
+            write()
+        except OSError as error:
+            if what not in self._refused:
+                self.message(f"{what} cannot be written: {error}; going on")
+            self._refused.add(what)
+        else:
+            self._refused.discard(what)
 
     def message(self, text: str) -> None:
         """Say something once, above the progress line."""
@@ -128,15 +146,17 @@ class RunLog:
         """The steps so far, those before a resume too, without values that were not finite."""
         return [
             {name: value for name, value in row.items() if value is not None}
-            for row in read_jsonl(self._metrics_file)
+            for row in self._files[_METRICS].rows()
         ]
 
     def close(self) -> None:
-        """Take the progress line away and end the event file.  A second call does nothing."""
+        """Write what waits, take the progress line away and end the event file.  A second call does
+        nothing."""
+        for name, file in self._files.items():
+            self.attempt(name, file.flush)
+        if self._events is not None:
+            self.attempt("TensorBoard", self._events.close)
         self._progress.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
 
     def _show(self, step: int, metrics: Mapping[str, float], now: float) -> None:
         evaluated = EVAL_METRIC in metrics
@@ -161,39 +181,8 @@ class RunLog:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json: whole or not at all.  Values that are not finite become null."""
-    text = json.dumps(_json_value(summary), indent=1, allow_nan=False)
+    text = json.dumps(json_value(summary), indent=1, allow_nan=False)
     write_atomically(folder / "summary.json", text + "\n")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replace ``file`` by ``text``: whoever reads it sees the old one or the new one."""
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(file)
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of one JSON object a line; none when there is no file.
-
-    A last line that does not end is what a killed run leaves behind, and is left out.
-    Raises ValueError with the file and line number for anything else that is not an object.
-    """
-    if not file.is_file():
-        return []
-    *lines, _unfinished = file.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}, line {number}: want an object, got {type(row).__name__}")
-        rows.append(row)
-    return rows
 
 
 def _keep_steps(file: Path, last: int) -> None:
@@ -204,34 +193,28 @@ def _keep_steps(file: Path, last: int) -> None:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("step"), int):
             raise ValueError(f"{file}, line {number}: want a step, got {row.get('step')!r}")
-    write_atomically(file, _lines([row for row in rows if row["step"] <= last]))
+    write_atomically(file, lines([row for row in rows if row["step"] <= last]))
 
 
-def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    # A lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it.
-    with file.open("a", encoding="utf-8", errors="backslashreplace") as out:
-        out.write(_lines(rows))
+class TensorBoard:
+    """TensorBoard events.  A writer hides what earlier event files of the folder say of its steps;
+    one that failed (its thread ends with it) is left, and another begun with the next step."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "tensorboard"
+        self._writer: Any = None
 
-def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(
-        json.dumps(_json_value(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows
-    )
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
+        writer, self._writer = self._writer, None
+        writer = writer or SummaryWriter(str(self._folder), purge_step=step)
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+        self._writer = writer
 
-def _json_value(value: Any) -> Any:
-    """The value with every float that JSON cannot say replaced by None."""
-    if isinstance(value, Mapping):
-        return {name: _json_value(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_value(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _open_tensorboard(folder: Path, first_step: int) -> Any:
-    """An event writer that hides what earlier event files of the folder say of its steps."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+    def close(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()

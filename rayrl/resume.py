@@ -12,6 +12,7 @@ from rayrl import cli
 from rayrl.backup import Say, fetch_newest, remote_steps
 from rayrl.checkpoint import Checkpoint, list_checkpoints
 from rayrl.config import Config
+from rayrl.jsonl import write_atomically
 from rayrl.remote import RemoteCopies, open_copies
 
 
@@ -45,7 +46,7 @@ def open_run_folder(folder: Path, config: Config, *, resume: bool, say: Say) -> 
     if resume and file.is_file():
         for line in changes(yaml.safe_load(file.read_text("utf-8")), yaml.safe_load(text)):
             say(f"resuming with another {line}")
-    file.write_text(text, encoding="utf-8")
+    write_atomically(file, text)
     return copies
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from rayrl.metrics import write_atomically
+from rayrl.jsonl import write_atomically
 from rayrl.progress import duration
 from rayrl.report.captions import change, example_groups, largest_advantage, mark_words, pick_images
 from rayrl.report.charts import number

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from rayrl.metrics import EVAL_METRIC, read_jsonl
+from rayrl.jsonl import read_jsonl
+from rayrl.metrics import EVAL_METRIC
 
 Row = Mapping[str, Any]
 _SECONDS = "seconds/"

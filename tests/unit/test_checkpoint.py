@@ -15,6 +15,7 @@ from rayrl.checkpoint import (
     join_state,
     list_checkpoints,
     load_checkpoint,
+    newest_checkpoint,
     save_checkpoint,
     split_state,
 )
@@ -67,6 +68,17 @@ def test_a_full_disk_leaves_the_previous_one_whole_and_nothing_half_written(
         save_checkpoint(tmp_path, make(2), keep=2)
     assert load_checkpoint(tmp_path / "latest").step == 1
     assert sorted(f.name for f in tmp_path.iterdir()) == ["latest", "step_1"]
+
+
+def test_the_newest_whole_one_counts_where_the_link_was_not_moved_in_time(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, make(step), keep=2)
+    module.point_latest_at(tmp_path / "step_1")
+    (tmp_path / ".step_3.partial").mkdir()
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_2"
+    assert load_checkpoint(tmp_path / "latest").step == 2
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+        newest_checkpoint(tmp_path / "empty")
 
 
 def test_a_missing_or_damaged_checkpoint_is_named(tmp_path):

@@ -5,12 +5,18 @@ from __future__ import annotations
 import io
 import json
 import math
+import resource
+from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
 
-from rayrl.metrics import Phases, RunLog, read_jsonl, write_summary
+from rayrl.jsonl import read_jsonl
+from rayrl.metrics import Phases, RunLog, write_summary
 from rayrl.progress import TerminalProgress, duration, progress_text
+
+# TensorBoard writes in a thread of its own, which ends with the error that it met.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 class Clock:
@@ -109,6 +115,67 @@ def test_a_new_run_in_an_old_folder_starts_empty(tmp_path):
     RunLog(tmp_path, total_steps=3, tensorboard=False).step(1, {"kl": 0.5})
     log = RunLog(tmp_path, total_steps=3, tensorboard=False)
     assert log.history() == []
+
+
+@contextmanager
+def room(num_bytes: int):
+    """No file grows beyond so many bytes, as on a full disk: the write that would is cut there."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_lines_that_found_no_room_wait_in_memory_and_leave_no_half_line(tmp_path, clock, capsys):
+    log = RunLog(tmp_path, total_steps=6, tensorboard=False, clock=clock)
+    log.step(1, {"kl": 0.5})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with room(size + 10):
+        for step in (2, 3):
+            log.step(step, {"kl": 0.5})
+            log.samples([{"step": step, "text": "a\u2028dog " * 20}])
+        assert (tmp_path / "metrics.jsonl").stat().st_size == size
+        assert [row["step"] for row in log.history()] == [1, 2, 3]
+        with pytest.raises(OSError, match="too large"):
+            log.flush()
+    said = capsys.readouterr().out
+    assert said.count("metrics.jsonl cannot be written") == 1
+    assert said.count("samples.jsonl cannot be written") == 1
+    log.step(4, {"kl": 0.5})
+    log.close()
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == [2, 3]
+    with room(size * 4 + 10):
+        log.step(5, {"kl": 0.5})
+    # The next outage is said again.
+    assert "metrics.jsonl cannot be written" in capsys.readouterr().out
+    assert read_jsonl(tmp_path / "metrics.jsonl") == log.history()[:4]
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path):
+    write_summary(tmp_path, {"steps": 3})
+    with room(5), pytest.raises(OSError, match="too large"):
+        write_summary(tmp_path, {"steps": 4})
+    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"steps": 3}
+
+
+def test_events_that_found_no_room_cost_their_steps_and_nothing_else(tmp_path, capsys):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    log = RunLog(tmp_path, total_steps=4)
+    log.step(1, {"kl": 1.0})
+    with room(1):
+        log.step(2, {"kl": 2.0})
+    log.step(3, {"kl": 3.0})
+    log.close()
+    assert "TensorBoard cannot be written" in capsys.readouterr().out
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3]
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("kl")] == [1, 3]
 
 
 def test_a_file_that_no_run_wrote_is_named_with_its_line(tmp_path):
