@@ -1,13 +1,15 @@
 """The learner as the driver sees it: one or more ranks that take a step together.
 
-Every call goes to every rank.  A rank that dies takes the group with it, for the others wait for
-it in the middle of a sum; the group is then built anew from the last checkpoint and repeats the
-updates since then with the same groups, which leads to the same weights, bit for bit.
+Every call goes to every rank.  A rank that dies or hangs takes the group with it, for the others
+wait for it in the middle of a sum; the group, which may be a single rank, is then built anew from
+the last checkpoint and repeats the updates since then with the same groups, which leads to the same
+weights, bit for bit.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from rayrl.canary import Canary
 from rayrl.checkpoint import Checkpoint, load_checkpoint
 from rayrl.config import Config
 from rayrl.learner.parallel import open_store
+from rayrl.scaling import shortage
 from rayrl.types import ScoredGroup, StepReport
 from rayrl.weights import ModelFiles
 
@@ -142,6 +145,8 @@ class LearnerGroup:
     def _rebuild(self) -> None:
         """The group as it was after the last update."""
         self._kill()
+        # Ray looks for another place itself where a machine went with the rank.
+        self._placed = False
         self._ranks = self._start()
         if self._origin is not None:
             self._call("restore", ray.put(load_checkpoint(self._origin)))
@@ -157,25 +162,36 @@ class LearnerGroup:
         answers = [getattr(rank, method).remote(*arguments, **options) for rank in self._ranks]
         results = [answer if isinstance(answer, list) else [answer] for answer in answers]
         ranks = {refs[0]: rank for rank, refs in enumerate(results)}
-        self._check(ranks)
+        self._check(ranks, method)
         return results[0][-1]
 
     def _wait_for_place(self) -> None:
+        """Wait until Ray has room for every rank, and say every 30 s what is missing;
+        RuntimeError at the deadline."""
+        deadline = time.monotonic() + self._config.rollout.start_timeout_s
         while not self._placed:
-            self._placed = self._place.wait(_SAY_EVERY_S)
-            if not self._placed:
-                log.warning(
-                    "waiting for %d x %s for the learner",
-                    self._config.learner.num_workers,
-                    self._place.bundle_specs[0],
-                )
+            left = deadline - time.monotonic()
+            self._placed = self._place.wait(max(0.0, min(_SAY_EVERY_S, left)))
+            if self._placed:
+                return
+            asked = self._place.bundle_specs[0]
+            missing = shortage(asked, ray.cluster_resources(), ray.available_resources())
+            where = f"waiting for room for the learner's {self._config.learner.num_workers} rank(s)"
+            if left <= 0:
+                raise RuntimeError(f"gave up {where}: {missing}")
+            log.warning("%s: %s", where, missing)
 
-    def _check(self, waiting: dict[Any, int]) -> None:
+    def _check(self, waiting: dict[Any, int], method: str) -> None:
         """Wait until all ranks have answered."""
         errors: dict[int, RayError] = {}
+        limit_s = self._config.learner.timeout_s
+        if len(waiting) > 1:
+            # Ranks that wait for another notice it first, and tell which.
+            limit_s *= 2
+        deadline = time.monotonic() + limit_s
         while waiting:
-            limit = _GRACE_S if errors else None
-            done, _ = ray.wait(list(waiting), timeout=limit, fetch_local=False)
+            left = _GRACE_S if errors else max(0.0, deadline - time.monotonic())
+            done, _ = ray.wait(list(waiting), timeout=left, fetch_local=False)
             for ref in done:
                 rank = waiting.pop(ref)
                 try:
@@ -186,6 +202,12 @@ class LearnerGroup:
                 break
         if errors:
             self._raise(errors, silent=sorted(waiting.values()))
+        if waiting:
+            rank, size = min(waiting.values()), len(self._ranks)
+            raise RankLost(
+                f"learner rank {rank} of {size} has not answered {method!r} within {limit_s:g} s "
+                "(learner.timeout_s)"
+            )
 
     def _raise(self, errors: dict[int, RayError], silent: Sequence[int]) -> None:
         """Raise for the rank that is to blame: one that died, else one that does not answer while

@@ -75,7 +75,8 @@ class LearnerConfig(Section):
     gpus: float = Field(default=0.0, ge=0)
     """GPUs of a rank."""
     timeout_s: PositiveFloat = 600.0
-    """A rank that keeps the others waiting for this long counts as dead."""
+    """A rank that keeps the others waiting for this long counts as dead, and so does one alone that
+    has not answered a call, a step for example."""
 
     @model_validator(mode="after")
     def _compiles(self) -> LearnerConfig:
