@@ -18,7 +18,6 @@ RUN pip install --no-cache-dir --disable-pip-version-check --no-deps --require-h
 COPY pyproject.toml README.md /opt/rayrl/
 COPY rayrl /opt/rayrl/rayrl
 COPY jobs /opt/rayrl/jobs
-COPY docker/run_or_resume.sh /opt/rayrl/docker/
 RUN pip install --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation \
         /opt/rayrl \
     && useradd --create-home --uid 1000 --shell /bin/bash ray

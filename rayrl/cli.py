@@ -11,7 +11,7 @@ import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -24,12 +24,16 @@ REPLAY_CONFIG = "run.yaml"
 """The run's configuration inside a replay, so that the folder can be looked at anywhere."""
 
 
+Resume = Literal["never", "always", "auto"]
+"""Start a run, continue one, or continue it where there is something to continue."""
+
+
 class Invocation(NamedTuple):
     """What a job was asked to do."""
 
     config: Config
     dry_run: bool
-    resume: bool
+    resume: Resume
     replay: Path | None = None
     trace: bool = False
 
@@ -109,7 +113,9 @@ def _parse(argv: list[str], program: str, description: str) -> Invocation:
     parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument(
+        "--resume", nargs="?", choices=("always", "auto"), default="never", const="always"
+    )
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--replay", type=Path)
     known, rest = parser.parse_known_args(argv)
@@ -134,7 +140,8 @@ def _overrides(flags: Sequence[str], program: str, description: str) -> dict[str
     """Dotted flags as a nested dictionary, parsed and typed by pydantic-settings."""
     epilog = (
         "  --config FILE  read this YAML first    --dry-run  print the resolved sizes and stop    "
-        "--resume  continue from the run folder's latest checkpoint    "
+        "--resume  continue from the run's newest checkpoint; `--resume auto` starts the run where "
+        "there is none yet, so that one command can be tried again    "
         "--trace  write a timeline of all workers to trace.json in the run folder    "
         "--replay FILE  run the learner alone on a step that a run skipped, with that run's "
         "configuration, and say what is not finite"

@@ -34,7 +34,7 @@ from rayrl.metrics import Phases, RunLog, write_summary
 from rayrl.objectives import build
 from rayrl.remote import RemoteCopies
 from rayrl.report import write_report
-from rayrl.resume import open_run_folder
+from rayrl.resume import goes_on, open_run_folder
 from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
 from rayrl.rollout_metrics import group_metrics, sample_records, summarize
 from rayrl.rounds import Drawn, Rounds, check_planners
@@ -183,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(line, flush=True)
         return
     with failing_in_one_line("grpo_coco.py"):
-        finished = run_job(invocation.config, resume=invocation.resume, trace=invocation.trace)
+        resume = goes_on(invocation.config, invocation.resume)
+        finished = run_job(invocation.config, resume=resume, trace=invocation.trace)
     if not finished:
         raise SystemExit(130)
 

@@ -16,6 +16,16 @@ from rayrl.jsonl import write_atomically
 from rayrl.remote import RemoteCopies, open_copies
 
 
+def goes_on(config: Config, resume: cli.Resume) -> bool:
+    """Whether a run continues: as it was asked to, or under "auto" where a checkpoint of it is here
+    or at its remote place."""
+    if resume != "auto":
+        return resume == "always"
+    copies = open_copies(config.train.checkpoint_uri)
+    here = list_checkpoints(Path(config.run_folder) / "checkpoints")
+    return bool(here or (copies is not None and remote_steps(copies)))
+
+
 def open_run_folder(folder: Path, config: Config, *, resume: bool, say: Say) -> RemoteCopies | None:
     """Refuse to mix runs in one folder, or at one remote place; fetch the newest remote checkpoint
     if it is later than what is here; save the resolved configuration.  Returns the remote place.

@@ -15,7 +15,7 @@ from rayrl.backup import Backup, fetch_newest, remote_steps
 from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from rayrl.config import Config
 from rayrl.remote import RemoteCopies, open_copies
-from rayrl.resume import changes, open_run_folder
+from rayrl.resume import changes, goes_on, open_run_folder
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -148,6 +148,28 @@ def test_a_fresh_machine_resumes_from_the_remote_place(tmp_path, copies):
     assert "resuming with another train.steps: 120, was 90" in said
     assert "resuming with another xe.steps: 0, was 400" in said
     assert yaml.safe_load((tmp_path / "fresh/config.yaml").read_text())["train"]["steps"] == 120
+
+
+def test_a_command_that_is_tried_again_starts_the_run_once_and_then_continues_it(tmp_path, copies):
+    first = with_uri(tmp_path, steps=120).model_copy(update={"run_folder": str(tmp_path / "run")})
+    assert not goes_on(first, "auto") and goes_on(first, "always")
+    open_run_folder(tmp_path / "run", first, resume=goes_on(first, "auto"), say=print)
+    machine = Machine(tmp_path / "run", copies)
+    machine.backup.base(resumed=False)
+    # What the first attempt began to copy is no checkpoint.
+    machine.backup.wait()
+    (tmp_path / "remote/step_3").mkdir()
+    assert not goes_on(first, "auto")
+    machine.save(6)
+    machine.backup.close()
+    assert goes_on(first, "auto") and not goes_on(first, "never")
+    alone = first.model_copy(update={"train": Config().train})
+    assert goes_on(alone, "auto")
+    # On another machine only the remote place has something.
+    elsewhere = first.model_copy(update={"run_folder": str(tmp_path / "fresh")})
+    resume = goes_on(elsewhere, "auto")
+    open_run_folder(tmp_path / "fresh", elsewhere, resume=resume, say=print)
+    assert load_checkpoint(tmp_path / "fresh/checkpoints/latest").step == 6
 
 
 @pytest.mark.parametrize(("here", "there", "wanted"), [(4, 2, 4), (2, 4, 4), (4, 4, 4)])

@@ -107,6 +107,16 @@ def test_help_lists_every_key(capsys):
     assert "--dry-run" in text and "--resume" in text and "--config" in text
 
 
+@pytest.mark.parametrize(
+    ("flags", "resume"),
+    [([], "never"), (["--resume"], "always"), (["--resume", "auto"], "auto")],
+)
+def test_a_run_is_continued_when_asked(flags, resume):
+    argv = [*flags, "--train.steps", "7"]
+    invocation = cli.parse(argv, program="grpo_coco.py", description="d")
+    assert (invocation.resume, invocation.config.train.steps) == (resume, 7)
+
+
 def test_a_dry_run_says_the_sizes_in_words():
     flags = ["--train.images_per_step", "64", "--train.group_size", "8"]
     flags += ["--learner.minibatches", "2", "--learner.micro_batch_images", "16"]

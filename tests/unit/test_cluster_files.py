@@ -1,11 +1,9 @@
 """cluster/, docker/ and docs/clusters.md: valid by their tools' own schemas, pinned, and locked."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 import warnings
 from importlib.metadata import version
@@ -20,6 +18,7 @@ from packaging.utils import canonicalize_name
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 import rayrl
+from rayrl import cli
 from rayrl.cli import known_keys
 
 with warnings.catch_warnings():
@@ -322,26 +321,12 @@ def test_both_images_hold_the_same_ray_and_agree_on_what_travels_between_them():
 # Retries
 
 
-@pytest.mark.parametrize("with_checkpoint", [False, True])
-def test_a_retried_job_resumes_where_there_is_a_checkpoint(tmp_path, with_checkpoint):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python").symlink_to(sys.executable)
-    script = tmp_path / "script.py"
-    script.write_text("import sys; print(sys.argv[1:])")
-    folder = tmp_path / "a run"
-    if with_checkpoint:
-        (folder / "checkpoints/step_4").mkdir(parents=True)
-        (folder / "checkpoints/latest").symlink_to("step_4")
-    done = subprocess.run(
-        ["sh", ROOT / "docker/run_or_resume.sh", script, folder, "--learner.lr", "1e-5"],
-        env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    resume = ["--resume"] if with_checkpoint else []
-    want = ["--run_folder", str(folder), *resume, "--learner.lr", "1e-5"]
-    assert done.stdout.strip() == str(want)
+def test_the_command_that_kuberay_repeats_starts_the_run_or_continues_it():
+    entry = shlex.split(load("kuberay-job.yaml")["spec"]["entrypoint"])
+    assert entry[:2] == ["python", "/opt/rayrl/jobs/grpo_coco.py"]
+    invocation = cli.parse(entry[2:], program="grpo_coco.py", description="")
+    assert invocation.resume == "auto"
+    assert invocation.config.run_folder == "/shared/runs/captions"
 
 
 # The guide
