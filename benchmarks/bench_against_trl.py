@@ -9,10 +9,12 @@ The first command puts TRL into a folder of its own, beside the very torch and t
 rayrl uses.  Both systems get the same model, pictures, reward (CIDEr-D), group size, images a
 step, AdamW and KL weight, and run on all cores, one after the other.  A step is sampling, reward,
 update, and for rayrl the weights' way back to the engine.  The model has random weights, or some
-steps of cross-entropy, after which captions are shorter and those of an image begin alike.
+steps of cross-entropy, after which captions are shorter and those of an image begin alike.  In one
+case the vision tower and the connector are frozen and every picture was seen before.
 
-rayrl runs the parts of its synchronous loop in one process, without Ray: once with vLLM, which is
-what a run uses, and once with transformers' ``generate``, which is what TRL uses on a CPU.
+rayrl runs the parts of its loop in one process, without Ray: with vLLM, which is what a run uses,
+with its own engine on transformers, whose ``generate`` TRL uses on a CPU, and with vLLM sampling
+the next step while the learner updates (``train.max_staleness`` 1).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,12 @@ from record import RESULTS, ROOT, write
 HERE = Path(__file__).parent
 PEERS = {
     "trl": ["grpo_steps_trl.py"],
-    "rayrl, vllm": ["grpo_steps_rayrl.py", "vllm"],
-    "rayrl, hf": ["grpo_steps_rayrl.py", "hf"],
+    "rayrl, vllm": ["grpo_steps_rayrl.py", "vllm", "0"],
+    "rayrl, hf": ["grpo_steps_rayrl.py", "hf", "0"],
+    "rayrl, vllm, staleness 1": ["grpo_steps_rayrl.py", "vllm", "1"],
+    "rayrl, hf, staleness 1": ["grpo_steps_rayrl.py", "hf", "1"],
 }
+SYSTEMS = ["rayrl, vllm", "rayrl, hf", "rayrl, vllm, staleness 1"]
 # Longest wait for one answer; a start takes some ten seconds, a step at most as long.
 TIMEOUT_S = 600.0
 
@@ -67,6 +73,9 @@ class Peer:
         )
         self._answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
+        self.threads = 0
+
+    def wait_until_ready(self) -> None:
         self.threads = self._answer()["threads"]
 
     def step(self) -> dict[str, Any]:
@@ -111,7 +120,7 @@ class Peer:
 
 
 def measure(case: Case, names: list[str], rounds: int, trl: Path) -> dict[str, Any]:
-    """Every peer does a step that does not count, then all take turns."""
+    """All peers start together, every one does a step that does not count, then all take turns."""
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         peers: dict[str, Peer] = {}
@@ -119,7 +128,10 @@ def measure(case: Case, names: list[str], rounds: int, trl: Path) -> dict[str, A
             for i, name in enumerate(names):
                 (Path(folder) / str(i)).mkdir()
                 peers[name] = Peer(name, case, trl, Path(folder) / str(i))
-                peers[name].step()
+            for peer in peers.values():
+                peer.wait_until_ready()
+            for peer in peers.values():
+                peer.step()
             for _ in range(rounds):
                 for name, peer in peers.items():
                     steps[name].append(peer.step())
@@ -139,6 +151,8 @@ def measure(case: Case, names: list[str], rounds: int, trl: Path) -> dict[str, A
         "images_per_step": case.images_per_step,
         "kl_coef": case.kl_coef,
         "xe_steps": case.xe_steps,
+        "frozen_vision": "vision" not in case.trainable,
+        "pictures": case.pictures,
         "systems": rows,
     }
 
@@ -169,11 +183,12 @@ def show(result: dict[str, Any]) -> None:
         f"({result['shape']})  {result['image_tokens']} image tokens  G = {result['group_size']}  "
         f"P = {result['images_per_step']}  KL weight {result['kl_coef']}  "
         f"after {result['xe_steps']} steps of cross-entropy"
+        + ("  vision tower frozen, pictures seen before" if result["frozen_vision"] else "")
     )
     for name, row in result["systems"].items():
         phases = "  ".join(f"{k} {v:.3f}" for k, v in row["seconds_by_phase"].items())
         print(
-            f"  {name:12} {row['captions_per_second']:7.1f} captions/s  x{row['times_trl']:5.2f}  "
+            f"  {name:24} {row['captions_per_second']:7.1f} captions/s  x{row['times_trl']:5.2f}  "
             f"{phases} s  {row['tokens_per_caption']:.1f} tokens  "
             f"reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}",
             flush=True,
@@ -186,14 +201,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--groups", nargs="+", type=int, default=[8, 16])
-    parser.add_argument(
-        "--xe-steps", nargs="+", type=int, default=[0, 150], help="of cross-entropy before"
-    )
+    parser.add_argument("--xe-steps", type=int, default=150, help="of cross-entropy, where any")
     parser.add_argument("--images", type=int, default=8, help="images of a step")
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each system")
+    parser.add_argument("--rounds", type=int, default=4, help="measured steps of each system")
     parser.add_argument("--kl", type=float, default=0.04, help="KL weight, of arXiv 2503.01333")
     parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--engines", nargs="+", default=["vllm", "hf"], choices=["vllm", "hf"])
+    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=[*PEERS][1:])
     parser.add_argument("--trl", type=Path, default=ROOT / ".trl", help="the folder with TRL")
     parser.add_argument("--small", action="store_true", help="one step each; writes nothing")
     parser.add_argument("--out", type=Path, help=f"folder for the JSON file, by default {RESULTS}")
@@ -202,28 +215,38 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"no TRL in {args.trl}: install it as --help says, or name it with --trl")
     if args.small:
         args.groups, args.images, args.rounds = [4], 2, 1
-        args.xe_steps = [0, 2]
+        args.xe_steps = 2
     return args
+
+
+def cases_of(args: argparse.Namespace, shape: str, xe_steps: int, folder: str) -> list[Case]:
+    """With random weights every group size, and the smallest once more with vision tower and
+    connector frozen and no more pictures than a step takes, as in every epoch after the first;
+    after cross-entropy the smallest alone."""
+    smallest = Case(
+        shape=shape,
+        group_size=min(args.groups),
+        images_per_step=args.images,
+        kl_coef=args.kl,
+        lr=args.lr,
+        folder=folder,
+        xe_steps=xe_steps,
+    )
+    if xe_steps:
+        return [smallest]
+    frozen = replace(smallest, pictures=args.images, trainable=("language",))
+    return [*(replace(smallest, group_size=group) for group in sorted(args.groups)), frozen]
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    names = ["trl", *(f"rayrl, {engine}" for engine in args.engines)]
+    names = ["trl", *args.systems]
     cases = []
-    for shape, xe_steps in itertools.product(args.shapes, args.xe_steps):
+    for shape, xe_steps in itertools.product(args.shapes, (0, args.xe_steps)):
         with tempfile.TemporaryDirectory() as folder:
-            for i, group in enumerate(args.groups):
-                case = Case(
-                    shape=shape,
-                    group_size=group,
-                    images_per_step=args.images,
-                    kl_coef=args.kl,
-                    lr=args.lr,
-                    folder=folder,
-                    xe_steps=xe_steps,
-                )
-                if i == 0:
-                    build_model(case)
+            wanted = cases_of(args, shape, xe_steps, folder)
+            build_model(wanted[0])
+            for case in wanted:
                 cases.append(measure(case, names, args.rounds, args.trl))
                 show(cases[-1])
     if not args.small or args.out:

@@ -16,14 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from rayrl.config import ModelConfig, TinyConfig, XeConfig
+from rayrl.config import ModelConfig, Part, TinyConfig, XeConfig
 from rayrl.data import Dataset, load_split
 from rayrl.data.config import DataConfig
 from rayrl.data.order import prompt_indices
 from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.statistics import Statistics, reward_statistics
+from rayrl.types import Prompt
 
 MAX_TOKENS = 20
+MOST_PICTURES = 512
+EVERY_PART: tuple[Part, ...] = ("vision", "connector", "language")
 SHAPES = {
     # 2.6 M parameters, 64 x 64 pixels, 16 image tokens
     "a": TinyConfig(
@@ -53,7 +56,8 @@ SHAPES = {
 class Case:
     """What both systems are given.  ``folder`` holds the model.  With random weights its captions
     hardly ever end before MAX_TOKENS and share no words, the worst case; after ``xe_steps`` of
-    cross-entropy they look like captions.  ``kl_coef`` above 0 needs a reference model."""
+    cross-entropy they look like captions.  ``kl_coef`` above 0 needs a reference model.  The first
+    ``pictures`` of the data are trained on, the parts in ``trainable`` train."""
 
     shape: str
     group_size: int
@@ -62,6 +66,8 @@ class Case:
     lr: float
     folder: str
     xe_steps: int = 0
+    pictures: int = MOST_PICTURES
+    trainable: tuple[Part, ...] = EVERY_PART
     seed: int = 0
 
     @property
@@ -73,13 +79,19 @@ class Case:
 
 
 def load_case(text: str) -> Case:
-    return Case(**json.loads(text))
+    given = json.loads(text)
+    return Case(**{**given, "trainable": tuple(given["trainable"])})
 
 
 def data(case: Case) -> Dataset:
-    """Generated pictures at the model's size, more than the steps of a benchmark use."""
+    """Generated pictures at the model's size, more than a benchmark's steps use."""
     size = SHAPES[case.shape].image_size
-    return load_split(DataConfig(image_size=size, max_train=512), "train")
+    return load_split(DataConfig(image_size=size, max_train=MOST_PICTURES), "train")
+
+
+def prompts_of(case: Case, pictures: Dataset) -> list[Prompt]:
+    """Those that the steps take in turn."""
+    return [pictures[i] for i in range(min(case.pictures, len(pictures)))]
 
 
 def reward(pictures: Dataset) -> tuple[RewardConfig, Statistics]:

@@ -1,4 +1,4 @@
-"""Whole synchronous steps of rayrl in one process: engine, scorer, learner, weights.
+"""Whole steps of rayrl in one process: engine, scorer, learner, weights.
 
 The parts are those that the actors hold; Ray itself is left out.  Run by bench_against_trl.py.
 """
@@ -6,6 +6,8 @@ The parts are those that the actors hold; Ray itself is left out.  Run by bench_
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from grpo_case import (
     data,
     load_case,
     open_channel,
+    prompts_of,
     report,
     serve,
 )
@@ -29,7 +32,7 @@ from rayrl.engine.base import EngineSetup, Sampling, make_engine, request_seed
 from rayrl.learner.learner import Learner
 from rayrl.objectives import build
 from rayrl.rewards.score import Scorer
-from rayrl.types import ScoredGroup
+from rayrl.types import RolloutGroup, ScoredGroup
 
 
 def configure(case: Case, backend: Backend) -> Config:
@@ -38,6 +41,7 @@ def configure(case: Case, backend: Backend) -> Config:
         {
             "engine": {"backend": backend, "max_model_len": tokens + 64, "kv_cache_mb": 512},
             "sampling": {"max_tokens": MAX_TOKENS},
+            "model": {"trainable": case.trainable},
             "objective": {"preset": "grpo", "set": {"kl_coef": case.kl_coef}},
             "learner": {"lr": case.lr, "schedule": "constant"},
             "train": {"images_per_step": case.images_per_step, "group_size": case.group_size},
@@ -46,12 +50,14 @@ def configure(case: Case, backend: Backend) -> Config:
 
 
 class Steps:
-    """The loop's body, one call a step."""
+    """The loop's body, one call a step, first sampling and then learning."""
 
     def __init__(self, case: Case, backend: Backend) -> None:
-        self._case, self._config, self._data = case, configure(case, backend), data(case)
-        self._seconds, self._step = Seconds(), 0
-        self._scorer = Scorer(*reward_of(self._data))
+        self._case, self._config = case, configure(case, backend)
+        pictures = data(case)
+        self._prompts = prompts_of(case, pictures)
+        self._step = 0
+        self._scorer = Scorer(*reward_of(pictures))
         self._engine = make_engine(
             EngineSetup(
                 folder=Path(case.folder), config=self._config.engine, group_size=case.group_size
@@ -70,17 +76,28 @@ class Steps:
         self._load(trained_only=False)
 
     def __call__(self) -> dict[str, Any]:
-        case, seconds = self._case, Seconds()
-        order = prompt_indices(self._step, case.images_per_step, len(self._data), case.seed)
-        prompts = [self._data[index] for _, index in order]
-        seeds = [request_seed(case.seed, self._step, prompt.prompt_id) for prompt in prompts]
+        seconds = Seconds()
+        with seconds("sampling"):
+            sampled = self._sample(self._step)
+        scored = self._learn(sampled, seconds)
+        with seconds("sync"):
+            self._load(trained_only=True)
+        self._step += 1
+        return self._report(sampled, scored, seconds)
+
+    def _sample(self, step: int) -> list[RolloutGroup]:
+        case = self._case
+        order = prompt_indices(step, case.images_per_step, len(self._prompts), case.seed)
+        prompts = [self._prompts[index] for _, index in order]
+        seeds = [request_seed(case.seed, step, prompt.prompt_id) for prompt in prompts]
         sampling = Sampling(
             group_size=case.group_size,
             temperature=self._config.sampling.temperature,
             max_tokens=MAX_TOKENS,
         )
-        with seconds("sampling"):
-            sampled = self._engine.generate(prompts, sampling, seeds)
+        return self._engine.generate(prompts, sampling, seeds)
+
+    def _learn(self, sampled: Sequence[RolloutGroup], seconds: Seconds) -> list[ScoredGroup]:
         with seconds("reward"):
             groups = self._scorer.score(sampled)
         scored = [group for group in groups if isinstance(group, ScoredGroup)]
@@ -88,22 +105,48 @@ class Steps:
             raise RuntimeError(f"{len(groups) - len(scored)} of {len(groups)} groups were dropped")
         with seconds("update"):
             self._learner.update(make_batch(scored))
-        with seconds("sync"):
-            self._load(trained_only=True)
-        self._step += 1
+        return scored
+
+    def _report(
+        self, sampled: Sequence[RolloutGroup], scored: Sequence[ScoredGroup], seconds: Seconds
+    ) -> dict[str, Any]:
         tokens = sum(len(c.token_ids) for group in sampled for c in group.completions)
         return report(seconds, tokens, [float(r) for group in scored for r in group.rewards])
 
     def _load(self, *, trained_only: bool) -> None:
         weights = self._learner.weights(trained_only=trained_only)
-        self._engine.load_weights(weights, changed=self._config.model.trainable)
+        self._engine.load_weights(weights, changed=self._case.trainable)
 
 
-def main(backend: Backend, text: str) -> None:
+class StepsAhead(Steps):
+    """The same with ``max_staleness`` 1: the next step is sampled while the learner updates.  Both
+    end within the step, so that nothing runs on in another system's turn."""
+
+    def __init__(self, case: Case, backend: Backend) -> None:
+        self._sampler = ThreadPoolExecutor(1)
+        super().__init__(case, backend)
+        self._sampled = self._sample(0)
+
+    def __call__(self) -> dict[str, Any]:
+        seconds, sampled = Seconds(), self._sampled
+        self._step += 1
+        ahead = self._sampler.submit(self._sample, self._step)
+        scored = self._learn(sampled, seconds)
+        with seconds("sampling"):
+            self._sampled = ahead.result()
+        with seconds("sync"):
+            self._load(trained_only=True)
+        return self._report(sampled, scored, seconds)
+
+
+LOOPS = {"0": Steps, "1": StepsAhead}
+
+
+def main(backend: Backend, staleness: str, text: str) -> None:
     channel = open_channel()
-    steps = Steps(load_case(text), backend)
+    steps = LOOPS[staleness](load_case(text), backend)
     serve(channel, steps)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])  # type: ignore[arg-type]
+    main(*sys.argv[1:])  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from grpo_case import (
     data,
     load_case,
     open_channel,
+    prompts_of,
     report,
     say_ready,
     wait_for_request,
@@ -33,14 +34,14 @@ from trl import GRPOConfig, GRPOTrainer
 from rayrl.rewards.build import build_terms
 from rayrl.rewards.term import Item
 from rayrl.types import Prompt
-from rayrl.vlm import banned_ids, load_captioner
+from rayrl.vlm import banned_ids, choose_trainable, load_captioner
 
 STEPS = 10_000
 
 
 def dataset(case: Case) -> Dataset:
     """The same pictures and captions in TRL's columns; pictures are decoded when they are used."""
-    prompts = list(data(case))
+    prompts = prompts_of(case, data(case))
     message = {"role": Value("string"), "content": Value("string")}
     return Dataset.from_dict(
         {
@@ -183,6 +184,7 @@ def main(text: str) -> None:
         )
         trainer._generate = timed(trainer._generate, on_request.seconds, "sampling")
         trainer._calculate_rewards = timed(trainer._calculate_rewards, on_request.seconds, "reward")
+        choose_trainable(trainer.model, case.trainable)
         trainer.train()
 
 

@@ -92,6 +92,12 @@ def learner(result: Result) -> list[str]:
     return lines
 
 
+def _weights(case: dict[str, Any]) -> str:
+    if case.get("frozen_vision"):
+        return "random, vision frozen, pictures seen before"
+    return "cross-entropy" if case.get("xe_steps") else "random"
+
+
 def against_trl(result: Result) -> list[str]:
     rows = []
     for case in result["cases"]:
@@ -99,7 +105,7 @@ def against_trl(result: Result) -> list[str]:
             rows.append(
                 [
                     f"({case['shape']}), {case['image_tokens']} image tokens",
-                    "cross-entropy" if case.get("xe_steps") else "random",
+                    _weights(case),
                     str(case["group_size"]),
                     f"TRL {result['trl']}" if name == "trl" else name,
                     f"{system['captions_per_second']:.0f}",

@@ -104,7 +104,7 @@ def pack_tensors(
             tied[name] = source
             continue
         tensor = gather(parameter.detach()).contiguous()
-        if not torch.isfinite(tensor).all():
+        if not _all_finite(tensor):
             raise ValueError(f"weights of version {version}: {name} is not finite")
         if tensor.dtype == torch.bfloat16:
             halves.add(name)
@@ -118,6 +118,12 @@ def pack_tensors(
         tied=tied,
         checksum=checksum(arrays),
     )
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is infinite or NaN: the extremes of a tensor with a NaN are NaN.  One pass
+    over memory, where ``isfinite`` writes several masks as long as the tensor."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:

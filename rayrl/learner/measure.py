@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -74,16 +74,23 @@ class UpdateSize:
     def ratio(self) -> float:
         """Of the weights as they are now against those at construction."""
         moved = size = 0.0
-        for name, before in self._before.items():
-            if not before.numel():  # nothing of this tensor is on this rank
-                continue
-            now = _sample(self._named[name]).double()
-            scale = _own(self._named[name]).numel() / before.numel()
-            moved += scale * float((now - before.double()).square().sum())
-            size += scale * float(before.double().square().sum())
+        # What is empty: nothing of that tensor is on this rank.
+        before = {name: sample for name, sample in self._before.items() if sample.numel()}
+        if before:
+            changes = [_sample(self._named[name]) - sample for name, sample in before.items()]
+            counts = [_own(self._named[n]).numel() / s.numel() for n, s in before.items()]
+            scales = torch.tensor(counts, dtype=torch.float64)
+            moved = float(scales @ _squares(changes))
+            size = float(scales @ _squares(list(before.values())))
         if self._ranks.sharded:
             moved, size = self._ranks.total_metrics({"": (moved, size)})[""]
         return math.sqrt(moved / size) if size else 0.0
+
+
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The squared norm of each tensor, in float64 on the CPU, read off the device once."""
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in tensors]
+    return torch.stack(norms).cpu().square()
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from rayrl.config import LearnerConfig
 from rayrl.learner.parallel import SOLO, Ranks, like
@@ -22,8 +23,14 @@ def make_optimizer(
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    # On a GPU torch's own choice is a fused one already; on a CPU it steps tensor by tensor.
+    whole = not any(isinstance(p, DTensor) for p in named.values())
+    fused = whole and all(p.device.type == "cpu" for p in named.values())
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        fused=fused or None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,47 @@ def test_a_step_samples_scores_updates_and_hands_the_weights_back(case):
     assert summary["tokens_per_caption"] == first["tokens"] / 8
 
 
+def test_a_step_ahead_trains_on_captions_of_the_weights_before(case):
+    ahead = grpo_steps_rayrl.StepsAhead(case, "hf")
+    versions = []
+    update = ahead._learner.update
+
+    def watched(batch):
+        versions.append((int(batch.weight_versions.max()), ahead._learner.weight_version))
+        return update(batch)
+
+    ahead._learner.update = watched
+    for _ in range(3):
+        step = ahead()
+    assert versions == [(0, 0), (0, 1), (1, 2)]
+    assert list(step["phases"]) == ["reward", "update", "sampling", "sync"]
+    assert step["captions"] == 8
+
+
+def test_a_frozen_vision_tower_encodes_the_pictures_of_a_step_once(case):
+    frozen = replace(case, pictures=2, trainable=("language",))
+    assert grpo_case.load_case(frozen.dump()) == frozen
+    steps = grpo_steps_rayrl.Steps(frozen, "hf")
+    for _ in range(3):
+        steps()
+    caches = (steps._engine._features, steps._learner.policy.features)
+    # The learner's reference and its policy ask for each picture once a step, the engine once.
+    assert [(cache.hits, cache.misses) for cache in caches] == [(4, 2), (10, 2)]
+
+
+def test_cases_are_random_weights_of_every_group_then_a_frozen_tower_then_cross_entropy(tmp_path):
+    (tmp_path / "trl").mkdir()
+    args = bench_against_trl.parse(["--trl", str(tmp_path), "--groups", "16", "8"])
+    random = bench_against_trl.cases_of(args, "a", 0, "-")
+    assert [(c.group_size, c.pictures, c.trainable) for c in random] == [
+        (8, 512, grpo_case.EVERY_PART),
+        (16, 512, grpo_case.EVERY_PART),
+        (8, 8, ("language",)),
+    ]
+    (taught,) = bench_against_trl.cases_of(args, "a", args.xe_steps, "-")
+    assert (taught.group_size, taught.xe_steps, taught.pictures) == (8, 150, 512)
+
+
 def test_a_step_with_missing_captions_is_refused(case):
     step = {"seconds": 1.0, "captions": 7, "tokens": 140, "phases": {}}
     with pytest.raises(ValueError, match="7 captions, want 8"):
@@ -48,7 +90,7 @@ def test_a_step_with_missing_captions_is_refused(case):
 def test_a_peer_that_ends_shows_the_end_of_its_log(case, tmp_path, monkeypatch):
     monkeypatch.setitem(bench_against_trl.PEERS, "rayrl, hf", ["no_such_script.py"])
     with pytest.raises(RuntimeError, match=r"(?s)rayrl, hf ended.*no_such_script"):
-        bench_against_trl.Peer("rayrl, hf", case, tmp_path, tmp_path)
+        bench_against_trl.Peer("rayrl, hf", case, tmp_path, tmp_path).wait_until_ready()
 
 
 def test_shapes_are_those_of_the_learner_benchmark():

@@ -60,8 +60,15 @@ def test_whole_steps_gain_more_with_a_larger_group():
         systems = {"rayrl, vllm": {"times_trl": times}}
         return {"shape": shape, "group_size": group, "systems": systems, **more}
 
-    taught = step("b", 8, 9.0, xe_steps=150)
-    kept = promises.of_steps([step("a", 8, 2.6), step("a", 16, 2.55), step("b", 8, 5.9), taught])
+    others = [step("b", 8, 9.0, xe_steps=150), step("b", 8, 9.0, frozen_vision=True)]
+    first = step("a", 8, 2.1)
+    # Captions of older weights are another algorithm, and count for nothing here.
+    first["systems"] |= {
+        "rayrl, hf": {"times_trl": 2.6},
+        "rayrl, vllm, staleness 1": {"times_trl": 3.0},
+    }
+    kept = promises.of_steps([first, step("a", 16, 2.55), step("b", 8, 5.9), *others])
+    assert kept["(a), G = 8: times TRL"]["here"] == 2.6
     assert {name: one["reached"] for name, one in kept.items()} == {
         "(a), G = 8: times TRL": True,
         "(a), G = 16: times TRL": False,
