@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rayrl.types import FloatArray, ScoredGroup, TrainBatch
+from rayrl.types import BoolArray, FloatArray, ScoredGroup, TrainBatch
 
 
 def make_batch(groups: Sequence[ScoredGroup]) -> TrainBatch:
@@ -24,21 +24,16 @@ def make_batch(groups: Sequence[ScoredGroup]) -> TrainBatch:
         if set(group.terms) != terms:
             raise ValueError(f"prompt {who}: terms {sorted(group.terms)}, want {sorted(terms)}")
     completions = [group.group.completions for group in groups]
-    length = max(len(c.token_ids) for row in completions for c in row)
-    shape = (len(groups), size, length)
-    ids, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    mask, forced = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
-    versions = np.zeros(shape[:2], np.int32)
-    truncated = np.zeros(shape[:2], np.bool_)
-    for p, row in enumerate(completions):
-        for g, completion in enumerate(row):
-            n = len(completion.token_ids)
-            ids[p, g, :n] = completion.token_ids
-            logprobs[p, g, :n] = completion.logprobs
-            mask[p, g, :n] = True
-            forced[p, g, : completion.num_forced] = True
-            versions[p, g] = completion.weight_version
-            truncated[p, g] = completion.finish_reason == "length"
+    captions = [caption for row in completions for caption in row]
+    # [P, G] which captions there are; arrays of all captions are laid out in its order.
+    valid = np.arange(size) < np.array([[len(row)] for row in completions])
+    lengths = _spread(valid, [len(c.token_ids) for c in captions])
+    places = np.arange(lengths.max())
+    mask = places < lengths[..., None]
+    ids, logprobs = np.zeros(mask.shape, np.int32), np.zeros(mask.shape, np.float32)
+    ids[mask] = np.concatenate([c.token_ids for c in captions])
+    logprobs[mask] = np.concatenate([c.logprobs for c in captions])
+    forced = places < _spread(valid, [c.num_forced for c in captions])[..., None]
     greedy = [group.greedy_reward for group in groups]
     spans = [group.wrong_spans for group in groups]
     prefixes = [group.prefix_rewards for group in groups]
@@ -50,8 +45,8 @@ def make_batch(groups: Sequence[ScoredGroup]) -> TrainBatch:
         mask=mask,
         rollout_logprobs=logprobs,
         rewards=_padded([group.rewards for group in groups], size),
-        weight_versions=versions,
-        truncated=truncated,
+        weight_versions=_spread(valid, [c.weight_version for c in captions]),
+        truncated=_spread(valid, [c.finish_reason == "length" for c in captions], np.bool_),
         terms={name: _padded([g.terms[name] for g in groups], size) for name in sorted(terms)},
         greedy_rewards=None
         if any(value is None for value in greedy)
@@ -65,6 +60,13 @@ def make_batch(groups: Sequence[ScoredGroup]) -> TrainBatch:
         else tuple(some for some in prefixes if some is not None),
         forced=forced if forced.any() else None,
     )
+
+
+def _spread(valid: BoolArray, values: Sequence[float], dtype: type = np.int32) -> np.ndarray:
+    """A value of each caption as [P, G], 0 where there is no caption."""
+    out: np.ndarray = np.zeros(valid.shape, dtype)
+    out[valid] = values
+    return out
 
 
 def _padded(rows: Sequence[FloatArray], size: int) -> FloatArray:
