@@ -71,7 +71,9 @@ def _spread(valid: BoolArray, values: Sequence[float], dtype: type = np.int32) -
 
 def _padded(rows: Sequence[FloatArray], size: int) -> FloatArray:
     """Rows of at most ``size`` values as [P, size], 0 where there is no caption."""
-    return np.stack([np.pad(row, (0, size - len(row))) for row in rows])
+    return np.stack(
+        [row if len(row) == size else np.pad(row, (0, size - len(row))) for row in rows]
+    )
 
 
 def _stacked(fields: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
