@@ -89,8 +89,8 @@ class UpdateSize:
 
 def _squares(tensors: Sequence[Tensor]) -> Tensor:
     """The squared norm of each tensor, in float64 on the CPU, read off the device once."""
-    norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in tensors]
-    return torch.stack(norms).cpu().square()
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in tensors]
+    return torch.stack(norms).cpu().double().square()
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -235,19 +235,20 @@ _RULES: list[tuple[str, Write]] = [
     (r"([(){}\[\]])", _BRACKETS.__getitem__),
     (f"([{SYMBOLS}\u2044\u207a\u207b\u208a\u208b\u24b6-\u24cf%<>=+/\\\\|~^&`\u00b4])", _same),
 ]
-_COMPILED = [(re.compile(pattern), write) for pattern, write in _RULES]
+_MATCHERS = [(re.compile(pattern).match, write) for pattern, write in _RULES]
 
 
 def lex(text: str) -> Iterator[str]:
     """The tokens of one line of text, punctuation included, in its own case."""
-    text += "\n"
+    end = len(text)
+    text += "\n"  # what a token is may depend on what follows it
     at = 0
-    while at < len(text):
-        longest, token_end = 0, at + 1
+    while at < end:
+        farthest, token_end = at, at + 1
         write: Write = _nothing
-        for pattern, candidate in _COMPILED:
-            match = pattern.match(text, at)
-            if match and match.end() - at > longest:
-                longest, token_end, write = match.end() - at, match.end(1), candidate
+        for match_at, candidate in _MATCHERS:
+            match = match_at(text, at)
+            if match and match.end() > farthest:
+                farthest, token_end, write = match.end(), match.end(1), candidate
         yield write(text[at:token_end])
         at = token_end
