@@ -63,8 +63,9 @@ SECTIONS = (
         "Whole steps against TRL",
         "Sampling, reward, update, and for rayrl the weights' way back to the engine: the same "
         "model, pictures, reward, group size and optimizer, without Ray, all cores each in turn. "
-        "On a CPU TRL samples with transformers; `rayrl, hf` does too, `rayrl, vllm` is what runs "
-        "use.",
+        "On a CPU TRL samples with transformers' `generate`; `rayrl, hf` runs transformers after "
+        "prompts that are computed once, `rayrl, vllm` is what runs use; with staleness 1 it "
+        "samples the next step while the learner updates.",
         result_tables.against_trl,
     ),
     Section(
