@@ -13,7 +13,9 @@ rounds, gives FLOPs, memory and the gradient, which must be the naive one's.  Wh
 GPU at once runs in micro-batches, halved until they do.
 
 ``predicted`` is the ratio of the counted FLOPs; ``utilisation`` is counted FLOPs over the time and
-over the limit, which is what a large matrix product reaches here, or ``--limit-tflops``.  Rows that
+over the limit, which is what a large matrix product reaches here, or ``--limit-tflops``.
+``useful_utilisation`` counts what the update needs and no copies nor repetitions of it
+(``rayrl/learner/flops.py``): the limit's share of the time that the update took.  Rows that
 want a GPU are written down as not measured where there is none.
 """
 
@@ -40,11 +42,14 @@ from transformers import AutoModelForImageTextToText
 
 from rayrl.learner.families import FAMILIES
 from rayrl.learner.features import FeatureCache
+from rayrl.learner.flops import FlopCounter
 from rayrl.learner.logprobs import naive_outputs, prefix_shared_outputs
 
 TEXT_TOKENS, CAPTION_TOKENS = 12, 20
 # Relative distance of the whole gradient from the naive one.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+
+CACHED = "shared, features cached"
 
 Batch = tuple[Mapping[str, Tensor], Tensor]
 Method = Callable[[Any, Mapping[str, Tensor], Tensor], Tensor]
@@ -71,7 +76,7 @@ def methods(row: Row, model: Any, batch: Batch) -> dict[str, Method]:
             features = cache.features(model, inputs, image_names(model, inputs))
             return shared(model, inputs, ids, image_features=features)
 
-        table["shared, features cached"] = cached
+        table[CACHED] = cached
     return table
 
 
@@ -184,6 +189,14 @@ def first_passes(
     return entries
 
 
+def useful_flops(model: Any, batch: Batch, label: str) -> float:
+    """What an update must compute, every image and every prompt once."""
+    inputs, ids = batch
+    encoded = 0.0 if label == CACHED else 1.0
+    everything = torch.ones_like(ids).bool()
+    return FlopCounter(model).count(inputs, everything, backward=True, encoded=encoded)
+
+
 def warm_optimizer(model: Any) -> torch.optim.Optimizer:
     """AdamW with its moments in memory.  A rate of 0 costs the same as any other and leaves the
     weights where they are."""
@@ -226,6 +239,8 @@ def measure(row: Row, args: argparse.Namespace, limit: float) -> dict[str, Any]:
         entry["predicted"] = entries["naive"]["flops"] / entry["flops"]
         entry["tflops"] = entry["flops"] / median / 1e12
         entry["utilisation"] = entry["flops"] / median / limit
+        entry["useful_flops"] = useful_flops(model, batch, label)
+        entry["useful_utilisation"] = entry["useful_flops"] / median / limit
     parameters = sum(p.numel() for p in model.parameters())
     sizes = {"parameters": parameters, "prompts": len(batch[1]), "limit_tflops": limit / 1e12}
     return {**asdict(row), **sizes, "methods": entries}
@@ -241,7 +256,7 @@ def show(case: dict[str, Any]) -> None:
         print(
             f"  {label:27} {entry['seconds'] * 1e3:8.1f} ms  x{entry['speedup']:5.2f} "
             f"(FLOPs x{entry['predicted']:5.2f})  {entry['peak_bytes'] / 2**20:7.0f} MiB  "
-            f"{entry['utilisation']:5.1%} of the limit  "
+            f"{entry['utilisation']:5.1%} of the limit, {entry['useful_utilisation']:5.1%} useful  "
             f"gradient differs by {entry['gradient_difference']:.0e}",
             flush=True,
         )

@@ -44,7 +44,9 @@ def of_updates(cases: list[dict[str, Any]]) -> Promises:
         if key in UPDATES:
             kept[f"{what}: times naive"] = promise(">=", UPDATES[key], shared["speedup"])
         if key in UTILISATION:
-            kept[f"{what}: utilisation"] = promise(">=", UTILISATION[key], shared["utilisation"])
+            kept[f"{what}: utilisation"] = promise(
+                ">=", UTILISATION[key], shared["useful_utilisation"]
+            )
     return kept
 
 

@@ -52,6 +52,10 @@ def flickr8k_tiny(result: Result) -> list[str]:
     return table(header, [[label, f"{summary[key]:.1f}"] for label, key in rows])
 
 
+_UTILISATION = ("utilisation", "useful_utilisation")
+"""Of all operations that ran and, where that was counted, of those that an update needs."""
+
+
 def learner(result: Result) -> list[str]:
     header = [
         "model",
@@ -83,7 +87,7 @@ def learner(result: Result) -> list[str]:
                     f"{method['speedup']:.1f}",
                     f"{method['predicted']:.1f}",
                     f"{method['peak_bytes'] / 2**20:.0f}",
-                    f"{method['utilisation']:.0%}",
+                    "/".join(f"{method[name]:.0%}" for name in _UTILISATION if name in method),
                 ]
             )
     lines = table(header, rows) if rows else []

@@ -22,13 +22,13 @@ from rayrl.data.config import DataConfig
 from rayrl.learner.config import LearnerConfig, LoraConfig
 from rayrl.objectives.config import ObjectiveConfig, plan_with
 from rayrl.objectives.plan import Plan
+from rayrl.parts import Part
 from rayrl.rewards.config import RewardConfig
 from rayrl.rollout_config import RolloutConfig
 from rayrl.section import Section
 
-__all__ = ["LearnerConfig", "LoraConfig", "RolloutConfig"]
+__all__ = ["LearnerConfig", "LoraConfig", "Part", "RolloutConfig"]
 
-Part = Literal["vision", "connector", "language"]
 Backend = Literal["auto", "vllm", "hf"]
 
 

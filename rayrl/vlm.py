@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from rayrl.config import Part, TinyConfig
+from rayrl.config import TinyConfig
 from rayrl.data.images import decode
+from rayrl.parts import Part, part_of
 from rayrl.weights import ADAPTER_CONFIG
 
 IMAGE_TOKEN = "<image>"
@@ -167,17 +168,6 @@ def prompt_inputs(processor: Any, images: Sequence[bytes], instructions: Sequenc
     return processor(
         images=pictures, text=texts, return_tensors="pt", padding=True, add_special_tokens=False
     )
-
-
-def part_of(name: str) -> Part:
-    """Which part of a captioner a parameter belongs to, from its name in the checkpoint."""
-    if any(
-        key in name for key in ("vision_model", "vision_tower", ".visual.blocks", "patch_embed")
-    ):
-        return "vision"
-    if any(key in name for key in ("connector", "projector", "merger", "qformer", "query_tokens")):
-        return "connector"
-    return "vision" if ".visual." in name else "language"
 
 
 def choose_trainable(model: torch.nn.Module, trainable: Iterable[Part]) -> list[str]:

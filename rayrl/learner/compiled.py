@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,35 +18,52 @@ from rayrl.vlm import prompt_inputs
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
-def compile_layers(model: Any, processor: Any, forward: Forward, eos_id: int) -> None:
-    """Compile every layer of ``model`` and run a small batch through it, forwards and backwards.
+def compile_layers(model: Any) -> None:
+    """Compile what every layer of ``model`` computes, with sizes left open.
 
-    Attention over the tree of a group stays as it is: its rows differ in every batch, and the
+    What surrounds a layer stays outside: the hooks that gather its parameters where they are
+    sharded, and the second run of a layer that recomputes (``recompute_layers``, called after
+    this).  So does attention over the tree of a group: its rows differ in every batch, and the
     kernels it calls are compiled already.
 
-    Raises ValueError with the reason where a layer does not compile, or computes something else
-    than before.
-    """
+    Raises ValueError for a model whose layers are not marked as such."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    name = f"learner.compile: {type(model).__name__}"
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(f"{name} has no layers that are marked as such")
-    want = _trial(model, processor, forward, eos_id)
+        raise ValueError(f"{_name(model)} has no layers that are marked as such")
     disabled = torch.compiler.disable(tree_attention)  # type: ignore[no-untyped-call]
     AttentionInterface.register(NAME, disabled)
     for layer in layers:
-        layer.compile(dynamic=True)
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+@contextmanager
+def same_outputs(model: Any, processor: Any, forward: Forward, eos_id: int) -> Iterator[None]:
+    """Run a small batch through ``model`` before and after its layers are compiled inside; where
+    they are split over ranks, every rank must.
+
+    Raises ValueError with the reason where a layer does not compile, or computes something else
+    than before."""
+    want = _trial(model, processor, forward, eos_id)
+    yield
     try:
         got = _trial(model, processor, forward, eos_id)
     except (RuntimeError, AssertionError) as error:
         # What the compiler raises, where it finds no C++ compiler too, is a RuntimeError.
         reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-        raise ValueError(f"{name} does not compile: {type(error).__name__}: {reason}") from error
+        raise ValueError(
+            f"{_name(model)} does not compile: {type(error).__name__}: {reason}"
+        ) from error
     difference = float((got - want).abs().max())
     if not difference <= _TOLERANCE[model.dtype]:
-        raise ValueError(f"{name}: compiled log-probs differ by {difference:.3g} from plain ones")
+        raise ValueError(
+            f"{_name(model)}: compiled log-probs differ by {difference:.3g} from plain ones"
+        )
+
+
+def _name(model: Any) -> str:
+    return f"learner.compile: {type(model).__name__}"
 
 
 def _trial(model: Any, processor: Any, forward: Forward, eos_id: int) -> torch.Tensor:
@@ -55,10 +74,9 @@ def _trial(model: Any, processor: Any, forward: Forward, eos_id: int) -> torch.T
     inputs = inputs.to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     ids = torch.full((2, 2, 3), eos_id, device=model.device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
-        forward.compute(model, inputs, ids, mask)
-    logprobs = forward.compute(model, inputs, ids, mask).logprobs
+        forward.plain(model, inputs, ids)
+    logprobs = forward.plain(model, inputs, ids)
     logprobs.sum().backward()
     model.zero_grad(set_to_none=True)
     return logprobs.detach()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rayrl.learner.families import Inputs, bare_model
-from rayrl.vlm import part_of
+from rayrl.parts import part_of
 
 _MATRICES = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
 _ORDER = ("vision", "connector", "language")

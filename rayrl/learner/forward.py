@@ -15,7 +15,7 @@ from rayrl.learner.inputs import PromptBatch, StepInputs
 from rayrl.learner.logprobs import LogprobOutput, naive_outputs, prefix_shared_outputs
 from rayrl.learner.parallel import SOLO, Ranks, compute_sharded
 from rayrl.objectives.batch import GroupBatch
-from rayrl.vlm import part_of
+from rayrl.parts import part_of
 
 
 def feature_cache(model: Any, config: LearnerConfig) -> FeatureCache | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from rayrl.adapters import AdapterWeights, merge, pairs_checksum
 from rayrl.config import LoraConfig
 from rayrl.learner.parallel import SOLO, Ranks, like, whole_tensor
-from rayrl.vlm import part_of
+from rayrl.parts import part_of
 from rayrl.weights import ModelFiles, read_model_files
 
 _WRAP, _LAYER = "base_model.model.", ".base_layer."

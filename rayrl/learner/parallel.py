@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rayrl.vlm import part_of
+from rayrl.parts import part_of
 
 T = TypeVar("T")
 
@@ -217,6 +217,18 @@ def compute_sharded(model: Any, *arguments: Any, **options: Any) -> Any:
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A tensor's values on every rank: gathered where it is sharded, itself where not."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_head(head: nn.Linear) -> nn.Linear:
+    """An output matrix to compute with outside of the pass that gathers it, without gradient; on
+    every rank."""
+    if not isinstance(head.weight, DTensor):
+        return head
+    whole = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    for name, parameter in head.named_parameters():
+        gathered = whole_tensor(parameter.detach())
+        whole.register_parameter(name, nn.Parameter(gathered, requires_grad=False))
+    return whole
 
 
 @torch.no_grad()

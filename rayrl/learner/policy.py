@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from rayrl.adapters import AdapterWeights
 from rayrl.checkpoint import Checkpoint
 from rayrl.config import LearnerConfig, ModelConfig
-from rayrl.learner.compiled import compile_layers
+from rayrl.learner.compiled import compile_layers, same_outputs
 from rayrl.learner.families import bare_model
 from rayrl.learner.flops import FlopCounter
 from rayrl.learner.forward import Forward, feature_cache
@@ -85,17 +85,21 @@ class Policy:
             ranks=ranks,
             features=self.features,
         )
-        if config.compile:
-            compile_layers(self.model, self.processor, self.forward, self.eos_id)
-        if config.activation_checkpointing:
-            recompute_layers(self.model)
         if ranks.sharded:
             for each in (self.model, self.reference):
                 if each is not None:
                     shard(bare_model(each), self.forward.compute, self.device)
+        with self._same_outputs() if config.compile else nullcontext():
+            if config.compile:
+                compile_layers(bare_model(self.model))
+            if config.activation_checkpointing:
+                recompute_layers(bare_model(self.model))
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.masters = Masters(parameters)
         self.named = self.masters.named
+
+    def _same_outputs(self) -> AbstractContextManager[None]:
+        return same_outputs(bare_model(self.model), self.processor, self.forward, self.eos_id)
 
     def inputs(self, batch: TrainBatch, instruction: str) -> StepInputs:
         """The processor's output for a batch's prompts, on demand."""

@@ -8,7 +8,7 @@ names of ``OPTIONAL_FIELDS`` (before the first update of a step, without gradien
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from rayrl.learner.forward import Forward
 from rayrl.learner.inputs import StepInputs
 from rayrl.learner.logprobs import LogprobOutput
-from rayrl.learner.parallel import SOLO, Ranks
+from rayrl.learner.parallel import SOLO, Ranks, whole_head
 from rayrl.objectives.batch import GroupBatch
 
 
@@ -116,7 +116,7 @@ class Collisions(Provider):
     def at_start(self, part: MicroBatch) -> dict[str, Tensor]:
         states = part.policy.states
         assert states is not None
-        return {"collision": states.collisions()}
+        return {"collision": replace(states, head=whole_head(states.head)).collisions()}
 
 
 class Providers:

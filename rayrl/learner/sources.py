@@ -23,12 +23,8 @@ FROM_REFERENCE = frozenset({"ref_logprobs", "augmented_ref_logprobs", "caption_f
 def provided(config: Config) -> frozenset[str]:
     """What a run of these settings can give an objective beyond tokens and rewards."""
     judge = any(isinstance(t, FunctionConfig | HttpConfig) for t in config.reward.terms.values())
-    sharded = config.learner.parallel == "fsdp" and config.learner.num_workers > 1
     given = {
         "whole_minibatch": _whole_minibatches(config),
-        # These read the output matrix outside of the pass that gathers it.
-        "collision": not sharded,
-        "head_logprobs": not sharded,
         "similarity": config.reward.counts_ngrams,
         "judge_ok": bool(config.reward.constraints),
         "reward_versions": judge,

@@ -87,6 +87,9 @@ CASES = {
     "dr_grpo": {"images": 5, "objective": "dr_grpo"},
     "pairs": {"images": 5, "objective": "online_dpo"},
     "critic": {"images": 5, "objective": "ppo", "minibatches": 5},
+    # These read the output matrix outside of the pass that gathers it.
+    "term heads": {"images": 5, "objective": "mah_dpo_heads", "num_terms": 2, "lr": 1e-4},
+    "collisions": {"images": 5, "objective": "otb"},
     "changed images": {"images": 5, "objective": "pami_changed_image"},
     # The first step knows no earlier captions yet.
     "earlier captions": {"images": 5, "objective": "seppo_earlier", "lr": 2e-5},
@@ -114,6 +117,8 @@ def alone(tiny_folder, batch):
 
 def split_case(case, batch):
     options = {"lr": 1e-5, **CASES[case]}
+    judged = range(options.get("num_terms", 0))
+    batch = replace(batch, terms={f"term {k}": batch.rewards ** (k + 1) for k in judged})
     return first_images(batch, options.pop("images", 6)), options
 
 

@@ -77,6 +77,10 @@ def test_every_method_has_the_naive_gradient_and_a_wrong_one_is_refused():
     assert list(entries) == ["naive", "shared", "shared, features cached"]
     assert entries["shared, features cached"]["flops"] < entries["shared"]["flops"]
     assert entries["shared"]["flops"] < entries["naive"]["flops"]
+    useful = {label: bench_learner.useful_flops(model, batch, label) for label in table}
+    assert useful["naive"] == useful["shared"] > useful["shared, features cached"]
+    # What runs has filler, and counts attention as if its mask were dense.
+    assert 0.6 * entries["shared"]["flops"] < useful["shared"] < entries["shared"]["flops"]
     wrong = {**table, "shared": lambda *args: 1.01 * table["shared"](*args)}
     with pytest.raises(ValueError, match="gradient of 'shared' differs"):
         bench_learner.first_passes(row, wrong, model, batch, "cpu")

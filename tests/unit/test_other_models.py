@@ -168,12 +168,3 @@ def test_a_critic_learns_beside_adapters(tiny_folder, batch):
     reports = [subject.update(batch).metrics for _ in range(6)]
     name = "objective/critic_explained_variance"
     assert reports[-1][name] > reports[0][name]
-
-
-@pytest.mark.parametrize("name", ["mah_dpo_heads", "otb"])
-def test_what_reads_the_output_matrix_is_not_promised_for_sharded_weights(name):
-    terms = {"terms": {"cider_d": 1.0, "length": 0.1}}
-    preset(name).check(provided(Config(reward=terms)))
-    sharded = Config(reward=terms, learner={"parallel": "fsdp", "num_workers": 2})
-    with pytest.raises(ValueError, match=f"objective {name} needs"):
-        preset(name).check(provided(sharded))

@@ -22,7 +22,7 @@ def test_both_relations():
 
 
 def case(model, tokens, group, speedup, *, frozen=False):
-    shared = {"speedup": speedup, "utilisation": 0.39}
+    shared = {"speedup": speedup, "useful_utilisation": 0.39}
     return {
         "model": model,
         "image_tokens": tokens,
