@@ -32,6 +32,7 @@ from rayrl.interrupt import StopRequest
 from rayrl.learner.sources import provided
 from rayrl.metrics import Phases, RunLog, write_summary
 from rayrl.objectives import build
+from rayrl.reference_rewards import ReferenceRewards
 from rayrl.remote import RemoteCopies
 from rayrl.report import write_report
 from rayrl.resume import goes_on, open_run_folder
@@ -66,6 +67,7 @@ class Run:
     canary: Canary
     phases: Phases
     tracer: Tracer
+    reference: ReferenceRewards = field(default_factory=ReferenceRewards)
     stop: StopRequest = field(default_factory=StopRequest)
     saved_step: int = -1
 
@@ -112,7 +114,7 @@ def _all_rounds(run: Run, batch: Pending, version: int) -> Drawn:
         with run.phases("rollout"):
             run.fleet.wait_rollouts(batch)
         with run.phases("reward"):
-            results = run.fleet.collect(batch)
+            results = run.reference.joined(run.fleet.collect(batch))
         requests = run.rounds.go_on(batch.step, results)
         if not requests:
             return run.rounds.finish(batch.step)
@@ -267,6 +269,7 @@ def _start(
         train_data=train_data,
         heldout=heldout,
         rounds=Rounds.of_run(config, objective.planners, train_data, stage1.folder),
+        reference=ReferenceRewards.of_run(config, objective.needs),
         fleet=fleet,
         learner=learner,
         log=log,
@@ -290,6 +293,7 @@ def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) 
     else:
         start = 0
         curve.stage1(snapshots)
+    run.reference.sample(run.fleet, run.rounds.prompts(), run.base, run.config, run.log.message)
     # Those that have no weights yet are given them, and this version, when they are constructed.
     run.fleet.wait()
     publish(run, start, first=True)

@@ -15,7 +15,7 @@ there, so a planner is one pure function (:mod:`rayrl.objectives.sampling` has t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from rayrl.config import Config
 from rayrl.data.order import item_at
 from rayrl.engine.base import request_seed
 from rayrl.joins import Join, replaced
+from rayrl.objectives.inject import BoundPart
 from rayrl.rewards.score import Dropped
 from rayrl.types import Prompt, ScoredGroup
 
-Planner = Callable[[Mapping[str, Any]], list["Request"]]
+Planner = BoundPart
 """A rollout part with its parameters; reads by name ``drawn``, ``take`` (the next so many prompts
 of the run's order) and ``encode`` (the token ids of a caption's text, without an end token)."""
 
@@ -177,12 +178,14 @@ class Rounds:
     order is the driver's own, so which prompt goes where depends on nothing that runs in parallel;
     :meth:`state` is all that a resumed run needs to go on with exactly the next prompts.
 
-    prompt_at: the prompt at a place (from 0) of the sequence
+    prompt_at: the prompt at a place (from 0) of the sequence, of which the first ``num_prompts``
+        hold each prompt once
     """
 
     planners: Callable[[int], Sequence[Planner]]
     prompt_at: Callable[[int], Prompt]
     encode: Callable[[str], list[int]]
+    num_prompts: int
     images_per_step: int
     group_size: int
     total_steps: int
@@ -218,11 +221,20 @@ class Rounds:
             planners=planners,
             prompt_at=lambda place: data[item_at(place, len(data), config.seed)[1]],
             encode=encode,
+            num_prompts=len(data),
             images_per_step=config.train.images_per_step,
             group_size=config.train.group_size,
             total_steps=config.train.steps,
             seed=config.seed,
         )
+
+    def prompts(self) -> Iterator[Prompt]:
+        """Every prompt that the run may take, once each, in the order of the first epoch: all,
+        where planners take further ones."""
+        steps = range(self.total_steps)
+        more = any("take" in one.inputs for step in steps for one in self.planners(step))
+        count = self.num_prompts if more else self.total_steps * self.images_per_step
+        return map(self.prompt_at, range(min(count, self.num_prompts)))
 
     def begin(self, step: int) -> tuple[Request, ...]:
         """The first round of ``step``; on the prompts that the step had, if it began before the

@@ -31,7 +31,7 @@ def save(run: Run, *, last: bool) -> None:
     whole = Checkpoint(
         step=checkpoint.step,
         model_files=with_base(checkpoint.model_files, run.base),
-        arrays=checkpoint.arrays,
+        arrays={**checkpoint.arrays, **run.reference.arrays()},
         meta=meta,
     )
     run.backup.wait()
@@ -58,4 +58,5 @@ def restore(run: Run) -> int:
     checkpoint = load_checkpoint(place)
     check_same_data(checkpoint, run.train_data.fingerprint())
     run.rounds.restore(checkpoint.meta["rounds"])
+    run.reference.restore(checkpoint.arrays)
     return run.learner.restore(checkpoint, place)

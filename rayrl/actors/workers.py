@@ -10,6 +10,7 @@ from rayrl.actors.reward import RewardActor
 from rayrl.actors.rollout import RolloutActor
 from rayrl.config import Config
 from rayrl.objectives import build
+from rayrl.reference_rewards import scored_needs
 
 
 def rollout_pool(
@@ -39,11 +40,12 @@ def reward_pool(config: Config, statistics: tuple[Any], budget: RestartBudget) -
     """Reward workers, of which one is enough to go on; ``statistics`` holds a reference to what
     rewards are scored against."""
     train = config.train
+    needs = scored_needs(build(config.objective).needs, config.objective.sources)
 
     def start() -> Any:
         return RewardActor.options(  # type: ignore[attr-defined]
             num_cpus=train.reward_cpus
-        ).remote(config.reward, statistics, train.reward_timeout_s, build(config.objective).needs)
+        ).remote(config.reward, statistics, train.reward_timeout_s, needs)
 
     size = PoolSize(
         wanted=train.reward_workers,

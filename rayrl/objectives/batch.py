@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 OPTIONAL_FIELDS = {
     "ref_logprobs": "[P,G,T] log-probs under the frozen reference model",
     "greedy_rewards": "[P] reward of the arg-max caption",
-    "reference_rewards": "[P,N] rewards of each reference against the others, or of other captions",
+    "reference_rewards": "[P,N] rewards of the stage-1 model's captions, or of the references",
     "values": "[P,G,T] a critic's values before each token, at the start of the step",
     "token_credit": "[P,G,T] a judge's credit for single tokens: 1 on those of a wrong span",
     "guide_logprobs": "[P,G,T] log-probs under a preference-tuned copy of the model",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from rayrl.objectives.plan import Phases, Plan, override, override_phases
 from rayrl.objectives.presets import named_parts, preset_of
@@ -21,6 +21,9 @@ class SourcesConfig(Section):
     """Folder of a preference-tuned copy of the model, which credits single tokens."""
     auxiliaries: tuple[str, ...] = ()
     """Folders of copies of the model, each trained on one auxiliary reward."""
+    reference_samples: NonNegativeInt = 8
+    """Captions of the stage-1 model, sampled of each image before the first step, whose rewards an
+    objective may compare with; 0: it compares with the references, each against the others."""
     image_change: Literal["crop", "mask"] = "crop"
     """What is done to an image where captions are also scored after a changed one: a window of it,
     or grey over a window."""

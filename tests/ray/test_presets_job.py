@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ ROUNDS = {
     "xrpo_novelty": (1, 30),
     "dynamic_tree_rpo": (12, 24),
 }
+# Compares with captions of the stage-1 model.
+COMPARES = "a_star_po"
 SETTINGS = {"dynamic_tree_rpo": {"tree_depths": "3"}}
 
 PROGRAM = """
@@ -53,7 +56,7 @@ def test_two_steps_of_each(small_job, spoken_folder, environment, tmp_path):
     term = {"kind": "function", "path": "tests.ray.test_presets_job:some_fail"}
     rewards = tmp_path / "rewards.yaml"
     rewards.write_text(yaml.safe_dump({"reward": {"terms": {"made_up": term}}}))
-    names = [*RECOMMENDED, *(name for name in ROUNDS if name not in RECOMMENDED)]
+    names = [*RECOMMENDED, *(name for name in ROUNDS if name not in RECOMMENDED), COMPARES]
     jobs = [
         small_job(
             run_folder=tmp_path / name,
@@ -80,8 +83,21 @@ def test_two_steps_of_each(small_job, spoken_folder, environment, tmp_path):
             check_rounds(name, rows[1:])
         after = load_file(tmp_path / name / "checkpoints" / "latest" / "model.safetensors")
         assert max(float(np.abs(before[key] - after[key]).max()) for key in before) > 1e-5, name
+    check_stage1_rewards(tmp_path / COMPARES / "checkpoints" / "latest" / "trainer.safetensors")
     # Without a planner a step is one round.
     assert {row["rounds/captions"] for row in metrics(tmp_path / "grpo")[1:]} == {24}
+
+
+def check_stage1_rewards(file: Path) -> None:
+    """Those of every image of the two steps, 8 captions each, by the run's own reward."""
+    arrays = load_file(file)
+    images = arrays["reference_rewards/images"].tobytes().decode().split("\n")
+    rewards = arrays["reference_rewards/rewards"]
+    assert rewards.shape == (12, 8) and len(set(images)) == 12
+    for image, row in zip(images, rewards, strict=True):
+        kind = zlib.crc32(image.encode()) % 3
+        assert [(row < 0).all(), (row == 0.5).all(), (row > 0).all()][kind], image
+    assert np.ptp(rewards, axis=1).max() > 0
 
 
 def check_steps(name: str, rows: list[dict]) -> None:

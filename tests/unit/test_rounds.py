@@ -49,6 +49,7 @@ def rounds(objective: str = "dapo", **changes) -> Rounds:
             "planners": preset(objective).planners,
             "prompt_at": prompt_at,
             "encode": lambda text: [ord(word) for word in text.split()],
+            "num_prompts": 1000,
             "images_per_step": IMAGES,
             "group_size": GROUP,
             "total_steps": 10,

@@ -1,0 +1,149 @@
+"""Rewards of captions of the stage-1 model, for objectives that compare an image's captions with
+what that model would write (A*-PO, 2505.20686; InfAlign, 2412.19792).
+
+They are sampled once, before the first step, and kept in checkpoints: a resumed run samples those
+that it lacks, and no other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from rayrl.config import Config, ModelConfig
+from rayrl.engine.base import request_seed
+from rayrl.objectives.config import SourcesConfig
+from rayrl.rewards.score import Dropped
+from rayrl.rounds import Request
+from rayrl.types import FloatArray, Prompt, ScoredGroup
+
+NEED = "reference_rewards"
+_BEFORE = -1
+"""The step that the captions belong to."""
+
+
+class Sampler(Protocol):
+    """What is asked of :class:`rayrl.actors.fleet.Fleet`."""
+
+    def show(self, version: int, weights: Any) -> None: ...
+
+    def submit(self, step: int, version: int, requests: Sequence[Request]) -> Any: ...
+
+    def wait_rollouts(self, pending: Any) -> None: ...
+
+    def collect(self, pending: Any) -> list[ScoredGroup | Dropped]: ...
+
+
+def scored_needs(needs: Collection[str], sources: SourcesConfig) -> frozenset[str]:
+    """What of an objective's needs is scored beside a group's captions."""
+    return frozenset(needs) - ({NEED} if sources.reference_samples else frozenset())
+
+
+@dataclass
+class ReferenceRewards:
+    """By image the rewards [size] of captions of the stage-1 model; with a ``size`` of 0 there are
+    none, and nothing is asked of anybody."""
+
+    size: int = 0
+    seed: int = 0
+    _rewards: dict[str, FloatArray] = field(default_factory=dict)
+    _dropped: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_run(cls, config: Config, needs: Collection[str]) -> ReferenceRewards:
+        """Those that an objective with these needs wants."""
+        size = config.objective.sources.reference_samples if NEED in needs else 0
+        return cls(size=size, seed=config.seed)
+
+    def sample(
+        self,
+        fleet: Sampler,
+        prompts: Iterator[Prompt],
+        stage1: Path,
+        config: Config,
+        say: Callable[[str], None],
+    ) -> None:
+        """Sample and score what is missing for ``prompts`` with the model in the folder ``stage1``,
+        which the fleet then holds; ``say`` tells a person what is done."""
+        missing = (prompt for prompt in prompts if prompt.prompt_id not in self._rewards)
+        first = next(missing, None) if self.size else None
+        if first is None:
+            return
+        say(f"sampling {self.size} captions of the stage-1 model for each image, to compare with")
+        fleet.show(0, _weights(stage1, config.model))
+        everything = itertools.chain([first], missing)
+        waiting: deque[Any] = deque()
+        while batch := list(itertools.islice(everything, config.train.images_per_step)):
+            waiting.append(fleet.submit(_BEFORE, 0, [self.request(prompt) for prompt in batch]))
+            if len(waiting) > 1:
+                self._collect(fleet, waiting.popleft())
+        while waiting:
+            self._collect(fleet, waiting.popleft())
+        say(f"sampled for {len(self._rewards)} images; {len(self._dropped)} could not be scored")
+
+    def request(self, prompt: Prompt) -> Request:
+        """What is sampled for an image."""
+        seed = request_seed(self.seed, _BEFORE, prompt.prompt_id)
+        return Request(slot=0, prompt=prompt, size=self.size, seed=seed)
+
+    def add(self, results: Sequence[ScoredGroup | Dropped]) -> None:
+        """Remember rewards, or why there are none."""
+        for result in results:
+            if isinstance(result, Dropped):
+                self._dropped[result.prompt_id] = result.reason
+            else:
+                self._rewards[result.group.prompt.prompt_id] = result.rewards
+
+    def joined(self, results: Sequence[ScoredGroup | Dropped]) -> list[ScoredGroup | Dropped]:
+        """A step's groups with the rewards of their images; dropped where there are none."""
+        return [self._with_rewards(result) for result in results] if self.size else list(results)
+
+    def _with_rewards(self, result: ScoredGroup | Dropped) -> ScoredGroup | Dropped:
+        if isinstance(result, Dropped):
+            return result
+        who = result.group.prompt.prompt_id
+        if who not in self._rewards:
+            reason = self._dropped.get(who, "they were not sampled")
+            return Dropped(who, f"no rewards of the stage-1 model's captions: {reason}")
+        return replace(result, fields={**result.fields, NEED: self._rewards[who]})
+
+    def _collect(self, fleet: Sampler, pending: Any) -> None:
+        fleet.wait_rollouts(pending)
+        self.add(fleet.collect(pending))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps."""
+        if not self._rewards:
+            return {}
+        names = np.frombuffer("\n".join(self._rewards).encode(), np.uint8)
+        return {f"{NEED}/images": names, f"{NEED}/rewards": np.stack([*self._rewards.values()])}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Inverse of :meth:`arrays`; nothing where the objective wants none, or none are kept.
+
+        Raises ValueError for another number of captions an image."""
+        if not self.size or f"{NEED}/rewards" not in arrays:
+            return
+        rewards = arrays[f"{NEED}/rewards"]
+        if rewards.shape[1] != self.size:
+            raise ValueError(
+                f"objective.sources.reference_samples {self.size}: the checkpoint has the rewards "
+                f"of {rewards.shape[1]} captions an image; resume with as many"
+            )
+        names = arrays[f"{NEED}/images"].tobytes().decode().split("\n")
+        self._rewards = dict(zip(names, rewards, strict=True))
+
+
+def _weights(folder: Path, model: ModelConfig) -> Any:
+    # Imported late: they bring torch along.
+    from rayrl.vlm import load_captioner
+    from rayrl.weights import pack
+
+    captioner = load_captioner(folder, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+    return pack(captioner.model, version=0)
