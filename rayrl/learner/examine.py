@@ -39,8 +39,12 @@ def examine_folder(folder: Path, config: Config) -> Iterator[str]:
 
 def examine(learner: Learner, replay: Checkpoint) -> Iterator[str]:
     """Run a replay's prompts one at a time through a learner that holds its policy, and say, a
-    line each, what is not finite and where it was so first."""
+    line each, what is not finite and where it was so first.  The learner's heads become those of
+    the replay.
+
+    Raises ValueError where these are not what the learner's objective has."""
     batch, groups, state = read_replay(replay)
+    learner.providers.restore(replay.arrays)
     p, g, t = groups.mask.shape
     yield f"step {replay.step + 1}: {p} prompts x {g} captions of up to {t} tokens"
     yield f"in the run: {replay.meta['problem']}"

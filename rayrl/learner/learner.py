@@ -92,7 +92,7 @@ class Learner:
         self._named = self.policy.named
         self._optimizer = make_optimizer(self._named, config)
         self._decisions = Decisions(self._named, extrapolates="extrapolate" in objective.needs)
-        self._providers = make_providers(
+        self.providers = make_providers(
             objective.needs,
             sources,
             self.policy,
@@ -190,6 +190,7 @@ class Learner:
                 state=state,
                 problem=problem,
                 model_files=self.policy.files(whole=True),
+                heads=self.providers.arrays(),
             )
 
     def replay(self) -> Checkpoint | None:
@@ -211,7 +212,7 @@ class Learner:
             (self._micro_batch(groups.select(rows), rows, inputs), counts)
             for rows, counts in self._parts(range(images), inputs)
         )
-        filled = replace(groups, **self._providers.at_start(images, parts))
+        filled = replace(groups, **self.providers.at_start(images, parts))
         return filled.with_old_logprobs(filled.old_logprobs)
 
     def _parts(self, indices: Sequence[int], inputs: StepInputs) -> list[tuple[list[int], bool]]:
@@ -229,7 +230,7 @@ class Learner:
             model=self.policy.model,
             step=self.step,
             with_entropy=with_entropy,
-            with_states=self._providers.reads_states,
+            with_states=self.providers.reads_states,
         )
 
     def inputs(self, batch: TrainBatch) -> StepInputs:
@@ -242,7 +243,7 @@ class Learner:
         """Take one optimizer step; returns why it was skipped, if it was."""
         normalizer = prepared.select(indices).normalizer()
         self._optimizer.zero_grad(set_to_none=True)
-        self._providers.before_update()
+        self.providers.before_update()
         parts, mine = [], Means()
         for images, counts in self._parts(indices, inputs):
             loss = self.loss(prepared, images, inputs, normalizer, counts=counts)
@@ -259,7 +260,7 @@ class Learner:
         self._optimizer.step()
         self.policy.masters.publish()
         sums.add(pairs)
-        sums.add({name: (value, 1.0) for name, value in self._providers.after_update().items()})
+        sums.add({name: (value, 1.0) for name, value in self.providers.after_update().items()})
         sums.add({"learner/loss": (0.0, 1.0), "learner/grad_norm": (norm, 1.0)})
         return ""
 
@@ -287,7 +288,7 @@ class Learner:
             normalizer,
             total=self._ranks.total,
             entropy=out.entropy,
-            **self._providers.in_update(seen),
+            **self.providers.in_update(seen),
         )
         if counts:
             return loss
@@ -311,7 +312,7 @@ class Learner:
         arrays, state = split_state(self._objective_state)
         arrays.update(optimizer_arrays(self._optimizer, self._named, self._ranks))
         arrays.update(self._decisions.arrays(self._ranks))
-        arrays.update(self._providers.arrays())
+        arrays.update(self.providers.arrays())
         if self._earlier is not None:
             arrays.update(self._earlier.arrays())
         arrays.update(self.policy.masters.arrays(self._ranks))
@@ -337,7 +338,7 @@ class Learner:
         self.policy.restore(checkpoint)
         restore_optimizer(self._optimizer, self._named, checkpoint.arrays)
         self._decisions.restore(checkpoint.arrays)
-        self._providers.restore(checkpoint.arrays)
+        self.providers.restore(checkpoint.arrays)
         if self._earlier is not None:
             self._earlier.restore(checkpoint.arrays)
         self._objective_state = join_state(checkpoint.meta["objective_state"], checkpoint.arrays)

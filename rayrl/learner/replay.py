@@ -1,7 +1,8 @@
 """A step that could not be taken, kept so that it can be looked at alone.
 
 A replay is a checkpoint of the policy as it was, with the step's batch in place of the optimizer's
-state: one folder that ``from_pretrained`` loads and that needs neither the run's data nor Ray.
+state: one folder that ``from_pretrained`` loads and that needs neither the run's data nor Ray.  A
+critic and other heads are in it as in a checkpoint.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ def make_replay(
     state: Mapping[str, Any],
     problem: str,
     model_files: ModelFiles,
+    heads: Mapping[str, np.ndarray],
 ) -> Checkpoint:
     """What a replay needs: ``groups`` as the objective saw them (log-probs of frozen models
-    included), the objective's ``state`` before the step, and which ``images`` went through."""
+    included), the objective's ``state`` before the step, which ``images`` went through, and what
+    trains beside the policy, its ``heads``, as a checkpoint has them."""
     arrays, values = split_state(state)
+    arrays |= heads
     for spec in dataclasses.fields(groups):
         value = getattr(groups, spec.name)
         if isinstance(value, Tensor):

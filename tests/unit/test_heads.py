@@ -19,7 +19,7 @@ __all__ = ["batch"]
 
 
 def critic_of(subject) -> Critic:
-    (critic,) = [m for m in subject._providers._members if isinstance(m, Critic)]
+    (critic,) = [m for m in subject.providers._members if isinstance(m, Critic)]
     return critic
 
 

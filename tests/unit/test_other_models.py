@@ -124,7 +124,7 @@ def test_heads_start_as_the_policy_and_part(tiny_folder, batch):
         last = subject.update(given).metrics["objective/loss_policy"]
     # Opposite rewards: one policy could not serve both, two heads can.
     assert last < 0.9 * first
-    (heads,) = [m for m in subject._providers._members if isinstance(m, TermHeads)]
+    (heads,) = [m for m in subject.providers._members if isinstance(m, TermHeads)]
     up = heads.module.up.detach()
     assert torch.nn.functional.cosine_similarity(up[0].flatten(), up[1].flatten(), 0) < 0
 

@@ -123,6 +123,54 @@ def test_a_replay_names_the_prompt_the_term_and_the_first_bad_tensor(tiny_folder
     assert list(examine_folder(place, config))[-1].startswith("everything is finite here")
 
 
+def loss_of(subject, replay, images):
+    """The loss of some of a replay's images, and the metrics that go with it."""
+    given, groups, state = read_replay(replay)
+    _, prepared = subject.objective.prepare(state, groups)
+    normalizer = prepared.select(images).normalizer()
+    out = subject.loss(prepared, images, subject.inputs(given), normalizer).detach()
+    return float(out.loss), {name: float(value) for name, (value, _) in out.metrics.items()}
+
+
+@pytest.mark.parametrize("objective", ["ppo", "mah_dpo_heads", "reward_ranker"])
+def test_what_trains_beside_the_policy_is_in_a_replay(tiny_folder, batch, tmp_path, objective):
+    second = np.random.default_rng(3).random(batch.rewards.shape).astype(np.float32)
+    batch = replace(batch, terms={"cider_d": batch.rewards, "length": second})
+    sizes = {"objective": objective, "num_terms": 2}
+    subject = learner(tiny_folder, **sizes)
+    for _ in range(2):
+        subject.update(batch)
+    spoil(subject, 7)
+    assert subject.update(marked(batch, 4)).problem
+    config = Config(
+        model=ModelConfig(path=str(tiny_folder)),
+        learner=LearnerConfig(lr=1e-3),
+        objective={"preset": objective},
+        reward={"terms": {"cider_d": 1.0, "length": 1.0}},
+    )
+    place = save_replay(tmp_path, subject.replay(), config)
+    want, metrics = loss_of(subject, subject.replay(), [0, 2])
+    # Its reference is another, but what that computed is in the groups.
+    other = learner(place, **sizes)
+    alone = loss_of(other, load_checkpoint(place), [0, 2])[0]
+    lines = list(examine(other, load_checkpoint(place)))
+    assert all("green/1" in line for line in lines[2:-1])
+    got, others = loss_of(other, load_checkpoint(place), [0, 2])
+    assert got == pytest.approx(want, abs=1e-9)
+    assert others == pytest.approx(metrics, abs=1e-6)
+    if objective != "reward_ranker":
+        # Without them the loss is another.
+        assert abs(alone - want) > 1e-5
+        with pytest.raises(ValueError, match="checkpoint of another run"):
+            list(examine(learner(place, objective="ppo"), replay_without_heads(place)))
+
+
+def replay_without_heads(place):
+    whole = load_checkpoint(place)
+    arrays = {k: v for k, v in whole.arrays.items() if not k.startswith(("critic", "term_heads"))}
+    return replace(whole, arrays=arrays)
+
+
 def test_a_replay_brings_its_configuration_to_the_command_line(tiny_folder, batch, tmp_path):
     subject = learner(tiny_folder)
     spoil(subject, 7)
