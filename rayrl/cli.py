@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,12 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from rayrl.config import Config
 from rayrl.credentials import CREDENTIAL, redacted
@@ -153,9 +159,14 @@ def _overrides(flags: Sequence[str], program: str, description: str) -> dict[str
         )
 
     Flags.__doc__ = f"{description}\n\n{epilog}"
-    source = CliSettingsSource[Any](
-        Flags, cli_parse_args=list(flags), cli_hide_none_type=True, cli_avoid_json=True
-    )
+    try:
+        source = CliSettingsSource[Any](
+            Flags, cli_parse_args=list(flags), cli_hide_none_type=True, cli_avoid_json=True
+        )
+    except SettingsError as error:
+        key = re.search(r" for ([\w.]+):", str(error))
+        where = f"--{key[1]}" if key else str(error)
+        raise UsageError(f"{where}: cannot be read; a mapping wants name=value") from None
     return dict(source())
 
 
@@ -211,8 +222,18 @@ def _check_flags(flags: Sequence[str]) -> None:
             raise UsageError(f"unknown option --{dotted}{_nearest(dotted, keys)}")
 
 
+_CUTS = ("top_k", "top_p", "min_p")
+_WHY_NO_CUTS = (
+    "captions are drawn from the full vocabulary, because the learner's log-probs are of all of it "
+    "and could not correct for what was cut off"
+)
+
+
 def _nearest(key: str, keys: set[str]) -> str:
-    """The nearest known key: whole, else by its last part alone (`--lr` for `--learner.lr`)."""
+    """The nearest known key: whole, else by its last part alone (`--lr` for `--learner.lr`); or why
+    there is none."""
+    if key.rpartition(".")[2] in _CUTS:
+        return f": {_WHY_NO_CUTS}"
     near = difflib.get_close_matches(key, sorted(keys), n=1, cutoff=0.75)
     last = key.rpartition(".")[2]
     near = near or [k for k in sorted(keys) if k.rpartition(".")[2] == last][:1]

@@ -29,7 +29,7 @@ from rayrl.config import Config
 from rayrl.data import Dataset, load_split
 from rayrl.heldout import Heldout
 from rayrl.interrupt import StopRequest
-from rayrl.learner.sources import provided
+from rayrl.learner.sources import check_objective
 from rayrl.metrics import Phases, RunLog, write_summary
 from rayrl.objectives import build
 from rayrl.reference_rewards import ReferenceRewards
@@ -38,7 +38,7 @@ from rayrl.report import write_report
 from rayrl.resume import goes_on, open_run_folder
 from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
 from rayrl.rollout_metrics import group_metrics, sample_records, summarize
-from rayrl.rounds import Drawn, Rounds, check_planners
+from rayrl.rounds import Drawn, Rounds
 from rayrl.saving import restore, save
 from rayrl.skipped import Skipped
 from rayrl.types import ScoredGroup, StepReport
@@ -174,6 +174,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "objective, on CIDEr-D.",
     )
     if invocation.dry_run:
+        with failing_in_one_line("grpo_coco.py"):
+            check_objective(invocation.config)
         print(cli.describe(invocation.config))
         return
     if invocation.replay is not None:
@@ -195,9 +197,7 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     """From data to report; returns whether all steps were done (a stop between steps is not)."""
     folder = Path(config.run_folder)
     # What an objective lacks is said before hours of stage 1, not after.
-    objective = build(config.objective)
-    objective.check(provided(config))
-    check_planners(objective.planners(0), config.train.group_size)
+    check_objective(config)
     train_data, val_data = load_split(config.data, "train"), load_split(config.data, "val")
     copies = open_run_folder(folder, config, resume=resume, say=print)
     count = min(len(val_data), config.train.eval_images)

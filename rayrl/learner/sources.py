@@ -12,9 +12,12 @@ from rayrl.learner.heads import Critic, TermHeads
 from rayrl.learner.parallel import SOLO, Ranks
 from rayrl.learner.policy import Policy
 from rayrl.learner.providers import Collisions, OldLogprobs, OtherModels, Provider, Providers
+from rayrl.objectives import build
 from rayrl.objectives.compile import PROVIDED
 from rayrl.objectives.config import SourcesConfig
+from rayrl.objectives.rehearsal import rehearse
 from rayrl.rewards.config import FunctionConfig, HttpConfig
+from rayrl.rounds import check_planners
 
 FROM_REFERENCE = frozenset({"ref_logprobs", "augmented_ref_logprobs", "caption_features"})
 """Needs that the frozen model of stage 1 serves."""
@@ -33,6 +36,16 @@ def provided(config: Config) -> frozenset[str]:
         "auxiliary_logprobs": bool(config.objective.sources.auxiliaries),
     }
     return PROVIDED.difference(given) | {need for need, there in given.items() if there}
+
+
+def check_objective(config: Config) -> None:
+    """Raise ValueError, in words, where the objective's plan does not fit together, needs what a
+    run of these settings cannot bring, or does not fit its reward terms or the group's size: before
+    any work."""
+    objective = build(config.objective)
+    objective.check(provided(config))
+    check_planners(objective.planners(0), config.train.group_size)
+    rehearse(objective, list(config.reward.terms), config.train.group_size)
 
 
 def _whole_minibatches(config: Config) -> bool:

@@ -39,7 +39,7 @@ DERIVED: Mapping[str, str] = {
 """Names that a slot produces."""
 
 SERVICES: Mapping[str, str] = {
-    "terms": "several reward terms by name: configure at least two under reward.terms",
+    "terms": "the reward terms by name, those of reward.terms",
     "whole_minibatch": "statistics of one: micro-batches must be as large as minibatches",
     "extrapolate": "a learner that carries out the decision to extrapolate its weights",
     "old_logprobs": "the policy's log-probs before the first update of a step",

@@ -159,9 +159,9 @@ def _critic(values: Values) -> Metrics:
 def _scorer(values: Values) -> Metrics:
     """Of all pairs that the true reward tells apart, the share that a learned scorer ranks
     alike."""
-    if values.get("caption_features") is None:
-        return {}
     rewards, scores, valid = values["raw_rewards"], values["rewards"], values["exists"]
+    if values.get("caption_features") is None or scores.ndim != 2:
+        return {}
     better = (pairwise(rewards, rewards) > 0) & valid[:, :, None] & valid[:, None]
     agree = better & (pairwise(scores, scores) > 0)
     return {"objective/scorer_accuracy": (agree.sum(), better.sum())}

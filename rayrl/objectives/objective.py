@@ -115,6 +115,10 @@ class Objective:
         self.plan = plan
         self._compiled: Compiled = compile_plan(name, plan)
 
+    def phases(self) -> tuple[Objective, ...]:
+        """The objectives that take turns; this one alone."""
+        return (self,)
+
     def planners(self, step: int) -> tuple[BoundPart, ...]:
         """What the driver asks, while it samples step ``step`` (from 0), for further rounds: see
         :mod:`rayrl.rounds`."""

@@ -161,11 +161,23 @@ def override_phases(
 
 
 def near(given: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: what it may have meant."""
+    """The end of an error message about an unknown name: what it may have meant, names that hold
+    it first (``dcpo`` is short for ``dcpo_dynamic_clip``)."""
     names = sorted(known)
-    close = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
-    close = close or [name for name in names if given and given.lower() in name][:3]
-    return f"; did you mean {', '.join(close)}?" if close else f"; known are {', '.join(names)}"
+    asked = given.lower()
+    longer = [name for name in names if asked and asked in name.lower()]
+    longer.sort(key=lambda name: (not name.lower().startswith(asked), len(name)))
+    alike = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
+    close = list(dict.fromkeys([*longer[:3], *alike]))[:4]
+    if close:
+        return f"; did you mean {', '.join(close)}?"
+    if len(names) > _MANY_NAMES:
+        return f"; {len(names)} are known, docs/objectives.md lists them"
+    return f"; known are {', '.join(names)}"
+
+
+_MANY_NAMES = 40
+"""More are not read in an error message."""
 
 
 def _named(slot: str, given: Any, known: Mapping[str, Part]) -> Any:

@@ -30,6 +30,9 @@ class Schedule(Objective):
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(objective.needs for objective in self._objectives))
 
+    def phases(self) -> tuple[Objective, ...]:
+        return tuple(self._objectives)
+
     def check(self, provides: Any) -> None:
         for objective in self._objectives:
             objective.check(provides)

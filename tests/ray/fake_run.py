@@ -91,6 +91,7 @@ def run(
     steps=STEPS,
     save_every=1000,
     learner_options=None,
+    objective=None,
     **rollout,
 ) -> Done:
     """A whole run of the driver's loop on fakes; goes on from the folder's last checkpoint."""
@@ -98,6 +99,7 @@ def run(
     config = Config.model_validate(
         {
             "run_folder": str(folder),
+            "objective": objective or {},
             "data": {"scenes": {"num_train": IMAGES, "num_val": 8}},
             "rollout": {
                 "num_workers": 3,

@@ -136,7 +136,7 @@ class FakeLearner:
                 self._values[0] += 1e-3 * (place + 1) * float(group.rewards[g] + moved)
         self._step += 1
         self.trained.append([group.group.prompt.prompt_id for group in groups])
-        shape = (len(groups), groups[0].group.group_size)
+        shape = (len(groups), max(group.group.group_size for group in groups))
         return StepReport(
             step=self._step,
             weight_version=self._step,

@@ -12,6 +12,7 @@ import random
 import pytest
 import ray
 
+from rayrl.actors.fleet import Fleet
 from rayrl.actors.pool import TooFewWorkers
 from rayrl.checkpoint import list_checkpoints
 from tests.ray.conftest import ROOT
@@ -70,6 +71,32 @@ def test_killed_workers_change_nothing(name, staleness, faults, undisturbed, tmp
     assert_same(done, undisturbed[staleness])
     # The last fault may come too late to be noticed.
     assert FAULTS - 3 <= done.rows[-1]["workers/replaced"] <= FAULTS
+
+
+def test_workers_killed_in_later_rounds_of_a_step_change_nothing(faults, tmp_path, monkeypatch):
+    planners = {"rollout": "refill+hint_in_context", "min_spread": 0.05, "hint_floor": 0.5}
+    several = {"objective": {"preset": "nsc", "set": planners}, "steps": 6}
+    quiet = run(tmp_path / "quiet", monkeypatch, **several)
+    submit, strike, rounds = Fleet.submit, kill("FakeRollout"), [0]
+
+    def and_kill(self, *arguments, before=None):
+        pending = submit(self, *arguments, before=before)
+        rounds[0] += before is not None
+        if before is not None and rounds[0] <= FAULTS // 2:
+            assert strike(random.Random(rounds[0]))
+        return pending
+
+    monkeypatch.setattr(Fleet, "submit", and_kill)
+    done = run(tmp_path / "killed", monkeypatch, **several)
+    assert rounds[0] >= FAULTS // 2
+    assert done.rows[-1]["workers/replaced"] >= FAULTS // 2 - 1
+    assert done.trained == quiet.trained
+    assert done.weights == quiet.weights
+    for name in ("rounds/asked_again", "rounds/captions", "rounds/count", "groups/dropped"):
+        assert [row[name] for row in done.rows] == [row[name] for row in quiet.rows], name
+    # Images were refilled, and groups extended.
+    assert sum(row["rounds/asked_again"] for row in done.rows) > 0
+    assert any(row["rounds/captions"] > 3 * (7 + row["rounds/asked_again"]) for row in done.rows)
 
 
 @pytest.mark.parametrize("staleness", [0, 1])

@@ -46,6 +46,11 @@ def test_the_resolved_file_reads_back_as_the_same_configuration(tmp_path):
     [
         (["--learner.lrr", "1"], "unknown option --learner.lrr; did you mean 'learner.lr'?"),
         (["--lr", "1"], "did you mean 'learner.lr'?"),
+        (["--objective.set", "kl_coef"], "--objective.set: cannot be read; .* wants name=value"),
+        (
+            ["--sampling.top_k", "10"],
+            "unknown option --sampling.top_k: captions are drawn from the",
+        ),
         (["--train.step", "1"], "did you mean 'train.steps'?"),
         (["--train.steps", "many"], "train.steps: .*(got 'many')"),
         (["--train.steps", "0"], "train.steps: .*greater than 0"),

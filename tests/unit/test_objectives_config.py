@@ -88,6 +88,9 @@ def test_values_from_the_command_line_take_the_type_of_the_default() -> None:
 
 WRONG: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("grpoo", {}, "unknown preset 'grpoo'; did you mean .*grpo"),
+    ("dcpo", {}, "unknown preset 'dcpo'; did you mean dcpo_dynamic_clip, "),
+    ("igpo", {}, "did you mean igpo_info_gain, igpo_inpainting, "),
+    ("xyz", {}, "unknown preset 'xyz'; 132 are known, docs/objectives.md lists them"),
     ("grpo", {"kl_coeff": 0.1}, "preset grpo: unknown slot or parameter 'kl_coeff'; .* kl_coef"),
     ("grpo", {"advantage": "leave_one"}, "part 'leave_one' for slot advantage; .* leave_one_out"),
     ("grpo", {"surrogat": "min_clip"}, "unknown slot or parameter 'surrogat'; .* surrogate"),
