@@ -16,8 +16,9 @@ from rayrl.objectives.reduce import Normalizer
 
 
 class Schedule(Objective):
-    """An objective for each phase; which one a step uses depends on the step alone.  The state of
-    a phase is kept under its own key while the others run."""
+    """An objective for each phase (as in VerIPO, 2505.19000, read in its abstract); which one a
+    step uses depends on the step alone.  The state of a phase is kept under its own key while the
+    others run."""
 
     def __init__(self, name: str, phases: Phases) -> None:
         self.name = name

@@ -38,7 +38,8 @@ def tables() -> str:
         "fixed(clip_low=0.2, clip_high=0.2); surrogate: min_clip.  Status: **ready** runs with",
         "this package as it is; **ready, whole** does when micro-batches are as large as",
         "minibatches, **ready with** a setting or a reward term when that is there.  *Formula",
-        "from the abstract only* says that no more of the paper was read.",
+        "from the abstract only* says that no more of the paper was read, *as commonly given* that",
+        "it was taken from no source that was read: check it before you quote it.",
         "",
     ]
     for family, members in FAMILIES.items():
@@ -87,7 +88,13 @@ def _status(one: Preset, needs: frozenset[str]) -> str:
     state = "ready, whole" if "whole_minibatch" in needs else "ready"
     wants = sorted({CONFIGURED[need] for need in needs if need in CONFIGURED})
     state += f" with {'; '.join(wants)}" if wants else ""
-    return state + {"abstract": ", formula from the abstract only"}.get(one.basis, "")
+    return state + _BASES.get(one.basis, "")
+
+
+_BASES = {
+    "abstract": ", formula from the abstract only",
+    "recalled": ", formula as commonly given",
+}
 
 
 def _alternatives() -> Iterator[str]:

@@ -20,7 +20,10 @@ from objectives_toy import (
 
 from rayrl.objectives import preset
 from rayrl.objectives.compile import CONFIGURED, PROVIDED
-from rayrl.objectives.presets import PRESETS
+from rayrl.objectives.parts import resolve
+from rayrl.objectives.plan import Phases
+from rayrl.objectives.presets import PRESETS, plans_of
+from rayrl.objectives.schedule import Schedule
 from rayrl.objectives.table import MARKER, with_tables
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "objectives.md"
@@ -29,8 +32,22 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "objectives.md"
 def test_the_tables_are_those_of_the_presets() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert with_tables(text) == text, "run: python -m rayrl.objectives.table docs/objectives.md"
-    rows = re.findall(r"^\| (?:\*\*)?`(\w+)`(?:\*\*)? \|.*\| (ready|waits)", text, re.MULTILINE)
+    rows = re.findall(r"^\| (?:\*\*)?`(\w+)`(?:\*\*)? \|.*\| (ready)", text, re.MULTILINE)
     assert [name for name, _ in rows] == list(PRESETS)
+
+
+def test_formulas_from_an_abstract_say_so_where_they_stand() -> None:
+    """In the table's status, and in the docstring of a part that the preset is made of."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, one in PRESETS.items():
+        (row,) = re.findall(rf"^\| (?:\*\*)?`{name}`.*$", text, re.MULTILINE)
+        assert row.endswith("formula from the abstract only |") == (one.basis == "abstract"), name
+        assert row.endswith("formula as commonly given |") == (one.basis == "recalled"), name
+        if one.basis == "abstract":
+            parts = [resolve(slot, item) for plan in plans_of(one) for slot, item in plan.parts()]
+            docs = [part.function.__doc__ or "" for part in parts]
+            docs += [Schedule.__doc__ or ""] if isinstance(one.plan, Phases) else []
+            assert any("abstract" in some for some in docs), name
 
 
 def test_a_page_without_the_marker_is_refused() -> None:
