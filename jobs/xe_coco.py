@@ -10,7 +10,7 @@ from pathlib import Path
 # A job's working directory is not on the path, and rayrl need not be installed on a cluster.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rayrl.xe import main
+from rayrl.commands import xe
 
 if __name__ == "__main__":
-    main()
+    xe()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 from rayrl import cli
 from rayrl.config import Config
@@ -58,6 +59,24 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     if options.samples == 1:
         parser.error("--samples 1: diversity is that of at least 2 captions")
     return options, overrides
+
+
+def read_config(options: Options, overrides: Sequence[str]) -> Config:
+    """:func:`load_config`; prints an error and exits where one is due."""
+    try:
+        return load_config(options, overrides)
+    except (OSError, ValueError) as error:
+        refuse(error)
+
+
+def refuse(error: OSError | ValueError) -> NoReturn:
+    """Exit with 2 and what is wrong with the input."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    for line in text.splitlines():
+        print(f"{PROGRAM}: {line}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def load_config(options: Options, overrides: Sequence[str]) -> Config:

@@ -7,23 +7,22 @@ starts.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from rayrl import __version__
-from rayrl.actors.captioner import Captions, Decoding, caption_split
 from rayrl.actors.cluster import connect, failing_in_one_line
 from rayrl.config import Config
 from rayrl.data import Dataset, load_split
 from rayrl.data.references import load_captions, load_references
+from rayrl.decoding import Captions, Decoding
 from rayrl.engine.base import vllm_importable
-from rayrl.eval_cli import PROGRAM, Options, load_config, parse
+from rayrl.eval_cli import PROGRAM, Options, refuse
 from rayrl.jsonl import write_atomically
 from rayrl.rewards.bootstrap import compare, comparison_table, scaled
 from rayrl.rewards.java import MetricUnavailable, find_java
@@ -41,25 +40,21 @@ from rayrl.rewards.suite import (
 _SCALE = f"x100, except {' and '.join(IN_WORDS)}, which count words"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`jobs/eval_coco.py`: exits with 2 and a line where the input is wrong, with 1 where a check
-    or a worker fails."""
-    options, overrides = parse(sys.argv[1:] if argv is None else argv)
+def main(options: Options, config: Config) -> None:
+    """Do what :func:`rayrl.commands.evaluate` was asked for: exits with 2 and a line where the
+    input is wrong, with 1 where a check or a worker fails."""
     with failing_in_one_line(PROGRAM):
         try:
-            _run(options, overrides)
+            _run(options, config)
         except RayError:
             raise
-        except OSError as error:
-            _refuse(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
-        except ValueError as error:
-            _refuse(str(error))
+        except (OSError, ValueError) as error:
+            refuse(error)
 
 
-def _run(options: Options, overrides: Sequence[str]) -> None:
+def _run(options: Options, config: Config) -> None:
     if options.self_test:
         raise SystemExit(0 if self_test() else 1)
-    config = load_config(options, overrides)
     if options.compare:
         compare_results(options.compare, options, config)
     elif options.results:
@@ -70,6 +65,9 @@ def _run(options: Options, overrides: Sequence[str]) -> None:
 
 def evaluate_checkpoint(options: Options, config: Config) -> None:
     """Caption a split with a model folder, and write and print what that scores."""
+    # Imported late: scoring a results file needs neither Ray Data nor PyTorch.
+    from rayrl.actors.captioner import caption_split
+
     decoding = Decoding(
         beams=options.beam,
         max_tokens=config.sampling.max_tokens,
@@ -288,9 +286,3 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _refuse(text: str) -> NoReturn:
-    for line in text.splitlines():
-        print(f"{PROGRAM}: {line}", file=sys.stderr)
-    raise SystemExit(2)

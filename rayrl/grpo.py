@@ -6,7 +6,6 @@ model, starts the workers, evaluates on held-out images and writes the run folde
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import ray
 
-from rayrl import cli
 from rayrl.actors.cluster import connect, cpus_of, failing_in_one_line
 from rayrl.actors.fleet import Fleet, Pending
 from rayrl.actors.learner_group import LearnerGroup
@@ -25,11 +23,12 @@ from rayrl.actors.tracing import Tracer
 from rayrl.backup import Backup
 from rayrl.canary import Canary, make_canary
 from rayrl.checkpoint import list_checkpoints
+from rayrl.cli import Invocation
 from rayrl.config import Config
 from rayrl.data import Dataset, load_split
 from rayrl.heldout import Heldout
 from rayrl.interrupt import StopRequest
-from rayrl.learner.sources import check_objective
+from rayrl.learner.provided import check_objective
 from rayrl.metrics import Phases, RunLog, write_summary
 from rayrl.objectives import build
 from rayrl.reference_rewards import ReferenceRewards
@@ -41,9 +40,9 @@ from rayrl.rollout_metrics import group_metrics, sample_records, summarize
 from rayrl.rounds import Drawn, Rounds
 from rayrl.saving import restore, save
 from rayrl.skipped import Skipped
+from rayrl.stage1 import Snapshot, run_stage1
 from rayrl.types import ScoredGroup, StepReport
 from rayrl.weights import read_model_files
-from rayrl.xe import Snapshot, run_stage1
 from rayrl.xe_curve import XeCurve
 
 
@@ -165,19 +164,8 @@ def evaluate(run: Run, version: int) -> float:
         return run.heldout.record(version, captions, attempt=run.log.attempt)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`jobs/grpo_coco.py`."""
-    invocation = cli.parse(
-        sys.argv[1:] if argv is None else argv,
-        program="grpo_coco.py",
-        description="Fine-tune a vision-language model to caption images with GRPO, or any other "
-        "objective, on CIDEr-D.",
-    )
-    if invocation.dry_run:
-        with failing_in_one_line("grpo_coco.py"):
-            check_objective(invocation.config)
-        print(cli.describe(invocation.config))
-        return
+def main(invocation: Invocation) -> None:
+    """Do what :func:`rayrl.commands.grpo` was asked for."""
     if invocation.replay is not None:
         # Imported late: only this needs the learner's own modules in the driver.
         from rayrl.learner.examine import examine_folder

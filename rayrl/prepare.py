@@ -22,11 +22,9 @@ from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray.data
 from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rayrl.actors.cluster import connect
 from rayrl.data.annotations import Record
 from rayrl.data.config import DataConfig, Split
 from rayrl.data.folder import coco_records, image_folder, karpathy_records
@@ -84,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = False
     try:
         work = _read_all(config, args.splits or SPLITS[args.source], args.output)
+        # Imported late: a mistake is answered at once.
+        import ray
+
+        from rayrl.actors.cluster import connect
+
         started = connect(args.num_cpus)
         for split, records, rejections in work:
             print(prepare_split(config, split, records, rejections, args.output / split))
@@ -134,6 +137,8 @@ def _read_all(
 
 def _converted(config: DataConfig, folder: Path, records: list[Record]) -> Iterator[pa.Table]:
     """Batches of (image_id, image, captions, reason, detail), in the order of the records."""
+    import ray.data
+
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False  # ours counts images

@@ -6,13 +6,9 @@ of the model is kept, so that the held-out line of stage 1 can be drawn afterwar
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +19,12 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 
-from rayrl import cli
 from rayrl.actors.cluster import connect, failing_in_one_line
 from rayrl.config import Config
 from rayrl.data import load_split
 from rayrl.data.order import prompt_indices
-from rayrl.vlm import build_tiny_captioner
+from rayrl.stage1 import Snapshot, run_stage1
 from rayrl.weights import ModelFiles, read_model_files, write_model_files
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """A model folder after ``seconds`` of training and ``steps`` steps."""
-
-    steps: int
-    seconds: float
-    folder: Path
-
-
-def start_folder(config: Config, folder: Path, captions: Sequence[str]) -> Path:
-    """The model that stage 1 starts from: the tiny captioner, built here, or a folder or hub
-    name that was given."""
-    if config.model.path == "tiny":
-        return build_tiny_captioner(
-            config.model.tiny, captions, config.data.instruction, folder, seed=config.seed
-        )
-    path = Path(config.model.path)
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(config.model.path))
 
 
 def train_xe(
@@ -182,58 +153,9 @@ def _report(trainer: Any, steps: int, seconds: float, loss: float, rank: int) ->
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(config: Config) -> None:
     """`jobs/xe_coco.py`: train stage 1 alone and leave the model in RUN_FOLDER/stage1/final."""
-    invocation = cli.parse(
-        sys.argv[1:] if argv is None else argv,
-        program="xe_coco.py",
-        description="Stage 1: cross-entropy on reference captions, with Ray Train.",
-    )
-    config = invocation.config
-    if invocation.dry_run:
-        print(cli.describe(config))
-        return
     with failing_in_one_line("xe_coco.py"):
         connect(config.learner.cpus * config.xe.num_workers + 2)
         final = run_stage1(config, Path(config.run_folder))[-1]
     print(f"{final.steps} steps in {final.seconds:.0f} s; model: {final.folder}")
-
-
-def run_stage1(config: Config, run_folder: Path) -> list[Snapshot]:
-    """Build or find the starting model, train it, and return the snapshots, the last one under
-    ``stage1/final``.  A finished stage 1 of the same settings is used again."""
-    folder = run_folder / "stage1"
-    final, receipt = folder / "final", folder / "stage1.json"
-    settings = json.loads(
-        config.model_dump_json(include={"seed", "data", "model", "xe", "sampling"})
-    )
-    if receipt.is_file():
-        found = json.loads(receipt.read_text())
-        if found["settings"] == settings and final.is_dir():
-            return [
-                Snapshot(steps=s["steps"], seconds=s["seconds"], folder=folder / s["folder"])
-                for s in found["snapshots"]
-            ]
-    captions = [text for texts in load_split(config.data, "train").references() for text in texts]
-    start = start_folder(config, folder / "start", captions)
-    snapshots = [Snapshot(steps=0, seconds=0.0, folder=start)]
-    if config.xe.steps:
-        snapshots += train_xe(config, start, folder, name="xe")
-    shutil.rmtree(final, ignore_errors=True)
-    shutil.copytree(snapshots[-1].folder, final)
-    last = snapshots[-1]
-    snapshots[-1] = Snapshot(steps=last.steps, seconds=last.seconds, folder=final)
-    record = [
-        {"steps": s.steps, "seconds": s.seconds, "folder": _relative(s.folder, folder)}
-        for s in snapshots
-    ]
-    receipt.write_text(json.dumps({"settings": settings, "snapshots": record}, indent=1))
-    return snapshots
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path.resolve())
-
-
-if __name__ == "__main__":
-    main()

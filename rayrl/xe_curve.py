@@ -11,9 +11,9 @@ from pathlib import Path
 from rayrl.actors.fleet import Fleet
 from rayrl.config import Config
 from rayrl.heldout import Heldout
+from rayrl.stage1 import Snapshot
 from rayrl.vlm import load_captioner
 from rayrl.weights import pack
-from rayrl.xe import Snapshot, train_xe
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class XeCurve:
         and of what came before into ``xe_baseline.jsonl``.
 
         It trains where the learner did, so that must have ended."""
+        from rayrl.xe import train_xe
+
         self.say(f"control: cross-entropy for {seconds:.0f} s more")
         out = self.folder / "control"
         snapshots = train_xe(self.config, stage1.folder, out, name="xe", seconds=seconds)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,30 +16,12 @@ from safetensors import SafetensorError
 from rayrl.config import Config, Part
 from rayrl.data import load_split
 from rayrl.data.config import DataConfig, Split
+from rayrl.decoding import Captions, Decoding
 from rayrl.engine.base import EngineSetup, Sampling, make_engine, request_seed
 from rayrl.progress import open_progress
 from rayrl.types import Prompt
 from rayrl.vlm import base_folder, load_captioner
 from rayrl.weights import pack, read_model_files, write_model_files
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decoding:
-    """The caption of an image: the arg-max tokens (``beams`` 1) or the best of ``beams``, at most
-    ``max_tokens`` long; and how many ``samples`` at ``temperature`` show its diversity."""
-
-    beams: int
-    max_tokens: int
-    samples: int
-    temperature: float
-
-
-@dataclass(frozen=True, slots=True)
-class Captions:
-    """The caption of each image, in the order of the data set, and its K samples."""
-
-    best: list[str]
-    samples: list[list[str]]
 
 
 def caption_split(

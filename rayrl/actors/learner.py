@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -13,12 +14,13 @@ from rayrl.batch import make_batch
 from rayrl.canary import Canary
 from rayrl.checkpoint import Checkpoint
 from rayrl.config import Config
-from rayrl.learner.learner import Learner
-from rayrl.learner.parallel import SOLO, Ranks, join
 from rayrl.objectives import build
 from rayrl.trace import Traced, traced
 from rayrl.types import FloatArray, ScoredGroup, StepReport
 from rayrl.weights import ModelFiles, Weights, write_model_files
+
+if TYPE_CHECKING:
+    from rayrl.learner.parallel import Ranks
 
 
 @ray.remote
@@ -31,6 +33,9 @@ class LearnerActor(Traced):
     def __init__(
         self, config: Config, files: ModelFiles, rank: int, store: tuple[str, int]
     ) -> None:
+        # Here, and not in the driver, which has no use for it.
+        from rayrl.learner.learner import Learner
+
         with tempfile.TemporaryDirectory(prefix="rayrl-learner-") as folder:
             self._learner = Learner(
                 write_model_files(files, Path(folder), with_weights=True),
@@ -78,6 +83,8 @@ class LearnerActor(Traced):
 
 
 def _join(config: Config, rank: int, store: tuple[str, int]) -> Ranks:
+    from rayrl.learner.parallel import SOLO, join
+
     learner = config.learner
     if learner.num_workers == 1:
         return SOLO

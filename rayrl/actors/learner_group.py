@@ -24,7 +24,6 @@ from rayrl.actors.pool import RestartBudget
 from rayrl.canary import Canary
 from rayrl.checkpoint import Checkpoint, load_checkpoint
 from rayrl.config import Config
-from rayrl.learner.parallel import open_store
 from rayrl.scaling import shortage
 from rayrl.types import ScoredGroup, StepReport
 from rayrl.weights import ModelFiles
@@ -114,6 +113,8 @@ class LearnerGroup:
         learner = self._config.learner
         place = ("", 0)
         if learner.num_workers > 1:
+            from rayrl.learner.parallel import open_store
+
             address = ray.util.get_node_ip_address()
             self._store = open_store(address, learner.num_workers, timeout_s=learner.timeout_s)
             place = (address, self._store.port)

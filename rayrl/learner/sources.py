@@ -1,10 +1,9 @@
-"""What a learner can bring of an objective's needs, and the providers that do."""
+"""The providers that bring what an objective needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from rayrl.config import Config
 from rayrl.learner.anchors import Anchors
 from rayrl.learner.caption_features import CaptionFeatures
 from rayrl.learner.changed import ChangedImages
@@ -12,47 +11,10 @@ from rayrl.learner.heads import Critic, TermHeads
 from rayrl.learner.parallel import SOLO, Ranks
 from rayrl.learner.policy import Policy
 from rayrl.learner.providers import Collisions, OldLogprobs, OtherModels, Provider, Providers
-from rayrl.objectives import build
-from rayrl.objectives.compile import PROVIDED
 from rayrl.objectives.config import SourcesConfig
-from rayrl.objectives.rehearsal import rehearse
-from rayrl.rewards.config import FunctionConfig, HttpConfig
-from rayrl.rounds import check_planners
 
 FROM_REFERENCE = frozenset({"ref_logprobs", "augmented_ref_logprobs", "caption_features"})
 """Needs that the frozen model of stage 1 serves."""
-
-
-def provided(config: Config) -> frozenset[str]:
-    """What a run of these settings can give an objective beyond tokens and rewards."""
-    judge = any(isinstance(t, FunctionConfig | HttpConfig) for t in config.reward.terms.values())
-    given = {
-        "whole_minibatch": _whole_minibatches(config),
-        "similarity": config.reward.counts_ngrams,
-        "judge_ok": bool(config.reward.constraints),
-        "reward_versions": judge,
-        "token_credit": judge,
-        "guide_logprobs": bool(config.objective.sources.guide),
-        "auxiliary_logprobs": bool(config.objective.sources.auxiliaries),
-    }
-    return PROVIDED.difference(given) | {need for need, there in given.items() if there}
-
-
-def check_objective(config: Config) -> None:
-    """Raise ValueError, in words, where the objective's plan does not fit together, needs what a
-    run of these settings cannot bring, or does not fit its reward terms or the group's size: before
-    any work."""
-    objective = build(config.objective)
-    objective.check(provided(config))
-    check_planners(objective.planners(0), config.train.group_size)
-    rehearse(objective, list(config.reward.terms), config.train.group_size)
-
-
-def _whole_minibatches(config: Config) -> bool:
-    """Whether a rank's share of a minibatch goes through the model at once."""
-    learner = config.learner
-    largest = -(-(config.train.images_per_step // learner.minibatches) // learner.num_workers)
-    return largest <= learner.micro_batch_images and not learner.micro_batch_tokens
 
 
 def make_providers(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rayrl import evaluate
+from rayrl import commands, evaluate
 from rayrl.data.references import load_captions, load_references
 from rayrl.eval_cli import load_config, parse
 
@@ -49,7 +49,7 @@ def results(captions: dict = CAPTIONS) -> list[dict]:
 def run(*flags: str) -> int:
     """The exit code of the job."""
     try:
-        evaluate.main(flags)
+        commands.evaluate(flags)
     except SystemExit as stopped:
         assert isinstance(stopped.code, int)
         return stopped.code

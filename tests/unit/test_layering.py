@@ -43,8 +43,14 @@ def light_import(*modules: str) -> set[str]:
     return set(out.stdout.split())
 
 
-def test_importing_the_package_and_its_configuration_is_light():
-    assert light_import("rayrl", "rayrl.types", "rayrl.config", "rayrl.cli") == set()
+def test_importing_the_package_and_its_command_lines_is_light():
+    modules = ("rayrl", "rayrl.types", "rayrl.config", "rayrl.commands", "rayrl.eval_cli")
+    assert light_import(*modules) == set()
+
+
+def test_the_driver_brings_no_transformers():
+    # Its workers do; to wait for that here would delay their start.
+    assert light_import("rayrl.grpo", "rayrl.evaluate") == {"torch", "ray"}
 
 
 def test_rewards_need_neither_torch_nor_ray():

@@ -8,7 +8,7 @@ import torch
 from rayrl.config import Config, LearnerConfig
 from rayrl.learner.batches import micro_batches, rank_micro_batches
 from rayrl.learner.parallel import Ranks
-from rayrl.learner.sources import provided
+from rayrl.learner.provided import provided
 from tests.unit.test_learner import batch, learner
 
 __all__ = ["batch"]

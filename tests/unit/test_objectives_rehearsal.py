@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rayrl.config import Config
-from rayrl.learner.sources import check_objective
+from rayrl.learner.provided import check_objective
 from rayrl.objectives import preset, presets
 from rayrl.objectives.rehearsal import rehearse
 

@@ -13,7 +13,7 @@ from rayrl.config import Config, TinyConfig
 from rayrl.learner.batches import group_batch
 from rayrl.learner.changed import changed_image
 from rayrl.learner.heads import TermHeads
-from rayrl.learner.sources import provided
+from rayrl.learner.provided import provided
 from rayrl.objectives import preset
 from rayrl.objectives.config import SourcesConfig
 from rayrl.vlm import build_tiny_captioner, decode_image

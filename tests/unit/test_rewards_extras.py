@@ -10,7 +10,7 @@ import pytest
 
 from rayrl.batch import make_batch
 from rayrl.config import Config
-from rayrl.learner.sources import provided
+from rayrl.learner.provided import provided
 from rayrl.objectives import preset
 from rayrl.rewards.cider import CiderD
 from rayrl.rewards.config import RewardConfig

@@ -1,0 +1,59 @@
+"""The jobs' command lines.
+
+Arguments and configuration are read before the job's own module is imported, which brings Ray and
+PyTorch along: a mistake, ``--help`` and ``--dry-run`` are answered at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rayrl import cli
+
+
+def grpo(argv: Sequence[str] | None = None) -> None:
+    """`jobs/grpo_coco.py`."""
+    invocation = cli.parse(
+        sys.argv[1:] if argv is None else argv,
+        program="grpo_coco.py",
+        description="Fine-tune a vision-language model to caption images with GRPO, or any other "
+        "objective, on CIDEr-D.",
+    )
+    if invocation.dry_run:
+        from rayrl.actors.cluster import failing_in_one_line
+        from rayrl.learner.provided import check_objective
+
+        with failing_in_one_line("grpo_coco.py"):
+            check_objective(invocation.config)
+        print(cli.describe(invocation.config))
+        return
+    from rayrl.grpo import main
+
+    main(invocation)
+
+
+def xe(argv: Sequence[str] | None = None) -> None:
+    """`jobs/xe_coco.py`."""
+    invocation = cli.parse(
+        sys.argv[1:] if argv is None else argv,
+        program="xe_coco.py",
+        description="Stage 1: cross-entropy on reference captions, with Ray Train.",
+    )
+    if invocation.dry_run:
+        print(cli.describe(invocation.config))
+        return
+    from rayrl.xe import main
+
+    main(invocation.config)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> None:
+    """`jobs/eval_coco.py`."""
+    from rayrl.eval_cli import parse, read_config
+
+    options, overrides = parse(sys.argv[1:] if argv is None else argv)
+    config = read_config(options, overrides)
+    from rayrl.evaluate import main
+
+    main(options, config)

@@ -1,0 +1,76 @@
+"""The model that the objective starts from: found, or trained with cross-entropy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayrl.config import Config
+from rayrl.data import load_split
+from rayrl.vlm import build_tiny_captioner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A model folder after ``seconds`` of training and ``steps`` steps."""
+
+    steps: int
+    seconds: float
+    folder: Path
+
+
+def start_folder(config: Config, folder: Path, captions: Sequence[str]) -> Path:
+    """The model that stage 1 starts from: the tiny captioner, built here, or a folder or hub
+    name that was given."""
+    if config.model.path == "tiny":
+        return build_tiny_captioner(
+            config.model.tiny, captions, config.data.instruction, folder, seed=config.seed
+        )
+    path = Path(config.model.path)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(config.model.path))
+
+
+def run_stage1(config: Config, run_folder: Path) -> list[Snapshot]:
+    """Build or find the starting model, train it, and return the snapshots, the last one under
+    ``stage1/final``.  A finished stage 1 of the same settings is used again."""
+    folder = run_folder / "stage1"
+    final, receipt = folder / "final", folder / "stage1.json"
+    settings = json.loads(
+        config.model_dump_json(include={"seed", "data", "model", "xe", "sampling"})
+    )
+    if receipt.is_file():
+        found = json.loads(receipt.read_text())
+        if found["settings"] == settings and final.is_dir():
+            return [
+                Snapshot(steps=s["steps"], seconds=s["seconds"], folder=folder / s["folder"])
+                for s in found["snapshots"]
+            ]
+    captions = [text for texts in load_split(config.data, "train").references() for text in texts]
+    start = start_folder(config, folder / "start", captions)
+    snapshots = [Snapshot(steps=0, seconds=0.0, folder=start)]
+    if config.xe.steps:
+        # Imported late: Ray Train is not for runs without stage 1.
+        from rayrl.xe import train_xe
+
+        snapshots += train_xe(config, start, folder, name="xe")
+    shutil.rmtree(final, ignore_errors=True)
+    shutil.copytree(snapshots[-1].folder, final)
+    last = snapshots[-1]
+    snapshots[-1] = Snapshot(steps=last.steps, seconds=last.seconds, folder=final)
+    record = [
+        {"steps": s.steps, "seconds": s.seconds, "folder": _relative(s.folder, folder)}
+        for s in snapshots
+    ]
+    receipt.write_text(json.dumps({"settings": settings, "snapshots": record}, indent=1))
+    return snapshots
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path.resolve())
