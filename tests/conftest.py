@@ -13,6 +13,9 @@ from PIL import Image
 # Before any Ray starts: tests leave no token in the home directory.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before PyTorch is imported: models this small are slower on several threads, and much slower where
+# other processes want the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 INSTRUCTION = "Describe the image."
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220)}
