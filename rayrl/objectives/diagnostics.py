@@ -54,7 +54,8 @@ def _rewards(values: Values) -> Metrics:
 
 
 def _tokens(values: Values) -> Metrics:
-    """Ratio statistics, KL estimates k1 and k3, entropy, and how far the engine's log-probs are
+    """Ratio statistics, KL estimates k1 and k3, entropy (of the old policy, as its samples tell it,
+    and exactly where the objective needs it), and how far the engine's log-probs are
     from the learner's (mismatch; effective sample size of its weights, 1 where they agree)."""
     mask, count = values["mask"], values["mask"].sum()
     policy, old = values["policy_logprobs"].detach(), values["old_logprobs"]
@@ -73,6 +74,8 @@ def _tokens(values: Values) -> Metrics:
         "objective/mismatch_kl": (masked_sum(safe_exp(mismatch) - 1 - mismatch, mask).sum(), count),
         "objective/effective_sample_size": (_sample_size(u, mask).sum(), float(len(mask))),
     }
+    sampled = mask if values.get("forced") is None else mask & ~values["forced"]
+    metrics["objective/entropy_sampled"] = (-masked_sum(old, sampled).sum(), sampled.sum())
     if values.get("ref_logprobs") is not None:
         d = torch.where(mask, policy - values["ref_logprobs"], 0.0)
         metrics["objective/kl_k1"] = (d.sum(), count)

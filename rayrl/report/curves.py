@@ -41,7 +41,11 @@ _PANELS = (
         spec=".4f",
         from_zero=True,
     ),
-    Panel(title="Entropy", note="a token", metrics={"entropy": "entropy"}),
+    Panel(
+        title="Entropy",
+        note="a token",
+        metrics={"entropy": "exact", "objective/entropy_sampled": "of the samples"},
+    ),
     Panel(title="Caption length", note="tokens", metrics={"length/mean": "length"}, spec=".1f"),
     Panel(
         title="Clipped tokens",

@@ -92,6 +92,8 @@ CASES = {
     "changed images": {"images": 5, "objective": "pami_changed_image"},
     # The first step knows no earlier captions yet.
     "earlier captions": {"images": 5, "objective": "seppo_earlier", "lr": 2e-5},
+    # Statistics over the step: advantages of all tokens have mean 0 and spread 1.
+    "batch whitening": {"images": 5, "objective": "reinforce_plus_plus"},
     "self-trained scorer": {"images": 5, "objective": "reward_ranker"},
     # Statistics over the minibatch: a square root, the tokens with the largest covariance, bounds.
     "chi-squared": {"images": 5, "objective": "chi_squared_regularized", "inner_epochs": 2},

@@ -75,21 +75,21 @@ def test_killed_workers_change_nothing(name, staleness, faults, undisturbed, tmp
 
 def test_workers_killed_in_later_rounds_of_a_step_change_nothing(faults, tmp_path, monkeypatch):
     planners = {"rollout": "refill+hint_in_context", "min_spread": 0.05, "hint_floor": 0.5}
-    several = {"objective": {"preset": "nsc", "set": planners}, "steps": 6}
+    several = {"objective": {"preset": "nsc", "set": planners}, "steps": 4}
     quiet = run(tmp_path / "quiet", monkeypatch, **several)
     submit, strike, rounds = Fleet.submit, kill("FakeRollout"), [0]
 
     def and_kill(self, *arguments, before=None):
         pending = submit(self, *arguments, before=before)
         rounds[0] += before is not None
-        if before is not None and rounds[0] <= FAULTS // 2:
+        if before is not None and rounds[0] <= 3:
             assert strike(random.Random(rounds[0]))
         return pending
 
     monkeypatch.setattr(Fleet, "submit", and_kill)
     done = run(tmp_path / "killed", monkeypatch, **several)
-    assert rounds[0] >= FAULTS // 2
-    assert done.rows[-1]["workers/replaced"] >= FAULTS // 2 - 1
+    # A worker that dies already may be struck once more.
+    assert 2 <= done.rows[-1]["workers/replaced"] <= 3
     assert done.trained == quiet.trained
     assert done.weights == quiet.weights
     for name in ("rounds/asked_again", "rounds/captions", "rounds/count", "groups/dropped"):

@@ -108,6 +108,24 @@ def test_both_sides_of_the_pairs() -> None:
     assert got["worse_over_ref"] == pytest.approx(0.2)
 
 
+def test_entropy_by_the_tokens_that_were_sampled() -> None:
+    # 10.2 nats over 11 tokens; without the first two of the first caption 8.7 over 9.
+    assert report("grpo", toy_batch())["entropy_sampled"] == pytest.approx(10.2 / 11)
+    forced = torch.zeros(1, 4, 3, dtype=torch.bool)
+    forced[0, 0, :2] = True
+    got = report("ghpo_reference_hints", toy_batch(forced=forced))
+    assert got["entropy_sampled"] == pytest.approx(8.7 / 9)
+
+
+def test_how_often_a_scorer_ranks_as_the_reward_does() -> None:
+    # Trained on the best and the worst caption, whose margin is 2; the third is like the worst, and
+    # the second like the best: of six pairs it has (4,1), (4,3) and (2,1) right.
+    features = torch.tensor([[[0.0], [1.0], [0.0], [1.0]]], dtype=F64)
+    got = report("reward_ranker", toy_batch(caption_features=features))
+    assert got["scorer_accuracy"] == pytest.approx(3 / 6)
+    assert "scorer_accuracy" not in report("grpo", toy_batch())
+
+
 def test_entropy_diversity_and_reward_versions() -> None:
     similarity = torch.stack([torch.eye(4, dtype=F64), torch.ones(4, 4, dtype=F64)])
     versions = torch.tensor([[1, 1, 1, 1], [1, 2, 2, 2]])
