@@ -79,12 +79,6 @@ class LearnerConfig(Section):
     has not answered a call, a step for example."""
 
     @model_validator(mode="after")
-    def _compiles(self) -> LearnerConfig:
-        if self.compile and self.parallel == "fsdp" and self.num_workers > 1:
-            raise ValueError("compile does not go with parallel fsdp: not tested together")
-        return self
-
-    @model_validator(mode="after")
     def _a_gpu_each(self) -> LearnerConfig:
         if self.num_workers > 1 and self.gpus not in (0, 1):
             raise ValueError(

@@ -3,10 +3,13 @@ update that moves the vision tower (vLLM keeps image embeddings by image, not by
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from rayrl.adapters import AdapterWeights
 from rayrl.canary import make_canary
 from rayrl.config import Config, EngineConfig
 from rayrl.engine.base import EngineSetup, Sampling, make_engine, request_seed
@@ -14,6 +17,9 @@ from rayrl.learner.inputs import InputCache
 from rayrl.learner.logprobs import prefix_shared_logprobs
 from rayrl.vlm import caption_prefix_ids, load_captioner
 from rayrl.weights import pack
+from tests.unit.test_learner import batch, learner
+
+__all__ = ["batch"]
 
 ALL = ("vision", "connector", "language")
 SAMPLING = Sampling(group_size=4, temperature=0.7, max_tokens=12)
@@ -129,6 +135,32 @@ def test_a_given_caption_is_scored_as_the_learner_does_with_every_version(
         assert got.shape == (len(ids),)
         assert np.abs(got - want[0, 0].numpy()).max() < 1e-5
         moved(captioner, "model.")
+
+
+def test_adapters_and_merged_weights_give_the_policy_that_the_learner_has(
+    engine, captioner, prompts, tiny_folder, batch
+):
+    pytest.importorskip("peft")
+    drawn = []
+    for form in ("merged", "adapters"):
+        lora = {"rank": 4, "publish": form}
+        subject = learner(tiny_folder, lora=lora, lr=1e-2)
+        base = subject.weights(trained_only=False)
+        engine.load_weights(base, changed=ALL)
+        before = engine.generate(prompts, SAMPLING, seeds(prompts))
+        subject.update(batch)
+        last = subject.weights(trained_only=True)
+        assert isinstance(last, AdapterWeights) == (form == "adapters")
+        last = last.merged(base) if form == "adapters" else last
+        engine.load_weights(last, changed=ALL)
+        drawn.append(engine.generate(prompts, SAMPLING, seeds(prompts)))
+        adapted = replace(captioner, model=subject.policy.model)
+        assert learner_difference(adapted, before) > 1e-3
+        assert learner_difference(adapted, drawn[-1]) < 1e-5
+    for one, other in zip(*drawn, strict=True):
+        for first, second in zip(one.completions, other.completions, strict=True):
+            assert np.array_equal(first.token_ids, second.token_ids)
+            assert np.array_equal(first.logprobs, second.logprobs)
 
 
 def test_a_group_is_the_same_alone_and_in_a_batch(engine, captioner, prompts):

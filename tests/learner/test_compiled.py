@@ -10,7 +10,6 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from rayrl.config import LearnerConfig
 from rayrl.learner.families import bare_model
 from tests.unit.test_learner import batch, largest_difference, learner, parameters
 
@@ -73,8 +72,3 @@ def test_a_layer_that_computes_something_else_is_refused(tiny_folder, monkeypatc
     )
     with pytest.raises(ValueError, match=r"Idefics3.*compiled log-probs differ by"):
         learner(tiny_folder, compile=True, **options)
-
-
-def test_sharded_layers_are_not_compiled():
-    with pytest.raises(ValueError, match="compile does not go with parallel fsdp"):
-        LearnerConfig(compile=True, num_workers=2, parallel="fsdp")

@@ -6,15 +6,17 @@ import pytest
 
 from tests.ray.conftest import metrics, run_script
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
 
 def test_workers_add_adapters_to_their_base_and_agree_with_the_learner(
     small_job, environment, tmp_path
 ):
     pytest.importorskip("peft")
+    pytest.importorskip("vllm")
     lora = {"learner__lora__rank": 4, "learner__lora__publish": "adapters", "learner__lr": 1e-2}
-    flags = small_job(train__steps=2, train__checkpoint_every=1, **lora)
+    sizes = {"train__steps": 2, "train__checkpoint_every": 1, "engine__backend": "vllm"}
+    flags = small_job(**sizes, **lora)
     done = run_script("grpo_coco.py", flags, environment)
     assert done.returncode == 0, done.stderr
     rows = metrics(tmp_path / "run")

@@ -31,6 +31,8 @@ def one_by_one(model, prompts, ids, mask):
             in_caption = (torch.arange(row.shape[1]) >= len(prompt)).long()[None]
             if "token_type_ids" in prompts:
                 inputs["token_type_ids"] = in_caption
+            if "pixel_attention_mask" in prompts:
+                inputs["pixel_attention_mask"] = prompts["pixel_attention_mask"][p : p + 1]
             if grid is not None:
                 inputs["image_grid_thw"] = grid[p : p + 1]
                 inputs["mm_token_type_ids"] = (row == IMAGE).long()

@@ -135,6 +135,17 @@ def idefics_images(count):
     return {"pixel_values": torch.randn(count, 1, 3, 64, 64)}, [4] * count
 
 
+def tiled_images(count):
+    """Pictures of one, three and two tiles, filled up with tiles of zeros as the processor does;
+    the last tile of each is narrower than the others."""
+    tiles = torch.tensor([1, 3, 2])[:count]
+    there = torch.arange(3) < tiles[:, None]
+    seen = there[:, :, None, None].expand(-1, -1, 64, 64).clone()
+    seen[torch.arange(count), tiles - 1, :, 32:] = False
+    pixels = torch.randn(count, 3, 3, 64, 64) * seen[:, :, None]
+    return {"pixel_values": pixels, "pixel_attention_mask": seen}, (4 * tiles).tolist()
+
+
 def grid_images(count):
     """Images of different sizes: patches [sum, 3 * 2 * 4 * 4], four patches to a token."""
     grid = torch.tensor([[1, 4, 4], [1, 4, 8], [1, 6, 4]])[:count]
@@ -146,6 +157,7 @@ def grid_images(count):
 CASES = {
     "idefics3": (idefics3, idefics_images),
     "smolvlm": (lambda: idefics3("SmolVLM"), idefics_images),
+    "smolvlm tiles": (lambda: idefics3("SmolVLM"), tiled_images),
     "llava": (llava, lambda count: fixed_images(count, 32)),
     "paligemma": (lambda: paligemma("gemma"), lambda count: fixed_images(count, 32)),
     "paligemma2": (lambda: paligemma("gemma2"), lambda count: fixed_images(count, 32)),
