@@ -32,6 +32,8 @@ _ENVIRONMENT = {
 _TRANSFER_BACKEND = "rayrl"
 # The learner masks banned tokens outright; after softmax a bias of -100 is the same to 1e-40.
 _BAN_BIAS = -100.0
+# Log-probs of the sampled tokens alone, and no text: vLLM would decode token by token, twice.
+_OUTPUT = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
 
 
 class VllmEngine:
@@ -89,8 +91,8 @@ class VllmEngine:
                 temperature=sampling.temperature,
                 max_tokens=sampling.max_tokens - len(given),
                 seed=seed,
-                logprobs=0,
                 logit_bias=self._bias,
+                **_OUTPUT,
             )
             for given, seed in zip(beginnings, seeds, strict=True)
         ]
@@ -102,7 +104,7 @@ class VllmEngine:
             RolloutGroup(
                 prompt=prompt,
                 prompt_token_ids=_without_last(output.prompt_token_ids, len(given)),
-                completions=tuple(self._completion(one, given) for one in output.outputs),
+                completions=tuple(self._completions(output.outputs, given)),
                 group_size=sampling.group_size,
                 greedy=baseline,
             )
@@ -114,16 +116,18 @@ class VllmEngine:
     def greedy(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
         self._check_loaded()
         parameters = self._sampling_params(
-            temperature=0.0, max_tokens=max_tokens, logprobs=0, logit_bias=self._bias
+            temperature=0.0, max_tokens=max_tokens, logit_bias=self._bias, **_OUTPUT
         )
         inputs = self._inputs(prompts, [[]] * len(prompts))
         outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
-        return [self._completion(output.outputs[0], []) for output in outputs]
+        return self._completions([output.outputs[0] for output in outputs], [])
 
     def score(self, prompt: Prompt, token_ids: Sequence[int]) -> FloatArray:
         self._check_loaded()
         inputs = self._inputs([prompt], [token_ids])
-        parameters = self._sampling_params(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        parameters = self._sampling_params(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False
+        )
         (output,) = self._llm.generate(inputs, parameters, use_tqdm=False)
         # The caption ends the prompt, whatever the image was expanded to.
         steps = output.prompt_logprobs[-len(token_ids) :]
@@ -175,21 +179,31 @@ class VllmEngine:
             )["input_ids"]
         return self._prompt_ids[instruction]
 
-    def _completion(self, output: Any, forced: Sequence[int]) -> Completion:
-        ids = list(output.token_ids)
-        # By token id, not by position: the dictionary may hold more than the sampled token.
-        logprobs = [step[i].logprob for i, step in zip(ids, output.logprobs, strict=True)]
-        text = output.text
-        if forced:
-            text = self._processor.tokenizer.decode([*forced, *ids], skip_special_tokens=True)
-        return Completion(
-            token_ids=np.asarray([*forced, *ids], np.int32),
-            logprobs=np.asarray([0.0] * len(forced) + logprobs, np.float32),
-            text=text.strip(),
-            finish_reason=output.finish_reason,
-            weight_version=self._version,
-            num_forced=len(forced),
+    def _completions(self, outputs: Sequence[Any], forced: Sequence[int]) -> list[Completion]:
+        ids = [[*forced, *output.token_ids] for output in outputs]
+        texts = self._processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [
+            Completion(
+                token_ids=np.asarray(tokens, np.int32),
+                logprobs=np.asarray([0.0] * len(forced) + _sampled_logprobs(output), np.float32),
+                text=text.strip(),
+                finish_reason=output.finish_reason,
+                weight_version=self._version,
+                num_forced=len(forced),
+            )
+            for output, tokens, text in zip(outputs, ids, texts, strict=True)
+        ]
+
+
+def _sampled_logprobs(output: Any) -> list[float]:
+    """Of each sampled token, from one flat list that could hold other tokens' too."""
+    flat = output.logprobs
+    if flat.token_ids != list(output.token_ids):
+        raise RuntimeError(
+            f"vLLM sampled tokens {list(output.token_ids)} and reports log-probs of "
+            f"{flat.token_ids}; want one of each sampled token"
         )
+    return list(flat.logprobs)
 
 
 def _without_last(ids: Sequence[int], count: int) -> npt.NDArray[np.int32]:

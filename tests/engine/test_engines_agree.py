@@ -193,8 +193,7 @@ def test_forced_tokens_begin_a_caption_and_the_rest_is_sampled_after_them(
             decoded = captioner.processor.tokenizer.decode(
                 completion.token_ids.tolist(), skip_special_tokens=True
             )
-            # A character that ends in the middle is shown by one decoder and not by the other.
-            assert completion.text.rstrip("\ufffd") == decoded.strip().rstrip("\ufffd")
+            assert completion.text == decoded.strip()
         if not given:
             for one, two in zip(group.completions, other.completions, strict=True):
                 assert one.token_ids.tolist() == two.token_ids.tolist()
