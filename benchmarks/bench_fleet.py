@@ -4,8 +4,9 @@
     .venv/bin/python benchmarks/bench_fleet.py --small    # two workers, to see that it runs
 
 A whole job runs, with its driver, actors, rewards, weights and logs; only the engine (answers
-after ``--engine-seconds``, whatever is asked) and the learner (a step is free) are replaced.
-Every worker samples ``--images`` images with 8 captions each: 64 workers make 4,096 a step.
+after a fixed time, whatever is asked) and the learner (a step is free) are replaced.  Every worker
+samples ``--images`` images with 8 captions each: 64 workers make 4,096 a step.  The slowest takes
+``--engine-seconds``, the others up to ``--spread`` less, evenly, as captions differ in length.
 
 Ideal is one step in ``--engine-seconds``.  ``share`` is the part of the ideal throughput that is
 reached, ``overhead`` what a step takes beyond the ideal, ``driver`` the processor time that the
@@ -16,6 +17,8 @@ cores, so ``overhead`` is an upper bound on what a cluster would see; the driver
 from __future__ import annotations
 
 import argparse
+import cProfile
+import json
 import statistics
 import sys
 import tempfile
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import promises
-from fleet_fakes import SECONDS_VARIABLE
+from fleet_fakes import FOLDER_VARIABLE, SECONDS_VARIABLE, SHARES_FILE
 from local_ray import local_ray
 from record import RESULTS, write
 
@@ -66,10 +69,14 @@ def configure(folder: Path, workers: int, staleness: int, args: argparse.Namespa
 
 
 class Watch:
-    """When the driver logged each step, and the processor time that it had used by then."""
+    """When the driver logged each step, and the processor time that it had used by then; with
+    ``--profile`` what it did in the steps that count."""
 
-    def __init__(self) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         self.marks: list[tuple[int, float, float]] = []
+        self.profile = cProfile.Profile()
+        self._first = WARM_UP if args.profile else -1
+        self._last = WARM_UP + args.steps
 
     def __enter__(self) -> Watch:
         self._log = RunLog.step
@@ -77,6 +84,10 @@ class Watch:
         def step(log: RunLog, number: int, metrics: Any) -> None:
             self.marks.append((number, time.perf_counter(), time.process_time()))
             self._log(log, number, metrics)
+            if number == self._first:
+                self.profile.enable()
+            elif number == self._last:
+                self.profile.disable()
 
         RunLog.step = step  # type: ignore[method-assign]
         return self
@@ -85,12 +96,21 @@ class Watch:
         RunLog.step = self._log  # type: ignore[method-assign]
 
 
-def measure(workers: int, staleness: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One job; its first steps and its last one (which evaluates and saves) do not count."""
-    with tempfile.TemporaryDirectory() as folder, Watch() as watch:
+def measure(
+    engines: Path, workers: int, staleness: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One job, whose workers find their times in the folder ``engines``; its first steps and its
+    last one (which evaluates and saves) do not count."""
+    shares = [1.0 - args.spread * k / workers for k in range(workers)]
+    for left in engines.iterdir():
+        left.unlink()
+    (engines / SHARES_FILE).write_text(json.dumps(shares))
+    with tempfile.TemporaryDirectory() as folder, Watch(args) as watch:
         started = time.perf_counter()
         run_job(configure(Path(folder) / "run", workers, staleness, args), resume=False)
         wall = time.perf_counter() - started
+    if args.profile:
+        watch.profile.dump_stats(args.profile)
     marks = [mark for mark in watch.marks if WARM_UP <= mark[0] <= WARM_UP + args.steps]
     pairs = list(pairwise(marks))
     periods = [b[1] - a[1] for a, b in pairs]
@@ -129,8 +149,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--staleness", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--images", type=int, default=8, help="images of a worker and step")
     parser.add_argument("--engine-seconds", type=float, default=2.0)
+    parser.add_argument("--spread", type=float, default=0.2, help="of the workers' times")
     parser.add_argument("--reward-workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a job")
+    parser.add_argument("--profile", type=Path, help="file for the driver's profile, of cProfile")
     parser.add_argument("--small", action="store_true", help="two workers; writes nothing")
     parser.add_argument("--out", type=Path, help=f"folder for the JSON file, by default {RESULTS}")
     args = parser.parse_args(argv)
@@ -142,15 +164,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     rows = []
-    variables = {SECONDS_VARIABLE: str(args.engine_seconds), "OMP_NUM_THREADS": "1"}
-    with local_ray("fleet_fakes.install", variables):
-        for workers in args.workers:
-            for staleness in args.staleness:
-                rows.append(measure(workers, staleness, args))
-                show(rows[-1])
+    with tempfile.TemporaryDirectory() as engines:
+        variables = {
+            SECONDS_VARIABLE: str(args.engine_seconds),
+            FOLDER_VARIABLE: engines,
+            "OMP_NUM_THREADS": "1",
+        }
+        with local_ray("fleet_fakes.install", variables):
+            for workers in args.workers:
+                for staleness in args.staleness:
+                    rows.append(measure(Path(engines), workers, staleness, args))
+                    show(rows[-1])
     if not args.small or args.out:
         result = {
             "engine_seconds": args.engine_seconds,
+            "engine_spread": args.spread,
             "group_size": GROUP_SIZE,
             "simulated": "engine (answers after a fixed time) and learner (a step is free)",
             "promised": promises.of_fleet(rows),

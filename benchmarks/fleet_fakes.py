@@ -6,9 +6,11 @@ ones; all the rest of a run (driver, actors, rewards, weights, logs) is what use
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,9 @@ from rayrl.types import Completion, Prompt, RolloutGroup, StepReport, TrainBatch
 from rayrl.weights import Weights
 
 SECONDS_VARIABLE = "RAYRL_BENCH_ENGINE_SECONDS"
+FOLDER_VARIABLE = "RAYRL_BENCH_FOLDER"
+SHARES_FILE = "shares.json"
+"""For each worker of the job, its time as a share of the slowest one's."""
 PROMPT_TOKENS, CAPTION_TOKENS = 24, 20
 WORDS = ["a", "red", "square", "is", "left", "of", "the", "blue", "ring", "on", "light", "ground"]
 
@@ -26,7 +31,9 @@ class SleepingEngine:
     """Answers every request for captions after a fixed time, its own work included."""
 
     def __init__(self, setup: EngineSetup) -> None:
-        self._seconds = float(os.environ[SECONDS_VARIABLE])
+        folder = Path(os.environ[FOLDER_VARIABLE])
+        shares = json.loads((folder / SHARES_FILE).read_text())
+        self._seconds = float(os.environ[SECONDS_VARIABLE]) * shares[_number(folder, len(shares))]
         self.weight_version = -1
 
     def load_weights(self, weights: Weights, **_: Any) -> None:
@@ -64,6 +71,17 @@ class SleepingEngine:
             finish_reason="stop",
             weight_version=self.weight_version,
         )
+
+
+def _number(folder: Path, workers: int) -> int:
+    """Which worker this is, from 0: the first number that nobody has taken."""
+    for number in range(workers):
+        try:
+            (folder / f"worker-{number}").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return number
+    return 0  # one that replaces another
 
 
 def install() -> None:

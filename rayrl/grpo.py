@@ -31,17 +31,18 @@ from rayrl.interrupt import StopRequest
 from rayrl.learner.provided import check_objective
 from rayrl.metrics import Phases, RunLog, write_summary
 from rayrl.objectives import build
+from rayrl.outline import Results
 from rayrl.reference_rewards import ReferenceRewards
 from rayrl.remote import RemoteCopies
 from rayrl.report import write_report
 from rayrl.resume import goes_on, open_run_folder
 from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
-from rayrl.rollout_metrics import group_metrics, sample_records, summarize
+from rayrl.rollout_metrics import SAMPLED_GROUPS, group_metrics, sample_records, summarize
 from rayrl.rounds import Drawn, Rounds
 from rayrl.saving import restore, save
 from rayrl.skipped import Skipped
 from rayrl.stage1 import Snapshot, run_stage1
-from rayrl.types import ScoredGroup, StepReport
+from rayrl.types import StepReport
 from rayrl.weights import read_model_files
 from rayrl.xe_curve import XeCurve
 
@@ -88,19 +89,19 @@ def train(run: Run, start: int) -> int:
             submitted += 1
         started = time.perf_counter()
         drawn = _all_rounds(run, pending.pop(0), version)
-        groups = drawn.whole
         with run.phases("learner"):
-            report = run.learner.update(groups)
+            report = run.learner.update(drawn.results)
         version = report.weight_version
         with run.phases("sync"):
             publish(run, version)
             if ahead == 0:
                 run.fleet.confirm(version)
-        metrics = {**report.metrics, **group_metrics(groups, version - 1), **drawn.metrics()}
+        outline = drawn.results.outline
+        metrics = {**report.metrics, **group_metrics(outline, version - 1), **drawn.metrics()}
         metrics.update(run.fleet.reward_seconds() | run.fleet.gauges(pending))
         run.fleet.adapt()
         metrics["captions_per_second"] = drawn.num_captions / (time.perf_counter() - started)
-        _after_step(run, report, metrics, groups)
+        _after_step(run, report, metrics, drawn.results)
     if run.saved_step != version > start:
         # The request to stop came after the step had decided that it was not the last.
         save(run, last=True)
@@ -140,9 +141,7 @@ def publish(run: Run, version: int, *, first: bool = False) -> None:
         run.fleet.probe(version, run.canary, run.learner.score(run.canary))
 
 
-def _after_step(
-    run: Run, report: StepReport, metrics: dict[str, float], groups: Sequence[ScoredGroup]
-) -> None:
+def _after_step(run: Run, report: StepReport, metrics: dict[str, float], results: Results) -> None:
     """Evaluate, log and save when they are due."""
     train, version = run.config.train, report.weight_version
     last = version == train.steps or run.stop.requested
@@ -150,6 +149,7 @@ def _after_step(
         metrics["eval/cider_d"] = evaluate(run, version)
     metrics.update(run.phases.take())
     if version % train.samples_every == 0 or version == 1:
+        groups = results.first(SAMPLED_GROUPS)
         run.log.samples(sample_records(groups, report.advantages, version))
     run.log.step(version, metrics)
     run.skipped.check(report, run.learner.replay)

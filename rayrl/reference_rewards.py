@@ -19,6 +19,7 @@ import numpy as np
 from rayrl.config import Config, ModelConfig
 from rayrl.engine.base import request_seed
 from rayrl.objectives.config import SourcesConfig
+from rayrl.outline import Here, Results
 from rayrl.rewards.score import Dropped
 from rayrl.rounds import Request
 from rayrl.types import FloatArray, Prompt, ScoredGroup
@@ -37,7 +38,7 @@ class Sampler(Protocol):
 
     def wait_rollouts(self, pending: Any) -> None: ...
 
-    def collect(self, pending: Any) -> list[ScoredGroup | Dropped]: ...
+    def collect(self, pending: Any) -> Results: ...
 
 
 def scored_needs(needs: Collection[str], sources: SourcesConfig) -> frozenset[str]:
@@ -100,9 +101,11 @@ class ReferenceRewards:
             else:
                 self._rewards[result.group.prompt.prompt_id] = result.rewards
 
-    def joined(self, results: Sequence[ScoredGroup | Dropped]) -> list[ScoredGroup | Dropped]:
+    def joined(self, results: Results) -> Results:
         """A step's groups with the rewards of their images; dropped where there are none."""
-        return [self._with_rewards(result) for result in results] if self.size else list(results)
+        if not self.size:
+            return results
+        return Here([self._with_rewards(result) for result in results.all()])
 
     def _with_rewards(self, result: ScoredGroup | Dropped) -> ScoredGroup | Dropped:
         if isinstance(result, Dropped):
@@ -115,7 +118,7 @@ class ReferenceRewards:
 
     def _collect(self, fleet: Sampler, pending: Any) -> None:
         fleet.wait_rollouts(pending)
-        self.add(fleet.collect(pending))
+        self.add(fleet.collect(pending).all())
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps."""

@@ -5,49 +5,42 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from rayrl.config import Config
-from rayrl.rewards.diversity import diversity_of
+from rayrl.outline import Outline
 from rayrl.types import FloatArray, ScoredGroup
 
+SAMPLED_GROUPS = 4
+"""Groups of a step that are shown in samples.jsonl."""
 
-def group_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:
+
+def group_metrics(outline: Outline, version: int) -> dict[str, float]:
     """Means over a step's captions; ``version`` is the learner's when it trained on them."""
-    rewards = np.concatenate([group.rewards for group in groups])
-    completions = [c for group in groups for c in group.group.completions]
-    lengths = np.array([len(c.token_ids) for c in completions])
-    staleness = version - np.array([c.weight_version for c in completions])
+    staleness = version - outline.weight_versions
     metrics = {
-        "reward/mean": float(rewards.mean()),
-        "reward/std_in_group": float(np.mean([group.rewards.std() for group in groups])),
-        "reward/best_in_group": float(np.mean([group.rewards.max() for group in groups])),
-        "length/mean": float(lengths.mean()),
-        "length/truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
-        "captions/unique_in_group": float(
-            np.mean([len(set(g.group.captions)) / g.group.group_size for g in groups])
-        ),
+        "reward/mean": float(outline.rewards.mean()),
+        "reward/std_in_group": float(outline.spreads.mean()),
+        "reward/best_in_group": float(outline.bests.mean()),
+        "length/mean": float(outline.lengths.mean()),
+        "length/truncated": float(outline.truncated.mean()),
+        "captions/unique_in_group": float(outline.unique.mean()),
         "staleness/mean": float(staleness.mean()),
         "staleness/max": float(staleness.max()),
     }
-    if forced := sum(c.num_forced for c in completions):
-        metrics["length/forced"] = forced / len(completions)
-    for name in groups[0].terms:
-        metrics[f"reward/{name}"] = float(np.concatenate([g.terms[name] for g in groups]).mean())
-    greedy = [group.greedy_reward for group in groups if group.greedy_reward is not None]
-    if greedy:
-        metrics["reward/greedy"] = float(np.mean(greedy))
-    kernels = [g.fields["similarity"] for g in groups if "similarity" in g.fields]
-    diversity = [diversity_of(kernel[None])[0] for kernel in kernels if len(kernel) > 1]
-    if diversity:
-        metrics["objective/self_cider"] = float(np.mean(diversity))
+    if forced := int(outline.forced.sum()):
+        metrics["length/forced"] = forced / len(outline.forced)
+    for name, values in outline.terms.items():
+        metrics[f"reward/{name}"] = float(values.mean())
+    if len(outline.greedy_rewards):
+        metrics["reward/greedy"] = float(outline.greedy_rewards.mean())
+    if len(outline.self_cider):
+        metrics["objective/self_cider"] = float(outline.self_cider.mean())
     return metrics
 
 
 def sample_records(
-    groups: Sequence[ScoredGroup], advantages: FloatArray, step: int, *, count: int = 4
+    groups: Sequence[ScoredGroup], advantages: FloatArray, step: int
 ) -> list[dict[str, Any]]:
-    """The first ``count`` groups of a step for samples.jsonl; ``advantages`` is [P, G]."""
+    """The first groups of a step for samples.jsonl; ``advantages`` is [P, G], of all its groups."""
     return [
         {
             "step": step,
@@ -65,7 +58,7 @@ def sample_records(
                 for g, completion in enumerate(group.group.completions)
             ],
         }
-        for p, group in enumerate(groups[:count])
+        for p, group in enumerate(groups)
     ]
 
 

@@ -18,21 +18,32 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from rayrl.config import Config
 from rayrl.data.order import item_at
 from rayrl.engine.base import request_seed
 from rayrl.joins import Join, replaced
 from rayrl.objectives.inject import BoundPart
+from rayrl.outline import Here, Results
 from rayrl.rewards.score import Dropped
 from rayrl.types import Prompt, ScoredGroup
 
 Planner = BoundPart
 """A rollout part with its parameters; reads by name ``drawn``, ``take`` (the next so many prompts
 of the run's order) and ``encode`` (the token ids of a caption's text, without an end token)."""
+
+
+_NOTHING = Here(())
+
+
+class Draw(NamedTuple):
+    """How a prompt is sampled: ``size`` captions that begin with ``forced``, with ``seed`` and
+    those after it."""
+
+    size: int
+    seed: int
+    forced: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +64,17 @@ class Request:
                 f"prompt {self.prompt.prompt_id}: {self.size} captions, want at least 1"
             )
 
+    @property
+    def draw(self) -> Draw:
+        return Draw(self.size, self.seed, self.forced)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
     """A step so far.
 
     groups: by slot the scored group, None before it is sampled or where none could be scored
+    results: what came of the step, once it is complete
     round: rounds that are scored; planners are asked before the first (0) and after each
     busy: slots that another planner asks for in this round already
     mean_reward: running mean over the groups of earlier steps, None before the first
@@ -70,6 +86,7 @@ class Drawn:
     prompts: tuple[Prompt, ...]
     groups: tuple[ScoredGroup | None, ...]
     dropped: tuple[Dropped, ...] = ()
+    results: Results = _NOTHING
     round: int = 0
     busy: frozenset[int] = frozenset()
     mean_reward: float | None = None
@@ -86,20 +103,6 @@ class Drawn:
         """Those of them that hold a group, with it."""
         pairs = ((slot, self.groups[slot]) for slot in self.free)
         return [(slot, group) for slot, group in pairs if group is not None]
-
-    @property
-    def whole(self) -> list[ScoredGroup]:
-        """The groups to train on.
-
-        Raises RuntimeError where there is none, with the reason of the first dropped one."""
-        groups = [group for group in self.groups if group is not None]
-        if not groups:
-            first = self.dropped[0]
-            raise RuntimeError(
-                f"all {len(self.dropped)} groups of the step were dropped; "
-                f"the first, {first.prompt_id}: {first.reason}"
-            )
-        return groups
 
     def metrics(self) -> dict[str, float]:
         """How much was sampled, and what was lost."""
@@ -150,20 +153,21 @@ def seeded(requests: Sequence[Request], run_seed: int, drawn: Drawn) -> tuple[Re
     return tuple(out)
 
 
-def joined(
-    drawn: Drawn, requests: Sequence[Request], results: Sequence[ScoredGroup | Dropped]
-) -> Drawn:
+def joined(drawn: Drawn, requests: Sequence[Request], results: Results) -> Drawn:
     """The step with a round's results.  One that was dropped leaves its slot as it was."""
-    groups, dropped = list(drawn.groups), list(drawn.dropped)
-    for request, result in zip(requests, results, strict=True):
-        if isinstance(result, Dropped):
-            dropped.append(result)
-        else:
+    groups = list(drawn.groups)
+    for request, result in zip(requests, results.all(), strict=True):
+        if not isinstance(result, Dropped):
             groups[request.slot] = request.join(groups[request.slot], result)
+    dropped = (*drawn.dropped, *results.outline.dropped)
+    there = [group for group in groups if group is not None]
+    return replace(drawn, groups=tuple(groups), dropped=dropped, results=Here((*there, *dropped)))
+
+
+def counted(drawn: Drawn, requests: Sequence[Request]) -> Drawn:
+    """The step after one more round."""
     return replace(
         drawn,
-        groups=tuple(groups),
-        dropped=tuple(dropped),
         round=drawn.round + 1,
         num_captions=drawn.num_captions + sum(request.size for request in requests),
         asked_again=drawn.asked_again + (len(requests) if drawn.round else 0),
@@ -253,18 +257,32 @@ class Rounds:
         )
         return self._plan(step)
 
-    def go_on(self, step: int, results: Sequence[ScoredGroup | Dropped]) -> tuple[Request, ...]:
+    def go_on(self, step: int, results: Results) -> tuple[Request, ...]:
         """The next round of ``step``, given the results of the last one in the order of its
         requests; empty when the step is complete."""
-        drawn = joined(self._drawn[step], self._asked[step], results)
-        self._drawn[step] = replace(drawn, mean_reward=self._mean_reward)
+        drawn, asked = self._drawn[step], self._asked[step]
+        if self.planners(step):
+            drawn = joined(drawn, asked, results)
+        else:
+            # Nobody will look at the groups here, so they stay where they are.
+            drawn = replace(drawn, results=results, dropped=results.outline.dropped)
+        self._drawn[step] = replace(counted(drawn, asked), mean_reward=self._mean_reward)
         return self._plan(step)
 
     def finish(self, step: int) -> Drawn:
-        """The complete step, which is then forgotten."""
+        """The complete step, which is then forgotten.
+
+        RuntimeError where no group is left, with the reason of the first that was dropped."""
         del self._first[step], self._asked[step]
         drawn = self._drawn.pop(step)
-        mean = float(np.mean([group.rewards.mean() for group in drawn.whole]))
+        means = drawn.results.outline.means
+        if not len(means):
+            first = drawn.dropped[0]
+            raise RuntimeError(
+                f"all {len(drawn.dropped)} groups of the step were dropped; "
+                f"the first, {first.prompt_id}: {first.reason}"
+            )
+        mean = float(means.mean())
         before = mean if self._mean_reward is None else self._mean_reward
         self._mean_reward = before + _NEWEST * (mean - before)
         return drawn

@@ -23,11 +23,12 @@ from rayrl.actors.workers import reward_pool, rollout_pool
 from rayrl.canary import Canary
 from rayrl.config import Config
 from rayrl.engine.base import Sampling
-from rayrl.rewards.score import Dropped
+from rayrl.rewards.score import SIMILARITY_GROUPS
 from rayrl.rewards.statistics import Statistics, step_document_frequency
 from rayrl.rounds import Request
 from rayrl.scaling import WINDOW, StepTimes, wanted_workers
-from rayrl.types import Completion, Prompt, ScoredGroup
+from rayrl.shares import Parts, Scored
+from rayrl.types import Completion, Prompt
 from rayrl.weights import ModelFiles, Weights
 
 _Item = TypeVar("_Item")
@@ -35,13 +36,15 @@ _Item = TypeVar("_Item")
 
 @dataclass
 class _Share:
-    """A part of a batch, and who samples and scores it."""
+    """A part of a batch, from its request ``first`` on, and who samples and scores it; ``prompts``
+    is a reference to the requests' prompts, with the images."""
 
     index: int
+    first: int
     requests: list[Request]
+    prompts: Any
     worker: Any = None
     rollout: Any = None
-    seconds: Any = None
     scorer: Any = None
     scored: Any = None
 
@@ -87,6 +90,7 @@ class Fleet:
         )
         self._reward = reward_pool(config, (ray.put(statistics),), self._budget)
         self._recent: list[StepTimes] = []
+        self._term_s: dict[str, float] = {}
         self._step_began, self._waited, self._sampling_s = time.perf_counter(), 0.0, 0.0
 
     def adapt(self) -> None:
@@ -160,11 +164,14 @@ class Fleet:
             else ray.put(step_document_frequency(references, self._config.reward))
         )
         pending = Pending(step=step, version=version, df=df)
+        first = 0
         for i, part in enumerate(_split(list(requests), self._config.rollout.max_workers)):
             if part:
-                share = _Share(index=i, requests=part)
+                prompts = ray.put([request.prompt for request in part])
+                share = _Share(index=i, first=first, requests=part, prompts=prompts)
                 self._send(share, pending)
                 pending.shares.append(share)
+                first += len(part)
         return pending
 
     def wait_rollouts(self, pending: Pending) -> None:
@@ -176,23 +183,21 @@ class Fleet:
         self.confirm(pending.version)
         self._waited += time.perf_counter() - started
 
-    def collect(self, pending: Pending) -> list[ScoredGroup | Dropped]:
+    def collect(self, pending: Pending) -> Parts:
         """The batch's results in the order of its requests, scored or dropped with a reason.
         Lost groups are sampled or scored again."""
         started = time.perf_counter()
-        results: list[ScoredGroup | Dropped] = []
-        for share in pending.shares:
-            while True:
-                # Again, for a share that was lost may have been given to a worker that hangs.
-                self._wait_sampled(share, pending)
-                try:
-                    results += ray.get(share.scored, timeout=self._config.train.reward_timeout_s)
-                    break
-                except LOST as error:
-                    self._recover(share, pending, error)
+        scored = [self._scored(share, pending) for share in pending.shares]
         self._waited += time.perf_counter() - started
-        self._sampling_s += sum(ray.get([share.seconds for share in pending.shares]))
-        return results
+        self._sampling_s += sum(part.sampled.seconds for part in scored)
+        for part in scored:
+            for term, seconds in part.term_seconds.items():
+                self._term_s[term] = self._term_s.get(term, 0.0) + seconds
+        return Parts(
+            prompts=[[request.prompt for request in s.requests] for s in pending.shares],
+            scored=scored,
+            references=[share.prompts for share in pending.shares],
+        )
 
     def workers(self) -> dict[str, Any]:
         """The actors by name, ``rollout worker 0`` and so on."""
@@ -224,18 +229,9 @@ class Fleet:
         }
 
     def reward_seconds(self) -> dict[str, float]:
-        """Seconds that each reward term has taken since the last call, over all reward workers;
-        a worker that died in between took its count along."""
-        seconds: dict[str, float] = {}
-        for ref in [worker.actor.take_seconds.remote() for worker in self._reward.admit()]:
-            try:
-                taken = ray.get(ref, timeout=self._config.train.reward_timeout_s)
-            except LOST:
-                continue
-            for term, value in taken.items():
-                name = f"reward_seconds/{term}"
-                seconds[name] = seconds.get(name, 0.0) + value
-        return seconds
+        """Seconds that each reward term has taken since the last call, over all reward workers."""
+        taken, self._term_s = self._term_s, {}
+        return {f"reward_seconds/{term}": seconds for term, seconds in taken.items()}
 
     def greedy(self, prompts: Sequence[Prompt], version: int) -> list[Completion]:
         """The arg-max captions of held-out prompts, in order."""
@@ -271,8 +267,9 @@ class Fleet:
         behind = pending.version != self._versions.newest
         if behind:
             self._versions.load(share.worker, pending.version)
-        share.rollout, share.seconds = share.worker.actor.generate.remote(
-            share.requests, self._sampling, pending.version
+        draws = [request.draw for request in share.requests]
+        share.rollout = share.worker.actor.generate.remote(
+            share.prompts, draws, self._sampling, pending.version
         )
         if behind:
             self._versions.load(share.worker, self._versions.newest)
@@ -281,7 +278,19 @@ class Fleet:
     def _send_to_score(self, share: _Share, pending: Pending) -> None:
         scorers = self._reward.wait()
         share.scorer = scorers[(pending.step + share.index) % len(scorers)]
-        share.scored = share.scorer.actor.score.remote(share.rollout, pending.df)
+        share.scored = share.scorer.actor.score_part.remote(
+            share.prompts, share.rollout, pending.df, max(0, SIMILARITY_GROUPS - share.first)
+        )
+
+    def _scored(self, share: _Share, pending: Pending) -> Scored:
+        while True:
+            try:
+                scored: Scored = ray.get(share.scored, timeout=self._config.train.reward_timeout_s)
+                return scored
+            except LOST as error:
+                self._recover(share, pending, error)
+                # It may have been given to a worker that hangs.
+                self._wait_sampled(share, pending)
 
     def _recover(self, share: _Share, pending: Pending, error: Exception) -> None:
         """Redo what was lost of a share: its groups, or only their scores."""

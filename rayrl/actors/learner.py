@@ -15,8 +15,10 @@ from rayrl.canary import Canary
 from rayrl.checkpoint import Checkpoint
 from rayrl.config import Config
 from rayrl.objectives import build
+from rayrl.outline import whole
+from rayrl.shares import Scored
 from rayrl.trace import Traced, traced
-from rayrl.types import FloatArray, ScoredGroup, StepReport
+from rayrl.types import FloatArray, Prompt, StepReport
 from rayrl.weights import ModelFiles, Weights, write_model_files
 
 if TYPE_CHECKING:
@@ -52,9 +54,11 @@ class LearnerActor(Traced):
             )
 
     @traced
-    def update(self, groups: Sequence[ScoredGroup]) -> StepReport:
-        """One step on whole groups."""
-        return self._learner.update(make_batch(groups))
+    def update(self, parts: Sequence[Scored], *prompts: Sequence[Prompt]) -> StepReport:
+        """One step on the groups of these parts, in order; ``prompts`` are those of each part."""
+        pairs = zip(parts, prompts, strict=True)
+        results = [result for part, some in pairs for result in part.unpacked(some)]
+        return self._learner.update(make_batch(whole(results)))
 
     def replay(self) -> Checkpoint | None:
         """What the last step skipped, if it did."""

@@ -24,8 +24,10 @@ from rayrl.actors.pool import RestartBudget
 from rayrl.canary import Canary
 from rayrl.checkpoint import Checkpoint, load_checkpoint
 from rayrl.config import Config
+from rayrl.outline import Results, whole
 from rayrl.scaling import shortage
-from rayrl.types import ScoredGroup, StepReport
+from rayrl.shares import Parts, Sampled, Scored
+from rayrl.types import StepReport
 from rayrl.weights import ModelFiles
 
 log = logging.getLogger(__name__)
@@ -58,15 +60,16 @@ class LearnerGroup:
         self._place = placement_group([bundle] * learner.num_workers, strategy="PACK")
         self._placed = self._place.wait(_ROOM_S)
         self._origin: Path | None = None
-        self._since: list[Any] = []
+        self._since: list[list[Any]] = []
         self._store: Any = None
         self._ranks = self._start()
 
-    def update(self, groups: Sequence[ScoredGroup]) -> StepReport:
-        """One step on whole groups; all ranks read one copy of them on each node."""
-        shared = ray.put(list(groups))
-        report: StepReport = ray.get(self._surely(lambda: self._call("update", shared)))
-        self._since.append(shared)
+    def update(self, results: Results) -> StepReport:
+        """One step on the groups that were not dropped; all ranks read one copy of them on each
+        node.  They lie on the driver's node, which outlives the others, for a rebuilt group."""
+        parts = _references(results)
+        report: StepReport = ray.get(self._surely(lambda: self._call("update", *parts)))
+        self._since.append(parts)
         return report
 
     def replay(self) -> Checkpoint:
@@ -151,8 +154,8 @@ class LearnerGroup:
         self._ranks = self._start()
         if self._origin is not None:
             self._call("restore", ray.put(load_checkpoint(self._origin)))
-        for groups in self._since:
-            self._call("update", groups)
+        for parts in self._since:
+            self._call("update", *parts)
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call every rank and wait for all; returns a reference to the last result of rank 0.
@@ -230,3 +233,13 @@ class LearnerGroup:
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks = []
+
+
+def _references(results: Results) -> list[Any]:
+    """References to the results of all parts, and to the prompts of each."""
+    if isinstance(results, Parts):
+        return [ray.put(list(results.scored)), *results.references]
+    groups = whole(results.all())
+    sampled = Sampled.of([group.group for group in groups], seconds=0.0)
+    prompts = [group.group.prompt for group in groups]
+    return [ray.put([Scored.of(sampled, groups, {})]), ray.put(prompts)]

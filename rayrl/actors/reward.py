@@ -15,11 +15,12 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from rayrl.rewards.cider import DocumentFrequency
 from rayrl.rewards.config import RewardConfig
-from rayrl.rewards.score import Dropped, Scorer, TermScores, combine
+from rayrl.rewards.score import SIMILARITY_GROUPS, Dropped, Scorer, TermScores, combine
 from rayrl.rewards.statistics import Statistics
 from rayrl.rewards.term import Failure
+from rayrl.shares import Sampled, Scored
 from rayrl.trace import Traced, traced
-from rayrl.types import RolloutGroup, ScoredGroup
+from rayrl.types import Prompt, RolloutGroup, ScoredGroup
 
 ATTEMPTS = 2
 _START_S = 600.0
@@ -52,7 +53,7 @@ def check_terms(config: RewardConfig, statistics: Statistics) -> None:
         ray.kill(actor)
 
 
-# A batch waits here until it is sampled; questions about an earlier one must not wait behind it.
+# A part waits here until it is sampled; those that already are must not wait behind it.
 @ray.remote(allow_out_of_order_execution=True)  # type: ignore[call-overload]
 class RewardActor(Traced):
     """Scores whole batches of groups.
@@ -81,20 +82,40 @@ class RewardActor(Traced):
             name: _TermApart(name, _part(config, [name]), shared, asked, needs)
             for name, asked in apart.items()
         }
-        self._seconds: dict[str, float] = {}
 
     def started(self) -> None:
         """Answers once the terms are there."""
 
     @traced
+    def score_part(
+        self,
+        prompts: Sequence[Prompt],
+        sampled: Sampled,
+        step_df: DocumentFrequency | None = None,
+        similar: int = SIMILARITY_GROUPS,
+    ) -> Scored:
+        """:meth:`score`, of a part of a step on its way."""
+        groups = sampled.unpacked(prompts)
+        scores = self._score_terms(groups, step_df)
+        results = self._combine(groups, scores, step_df, similar)
+        return Scored.of(sampled, results, {name: some.seconds for name, some in scores.items()})
+
     def score(
-        self, groups: list[RolloutGroup], step_df: DocumentFrequency | None = None
+        self,
+        groups: list[RolloutGroup],
+        step_df: DocumentFrequency | None = None,
+        similar: int = SIMILARITY_GROUPS,
     ) -> list[ScoredGroup | Dropped]:
         """One result a group, in order: scored, or dropped with the reason.  ``step_df``: see
-        ``Scorer.score_terms``.
+        ``Scorer.score_terms``; ``similar``: see ``Scorer.similarity``.
 
         RuntimeError where a term cannot start at all.
         """
+        return self._combine(groups, self._score_terms(groups, step_df), step_df, similar)
+
+    def _score_terms(
+        self, groups: list[RolloutGroup], step_df: DocumentFrequency | None
+    ) -> dict[str, TermScores]:
         if step_df is None and self._config.df == "batch" and self._config.counts_ngrams:
             raise ValueError(
                 "reward.df batch: no document frequencies of the step, of which these groups may "
@@ -104,21 +125,23 @@ class RewardActor(Traced):
         for term in self._apart.values():
             term.submit(shared)
         scores = self._near.score_terms(groups, step_df)
-        scores |= self._collect(groups, shared)
-        for name, result in scores.items():
-            self._seconds[name] = self._seconds.get(name, 0.0) + result.seconds
-        return combine(groups, scores, self._config, self._near.similarity(groups, step_df))
+        return scores | self._collect(groups, shared)
+
+    def _combine(
+        self,
+        groups: list[RolloutGroup],
+        scores: Mapping[str, TermScores],
+        step_df: DocumentFrequency | None,
+        similar: int,
+    ) -> list[ScoredGroup | Dropped]:
+        kernels = self._near.similarity(groups, step_df, similar)
+        return combine(groups, scores, self._config, kernels)
 
     def ready(self) -> None:
         """Wait until every term apart has started; RuntimeError for one that does not."""
         deadline = time.monotonic() + _START_S
         for term in self._apart.values():
             term.check(deadline)
-
-    def take_seconds(self) -> dict[str, float]:
-        """Seconds that each term has taken since the last call."""
-        taken, self._seconds = self._seconds, {}
-        return taken
 
     def _collect(
         self, groups: Sequence[RolloutGroup], shared: Sequence[Any]

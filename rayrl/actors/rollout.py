@@ -14,7 +14,8 @@ from rayrl.adapters import AdapterWeights
 from rayrl.canary import Canary
 from rayrl.config import EngineConfig, Part
 from rayrl.engine.base import EngineSetup, Sampling, make_engine
-from rayrl.rounds import Request
+from rayrl.rounds import Draw
+from rayrl.shares import Sampled
 from rayrl.trace import Traced, traced
 from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
 from rayrl.weights import ModelFiles, Weights, write_model_files
@@ -58,27 +59,26 @@ class RolloutActor(Traced):
             self._engine.load_weights(weights, changed=changed)
         return self._engine.weight_version
 
-    # Ray looks at the innermost function, under every wrapper.
-    @traced  # type: ignore[arg-type]
-    @ray.method(num_returns=2)
+    @traced
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, version: int
-    ) -> tuple[list[RolloutGroup], float]:
-        """One group a request, refused unless the engine holds exactly ``version``; and the
-        seconds that it took."""
+        self, prompts: Sequence[Prompt], draws: Sequence[Draw], sampling: Sampling, version: int
+    ) -> Sampled:
+        """A group for each prompt, drawn as the entry of ``draws`` says; refused unless the engine
+        holds exactly ``version``."""
         self._check(version)
         started = time.perf_counter()
         groups: dict[int, RolloutGroup] = {}
-        for size in sorted({request.size for request in requests}):
-            places = [i for i, request in enumerate(requests) if request.size == size]
+        for size in sorted({draw.size for draw in draws}):
+            places = [i for i, draw in enumerate(draws) if draw.size == size]
             drawn = self._engine.generate(
-                [requests[i].prompt for i in places],
+                [prompts[i] for i in places],
                 replace(sampling, group_size=size),
-                [requests[i].seed for i in places],
-                [requests[i].forced for i in places],
+                [draws[i].seed for i in places],
+                [draws[i].forced for i in places],
             )
             groups |= dict(zip(places, drawn, strict=True))
-        return [groups[i] for i in range(len(requests))], time.perf_counter() - started
+        in_order = [groups[i] for i in range(len(prompts))]
+        return Sampled.of(in_order, time.perf_counter() - started)
 
     @traced
     def greedy(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Completion]:

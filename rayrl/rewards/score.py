@@ -23,7 +23,7 @@ from rayrl.rewards.term import Failure, Item, Judged, Scores, scores_of
 from rayrl.types import Completion, FloatArray, RolloutGroup, ScoredGroup
 
 SIMILARITY_GROUPS = 32
-"""Groups of a batch whose Self-CIDEr is reported: as much as their scores' own time."""
+"""Groups of a step whose Self-CIDEr is reported: as much as their scores' own time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +69,18 @@ class Scorer:
         return combine(groups, scores, self.config, self.similarity(groups, step_df))
 
     def similarity(
-        self, groups: Sequence[RolloutGroup], step_df: DocumentFrequency | None = None
+        self,
+        groups: Sequence[RolloutGroup],
+        step_df: DocumentFrequency | None = None,
+        first: int = SIMILARITY_GROUPS,
     ) -> list[FloatArray]:
         """How alike the captions of each group are, [G, G]: of all groups where the objective
-        needs it, else of the first ones, for a metric.  Empty without document frequencies."""
+        needs it, else of the ``first`` ones, for a metric.  Empty without document frequencies."""
         df = step_df or self._df
         if df is None:
             return []
-        some = groups if "similarity" in self._needs else groups[:SIMILARITY_GROUPS]
-        return group_similarity(some, df)
+        some = groups if "similarity" in self._needs else groups[:first]
+        return group_similarity(some, df) if some else []
 
     def score_terms(
         self, groups: Sequence[RolloutGroup], step_df: DocumentFrequency | None = None

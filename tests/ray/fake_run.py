@@ -24,6 +24,7 @@ from rayrl.data import load_split
 from rayrl.heldout import Heldout
 from rayrl.metrics import Phases, RunLog
 from rayrl.objectives import build
+from rayrl.outline import whole
 from rayrl.rewards.statistics import reward_statistics
 from rayrl.rounds import Rounds
 from rayrl.skipped import Skipped
@@ -50,8 +51,8 @@ class OneLearner:
     def __init__(self, actor) -> None:
         self._actor = actor
 
-    def update(self, groups):
-        return ray.get(self._actor.update.remote(groups))
+    def update(self, results):
+        return ray.get(self._actor.update.remote(whole(results.all())))
 
     def weights(self, *, trained_only):
         return self._actor.weights.remote(trained_only=trained_only)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
+from rayrl.shares import Sampled
 from rayrl.types import Completion, Prompt, RolloutGroup
 
 WORDS = ("a", "red", "green", "blue", "circle", "square", "left", "of", "the", "two")
@@ -68,17 +69,19 @@ class FakeRollout:
             self._weights = FakeWeights(weights.version, np.array(weights.values))
         return self._weights.version
 
-    @ray.method(num_returns=2)
-    def generate(self, requests, sampling, version):
+    def generate(self, prompts, draws, sampling, version):
         started = time.perf_counter()
         assert version == self._weights.version, (version, self._weights.version)
         if (self._folder / SLOW_SAMPLING).exists():
-            time.sleep(0.1 * len(requests))
+            time.sleep(0.1 * len(prompts))
         elif not (self._folder / SLOW_LEARNER).exists():
             time.sleep(random.uniform(0.0, 0.04))
         self._maybe_hang("generate")
-        groups = [self._group(request.prompt, request.seed, request.size) for request in requests]
-        return groups, time.perf_counter() - started
+        groups = [
+            self._group(prompt, draw.seed, draw.size)
+            for prompt, draw in zip(prompts, draws, strict=True)
+        ]
+        return Sampled.of(groups, time.perf_counter() - started)
 
     def greedy(self, prompts, max_tokens, version):
         assert version == self._weights.version

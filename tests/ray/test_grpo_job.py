@@ -82,7 +82,7 @@ def check_trace(folder) -> None:
     sampled = of("rollout worker 0", "generate")
     assert len(sampled) == 4
     assert all(b <= a + 0.05 for (_, b), (a, _) in zip(sampled, updates, strict=True))
-    assert len(of("reward worker 0", "score")) == 4
+    assert len(of("reward worker 0", "score_part")) == 4
     assert len(of("rollout worker 0", "load")) >= 5
 
 

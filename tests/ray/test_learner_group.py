@@ -13,6 +13,7 @@ from rayrl.actors.learner_group import LearnerGroup
 from rayrl.actors.pool import RestartBudget
 from rayrl.checkpoint import save_checkpoint
 from rayrl.config import Config
+from rayrl.outline import Here
 from rayrl.types import Completion, RolloutGroup, ScoredGroup
 from rayrl.vlm import load_captioner, prompt_inputs
 from rayrl.weights import read_model_files
@@ -102,7 +103,7 @@ def undisturbed(local_ray, tiny_folder, scored):
         RestartBudget(0),
     )
     for _ in range(3):
-        group.update(scored)
+        group.update(Here(scored))
     after = weights(group)
     group.shutdown()
     return after
@@ -112,11 +113,11 @@ def test_a_killed_rank_is_rebuilt_from_the_checkpoint_and_repeats_the_steps_sinc
     start, scored, undisturbed, tmp_path
 ):
     group = start(restarts=2)
-    group.update(scored)
+    group.update(Here(scored))
     os.kill(process_of(group._ranks[0]), signal.SIGKILL)
-    assert group.update(scored).weight_version == 2
+    assert group.update(Here(scored)).weight_version == 2
     group.rebuild_from(save_checkpoint(tmp_path, group.checkpoint(), keep=1))
-    assert group.update(scored).weight_version == 3
+    assert group.update(Here(scored)).weight_version == 3
     os.kill(process_of(group._ranks[1]), signal.SIGKILL)
     after = weights(group)
     assert all(np.array_equal(after[name], undisturbed[name]) for name in undisturbed)
@@ -124,10 +125,10 @@ def test_a_killed_rank_is_rebuilt_from_the_checkpoint_and_repeats_the_steps_sinc
 
 def test_a_rank_that_hangs_is_replaced_after_the_timeout(start, scored, undisturbed):
     group = start(restarts=1, timeout_s=5)
-    group.update(scored)
+    group.update(Here(scored))
     os.kill(process_of(group._ranks[1]), signal.SIGSTOP)
     for _ in range(2):
-        report = group.update(scored)
+        report = group.update(Here(scored))
     assert report.weight_version == 3
     after = weights(group)
     assert all(np.array_equal(after[name], undisturbed[name]) for name in undisturbed)
@@ -135,17 +136,17 @@ def test_a_rank_that_hangs_is_replaced_after_the_timeout(start, scored, undistur
 
 def test_past_the_budget_the_first_cause_names_the_rank(start, scored):
     group = start(restarts=0)
-    group.update(scored)
+    group.update(Here(scored))
     os.kill(process_of(group._ranks[1]), signal.SIGKILL)
     with pytest.raises(RuntimeError, match="max_restarts allows 0") as raised:
-        group.update(scored)
+        group.update(Here(scored))
     assert "learner rank 1 of 2 died" in str(raised.value.__cause__)
 
 
 def test_an_error_in_the_groups_is_not_tried_again(start, scored):
     group = start(restarts=3)
     with pytest.raises(ValueError, match="no group to train on"):
-        group.update([])
+        group.update(Here([]))
     assert group._budget.spent == 0
 
 

@@ -16,6 +16,7 @@ import ray
 from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.score import Dropped, Scorer
 from rayrl.rewards.statistics import Statistics, reward_statistics, step_document_frequency
+from rayrl.shares import Sampled
 from rayrl.types import Completion, Prompt, RolloutGroup, ScoredGroup
 from tests.ray.conftest import ROOT
 
@@ -148,27 +149,30 @@ def test_only_terms_that_need_something_get_an_actor_of_their_own():
 def test_terms_apart_give_the_rewards_of_one_scorer_bit_for_bit():
     terms = {"words": apart("words"), "cider_d": 1.0, "bad_ending": 0.25}
     actor, scorer = start(terms)
-    results = ray.get(actor.score.remote(groups()), timeout=120)
+    whole = groups()
+    prompts = [group.prompt for group in whole]
+    part = actor.score_part.remote(prompts, Sampled.of(whole, 1.5))
+    scored = ray.get(part, timeout=120)
+    results = scored.unpacked(prompts)
     assert same(results, scorer.score(groups()))
     assert list(results[0].terms) == ["words", "cider_d", "bad_ending"]
     others = np.array([7 / 2, 2 / 2, 5 / 2 - 1 / 4])
     np.testing.assert_allclose(results[0].rewards, results[0].terms["cider_d"] + others, rtol=1e-6)
-    seconds = ray.get(actor.take_seconds.remote())
+    seconds = scored.term_seconds
     assert set(seconds) == set(terms) and all(value > 0 for value in seconds.values())
-    assert ray.get(actor.take_seconds.remote()) == {}
+    assert scored.sampled.seconds == 1.5
 
 
-def test_the_seconds_of_a_batch_do_not_wait_for_the_next_one_to_be_sampled(tmp_path):
+def test_a_part_that_is_sampled_does_not_wait_for_one_that_is_not(tmp_path):
     # Under the name by which a worker can import it.
     from tests.ray.test_reward_actors import groups_when_there
 
     sampled = tmp_path / "sampled"
     actor, scorer = start({"cider_d": 1.0})
-    ray.get(actor.score.remote(groups()), timeout=120)
-    following = actor.score.remote(ray.remote(groups_when_there).remote(sampled))
-    assert list(ray.get(actor.take_seconds.remote(), timeout=30)) == ["cider_d"]
+    late = actor.score.remote(ray.remote(groups_when_there).remote(sampled))
+    assert same(ray.get(actor.score.remote(groups()), timeout=120), scorer.score(groups()))
     sampled.touch()
-    assert same(ray.get(following, timeout=120), scorer.score(groups()))
+    assert same(ray.get(late, timeout=120), scorer.score(groups()))
 
 
 @pytest.mark.parametrize("name", ["words_after_dying_once", "words_after_hanging_once"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_rounds import flat, prompt_at, rounds, scored
+from test_rounds import flat, groups_of, prompt_at, rounds, scored
 
 from rayrl import reference_rewards
 from rayrl.config import Config
 from rayrl.engine.base import request_seed
 from rayrl.objectives import preset
+from rayrl.outline import Here
 from rayrl.reference_rewards import ReferenceRewards, scored_needs
 from rayrl.rewards.score import Dropped
 from rayrl.rounds import Request
@@ -47,12 +48,13 @@ class Fleet:
 
     def collect(self, pending):
         self.waiting -= 1
-        return [
+        results = [
             Dropped(r.prompt.prompt_id, "the judge was ill")
             if r.prompt.prompt_id in self.dropped
             else scored(r, reward_of(r))
             for r in pending
         ]
+        return Here(results)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +93,7 @@ def test_groups_get_the_rewards_of_their_image(stage1):
     sample(subject, Fleet(), map(prompt_at, range(3)), stage1)
     group = scored(Request(slot=0, prompt=prompt_at(2), size=2), [0.5, 0.6])
     lost = Dropped("p1", "no answer")
-    joined, same = subject.joined([group, lost])
+    joined, same = subject.joined(Here([group, lost])).all()
     np.testing.assert_allclose(joined.fields["reference_rewards"], [2.0, 2.1, 2.2, 2.3])
     assert joined.rewards is group.rewards and same is lost
 
@@ -101,7 +103,7 @@ def test_an_image_whose_captions_could_not_be_scored_is_dropped_with_the_reason(
     said = sample(subject, Fleet(dropped=["p1"]), map(prompt_at, range(3)), stage1)
     assert "2 images; 1 could not be scored" in said[1]
     groups = [scored(Request(slot=0, prompt=prompt_at(i), size=2), [0.5, 0.6]) for i in (1, 5)]
-    one, other = subject.joined(groups)
+    one, other = subject.joined(Here(groups)).all()
     assert one == Dropped("p1", "no rewards of the stage-1 model's captions: the judge was ill")
     assert other == Dropped(
         "p5", "no rewards of the stage-1 model's captions: they were not sampled"
@@ -123,7 +125,7 @@ def test_a_resumed_run_samples_only_what_is_missing(stage1):
     sample(straight, Fleet(), map(prompt_at, range(4)), stage1)
     for i in range(4):
         group = scored(Request(slot=0, prompt=prompt_at(i), size=1), [0.5])
-        (one,), (other,) = again.joined([group]), straight.joined([group])
+        (one,), (other,) = (some.joined(Here([group])).all() for some in (again, straight))
         np.testing.assert_array_equal(
             one.fields["reference_rewards"], other.fields["reference_rewards"]
         )
@@ -149,7 +151,8 @@ def test_an_objective_that_does_not_compare_asks_for_nothing(stage1):
         sample(subject, fleet, [prompt_at(0)], stage1)
         assert fleet.shown == [] and subject.arrays() == {}
         group = scored(Request(slot=0, prompt=prompt_at(0), size=2), [0.5, 0.6])
-        assert subject.joined([group])[0] is group
+        results = Here([group])
+        assert subject.joined(results) is results
     of_run = ReferenceRewards.of_run(CONFIG, preset("infalign_ctrl").needs)
     assert (of_run.size, of_run.seed) == (8, 7)
 
@@ -176,8 +179,8 @@ def test_what_joins_a_group_in_a_later_round_keeps_the_images_rewards(stage1):
     sample(subject, Fleet(), map(prompt_at, range(3)), stage1)
     steps = rounds("xrpo_novelty", group_size=4, seed=7)
     results = [scored(r, reward_of(r)) for r in steps.begin(0)]
-    more = steps.go_on(0, subject.joined(results))
+    more = steps.go_on(0, subject.joined(Here(results)))
     assert more
-    assert not steps.go_on(0, subject.joined([scored(r, flat(r)) for r in more]))
-    for i, group in enumerate(steps.finish(0).whole):
+    assert not steps.go_on(0, subject.joined(Here([scored(r, flat(r)) for r in more])))
+    for i, group in enumerate(groups_of(steps.finish(0))):
         np.testing.assert_allclose(group.fields["reference_rewards"], [i, i + 0.1, i + 0.2])

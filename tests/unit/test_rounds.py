@@ -9,6 +9,7 @@ import pytest
 
 from rayrl.engine.base import request_seed
 from rayrl.objectives import preset
+from rayrl.outline import Here, whole
 from rayrl.rewards.score import Dropped
 from rayrl.rounds import Request, Rounds
 from rayrl.types import Completion, Prompt, RolloutGroup, ScoredGroup
@@ -63,8 +64,12 @@ def asked(requests) -> list[tuple[int, str, int]]:
     return [(r.slot, r.prompt.prompt_id, r.size) for r in requests]
 
 
-def answer(requests, rewards_of) -> list[ScoredGroup | Dropped]:
-    return [scored(r, rewards_of(r)) for r in requests]
+def answer(requests, rewards_of) -> Here:
+    return Here([scored(r, rewards_of(r)) for r in requests])
+
+
+def groups_of(drawn) -> list[ScoredGroup]:
+    return list(whole(drawn.results.all()))
 
 
 def spread(request: Request) -> list[float]:
@@ -82,7 +87,7 @@ def test_without_planners_a_step_is_one_round_of_the_next_prompts():
     assert [r.seed for r in first] == [request_seed(7, 0, f"p{i}") for i in range(3)]
     assert subject.go_on(0, answer(first, flat)) == ()
     drawn = subject.finish(0)
-    assert [g.group.prompt.prompt_id for g in drawn.whole] == ["p0", "p1", "p2"]
+    assert [g.group.prompt.prompt_id for g in groups_of(drawn)] == ["p0", "p1", "p2"]
     assert drawn.metrics() == {
         "rounds/count": 1.0,
         "rounds/captions": 6.0,
@@ -96,16 +101,16 @@ def test_flat_and_dropped_groups_are_refilled_by_the_next_prompts():
     subject = rounds()
     first = subject.begin(0)
     second = subject.go_on(
-        0, [scored(first[0], [1, 1]), scored(first[1], [0, 1]), Dropped("p2", "no answer")]
+        0, Here([scored(first[0], [1, 1]), scored(first[1], [0, 1]), Dropped("p2", "no answer")])
     )
     assert asked(second) == [(0, "p3", 2), (2, "p4", 2)]
     assert [r.seed for r in second] == [request_seed(7, 0, p, 1) for p in ("p3", "p4")]
-    third = subject.go_on(0, [scored(second[0], [3, 4]), scored(second[1], [2, 2])])
+    third = subject.go_on(0, Here([scored(second[0], [3, 4]), scored(second[1], [2, 2])]))
     assert asked(third) == [(2, "p5", 2)]
-    assert subject.go_on(0, [scored(third[0], [5, 6])]) == ()
+    assert subject.go_on(0, Here([scored(third[0], [5, 6])])) == ()
     drawn = subject.finish(0)
-    assert [g.group.prompt.prompt_id for g in drawn.whole] == ["p3", "p1", "p5"]
-    assert [g.rewards.tolist() for g in drawn.whole] == [[3, 4], [0, 1], [5, 6]]
+    assert [g.group.prompt.prompt_id for g in groups_of(drawn)] == ["p3", "p1", "p5"]
+    assert [g.rewards.tolist() for g in groups_of(drawn)] == [[3, 4], [0, 1], [5, 6]]
     assert drawn.metrics() == {
         "rounds/count": 3.0,
         "rounds/captions": 12.0,
@@ -122,16 +127,16 @@ def test_refilling_is_bounded_and_keeps_the_step_whole():
         requests = subject.go_on(0, answer(requests, flat))
     drawn = subject.finish(0)
     assert count == drawn.round == 3
-    assert [g.group.prompt.prompt_id for g in drawn.whole] == ["p6", "p7", "p8"]
+    assert [g.group.prompt.prompt_id for g in groups_of(drawn)] == ["p6", "p7", "p8"]
 
 
 def test_a_refill_that_cannot_be_scored_leaves_the_flat_group():
     subject = rounds(planners=preset("dapo", refill_rounds=1).planners)
     first = subject.begin(0)
     second = subject.go_on(0, answer(first, flat))
-    assert subject.go_on(0, [Dropped(r.prompt.prompt_id, "late") for r in second]) == ()
+    assert subject.go_on(0, Here([Dropped(r.prompt.prompt_id, "late") for r in second])) == ()
     drawn = subject.finish(0)
-    assert [g.group.prompt.prompt_id for g in drawn.whole] == ["p0", "p1", "p2"]
+    assert [g.group.prompt.prompt_id for g in groups_of(drawn)] == ["p0", "p1", "p2"]
     assert len(drawn.dropped) == 3
 
 
@@ -148,7 +153,7 @@ def test_a_spread_of_rewards_that_counts_as_none_is_a_parameter():
 def test_a_step_without_any_group_says_why():
     subject = rounds("grpo")
     requests = subject.begin(0)
-    subject.go_on(0, [Dropped(r.prompt.prompt_id, "the scorer is down") for r in requests])
+    subject.go_on(0, Here([Dropped(r.prompt.prompt_id, "the scorer is down") for r in requests]))
     with pytest.raises(RuntimeError, match=r"all 3 groups .* the first, p0: the scorer is down"):
         subject.finish(0)
 

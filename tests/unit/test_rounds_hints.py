@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from test_rounds import answer, asked, completion, prompt_at, rounds, scored
+from test_rounds import answer, asked, completion, groups_of, prompt_at, rounds, scored
 
 from rayrl.batch import make_batch
 from rayrl.data.augment import with_noise
 from rayrl.joins import extended, grafted, worst_replaced
 from rayrl.objectives import preset
+from rayrl.outline import Here
 from rayrl.rounds import Request, check_planners
 from tests.conftest import encoded_picture
 
@@ -30,8 +31,9 @@ def test_a_failing_group_is_sampled_again_whole_after_a_part_of_a_reference():
     assert [(r.slot, r.size, r.forced) for r in second] == [(0, 2, (A,)), (2, 2, (A,))]
     assert subject.go_on(0, answer(second, lambda r: [1.0, 2.0])) == ()
     drawn = subject.finish(0)
-    assert [g.rewards.tolist() for g in drawn.whole] == [[1, 2], pytest.approx([0, 0.1]), [1, 2]]
-    assert [g.group.group_size for g in drawn.whole] == [2, 2, 2]
+    groups = groups_of(drawn)
+    assert [g.rewards.tolist() for g in groups] == [[1, 2], pytest.approx([0, 0.1]), [1, 2]]
+    assert [g.group.group_size for g in groups_of(drawn)] == [2, 2, 2]
 
 
 def test_hints_grow_over_the_run():
@@ -56,7 +58,7 @@ def test_guided_captions_join_the_failed_ones_and_train_without_the_hint():
     assert second[0].prompt.text == "Describe. Hint: a b c d"
     results = answer(second, lambda r: [1.0, 2.0, 3.0, 4.0])
     assert subject.go_on(0, results) == ()
-    first, middle, _ = subject.finish(0).whole
+    first, middle, _ = groups_of(subject.finish(0))
     assert first.group.prompt.text == "Describe."
     assert first.rewards.tolist() == [0, 0, 1, 2, 3, 4]
     assert first.terms["cider_d"].tolist() == [0, 0, 1, 2, 3, 4]
@@ -70,7 +72,7 @@ def test_injected_captions_replace_the_worst_where_they_are_better():
     second = subject.go_on(0, answer(first, lambda r: [-0.5, 0.0, -0.1]))
     assert [(r.slot, r.size, r.forced) for r in second] == [(i, 2, (A, B)) for i in range(3)]
     subject.go_on(0, answer(second, lambda r: [-0.2, 0.9]))
-    group = subject.finish(0).whole[0]
+    group = groups_of(subject.finish(0))[0]
     # The best new one replaces the worst; the other one, -0.2, is worse than the next, -0.1.
     assert group.rewards.tolist() == pytest.approx([0.9, 0.0, -0.1])
     assert [c.token_ids.tolist() for c in group.group.completions] == [[A, B, 11], [11], [12]]
@@ -96,7 +98,7 @@ def test_further_captions_go_where_rewards_spread():
     subject.go_on(0, answer(second, lambda r: [5, 6, 7]))
     drawn = subject.finish(0)
     assert drawn.num_captions == 15
-    batch = make_batch(drawn.whole)
+    batch = make_batch(groups_of(drawn))
     assert batch.valid.tolist() == [[1] * 4 + [0] * 3, [1] * 7, [1] * 4 + [0] * 3]
     assert batch.rewards[1].tolist() == [0, 1, 0, 1, 5, 6, 7]
     assert batch.rewards[0, 4:].tolist() == [0, 0, 0]
@@ -121,14 +123,14 @@ def test_a_tree_branches_at_its_depths():
         )
         return replace(group, group=replace(group.group, completions=captions))
 
-    second = subject.go_on(0, [grown(first[0], (1, 2, 3, 4), (5,))])
+    second = subject.go_on(0, Here([grown(first[0], (1, 2, 3, 4), (5,))]))
     # The second caption ended before the depth: another is sampled from the start.
     assert [(r.size, r.forced) for r in second] == [(1, (1,)), (1, ())]
     assert second[1].seed == second[0].seed + 1
-    third = subject.go_on(0, [grown(r) for r in second])
+    third = subject.go_on(0, Here([grown(r) for r in second]))
     assert [r.forced for r in third] == [(1, 2, 3), (), (1, 50, 51), ()]
-    assert subject.go_on(0, [grown(r) for r in third]) == ()
-    (group,) = subject.finish(0).whole
+    assert subject.go_on(0, Here([grown(r) for r in third])) == ()
+    (group,) = groups_of(subject.finish(0))
     ids = [c.token_ids.tolist() for c in group.group.completions]
     assert ids[:4] == [[1, 2, 3, 4], [5], [1, 50, 51, 52], [50, 51, 52]]
     assert ids[4:] == [[1, 2, 3, 50, 51, 52], [50, 51, 52], [1, 50, 51, 50, 51, 52], [50, 51, 52]]
