@@ -114,7 +114,8 @@ def build_model(case: Case) -> Path:
 
 
 def teach(folder: Path, pictures: Dataset, case: Case) -> None:
-    """Train the model in ``folder`` with cross-entropy, as stage 1 does."""
+    """Train the model in ``folder`` with cross-entropy, as stage 1 does but on fewer images a step,
+    for on (b) it would take most of the benchmark's time."""
     from rayrl.learner.xe import XeTrainer
 
     config = XeConfig()
@@ -127,7 +128,7 @@ def teach(folder: Path, pictures: Dataset, case: Case) -> None:
         seed=case.seed,
     )
     for step in range(case.xe_steps):
-        order = prompt_indices(step, config.images_per_step, len(pictures), case.seed)
+        order = prompt_indices(step, case.images_per_step, len(pictures), case.seed)
         prompts = [pictures[index] for _, index in order]
         trainer.step(
             [prompt.image for prompt in prompts],
