@@ -31,6 +31,9 @@ class CopyingEngine:
         self.weight_version = -1
         tracemalloc.start(1)
 
+    def held(self, weights: Weights) -> dict[str, Any]:
+        return {}
+
     def load_weights(self, weights: Weights, **_: Any) -> None:
         started = time.perf_counter()
         weights.verify()

@@ -6,7 +6,7 @@ The defaults are a complete run: the tiny captioner on generated pictures, two c
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import (
     Field,
@@ -24,7 +24,7 @@ from rayrl.objectives.config import ObjectiveConfig, plan_with
 from rayrl.objectives.plan import Plan
 from rayrl.parts import Part
 from rayrl.rewards.config import RewardConfig
-from rayrl.rollout_config import RolloutConfig
+from rayrl.rollout_config import RolloutConfig, check_sync
 from rayrl.section import Section
 
 __all__ = ["LearnerConfig", "LoraConfig", "Part", "RolloutConfig"]
@@ -260,6 +260,23 @@ class Config(Section):
                 "(engine.max_model_len, model.tiny.max_positions)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _weights_arrive(self) -> Config:
+        check_sync(self.rollout, self.learner, max_staleness=self.train.max_staleness)
+        if self.rollout.colocate and self.xe.steps and self.xe.control:
+            raise ValueError(
+                "rollout.colocate with xe.control: the control trains on the GPU where the engine "
+                "is; want xe.control false"
+            )
+        return self
+
+    @property
+    def sleep_level(self) -> int:
+        """How deep a colocated engine sleeps.  2: its weights are dropped, for every one of them
+        comes with the next version; 1: they wait in host memory, since some do not."""
+        everything = set(self.model.trainable) == set(get_args(Part)) and not self.learner.lora.rank
+        return 2 if self.rollout.colocate and everything else 1
 
     @property
     def canary_tolerance(self) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ray
 
-from rayrl.actors.cluster import connect, cpus_of, failing_in_one_line
+from rayrl.actors.cluster import connect, cpus_of, failing_in_one_line, gpus_of
 from rayrl.actors.fleet import Fleet, Pending
 from rayrl.actors.learner_group import LearnerGroup
 from rayrl.actors.pool import RestartBudget, TooFewWorkers
@@ -90,6 +90,7 @@ def train(run: Run, start: int) -> int:
         started = time.perf_counter()
         drawn = _all_rounds(run, pending.pop(0), version)
         with run.phases("learner"):
+            run.fleet.sleep()
             report = run.learner.update(drawn.results)
         version = report.weight_version
         with run.phases("sync"):
@@ -136,7 +137,8 @@ def publish(run: Run, version: int, *, first: bool = False) -> None:
     ``canary_every``-th time the proof that an engine computes what the learner does."""
     weights = run.learner.weights
     frozen = weights(trained_only=False) if first else None
-    run.fleet.publish(version, weights(trained_only=True), frozen=frozen)
+    if first or not run.fleet.send(version, lambda: weights(trained_only=True)):
+        run.fleet.publish(version, weights(trained_only=True), frozen=frozen)
     if first or version % run.config.rollout.canary_every == 0:
         run.fleet.probe(version, run.canary, run.learner.score(run.canary))
 
@@ -191,7 +193,7 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     count = min(len(val_data), config.train.eval_images)
     heldout = Heldout([val_data[i] for i in range(count)], folder)
     statistics = reward_statistics(train_data.references(), config.reward)
-    local = connect(cpus_of(config))
+    local = connect(cpus_of(config), gpus_of(config))
     try:
         check_terms(config.reward, statistics)
         snapshots = run_stage1(config, folder)
@@ -241,7 +243,7 @@ def _start(
     # First, so that it has its place before rollout workers, of which a run can have fewer.
     learner = LearnerGroup(config, files, budget)
     greedy = "greedy_rewards" in objective.needs
-    fleet = Fleet(config, files, statistics, budget, greedy_baseline=greedy)
+    fleet = Fleet(config, files, statistics, budget, greedy_baseline=greedy, learner=learner)
     tracer = Tracer(folder if trace else None, fleet.workers, learner.workers)
     log = RunLog(
         folder,

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,20 @@ ModelFiles = Mapping[str, np.ndarray]
 
 ADAPTER_CONFIG = "adapter_config.json"
 """Where PEFT says of a folder that it holds adapters, and of which base."""
+
+
+class Loadable(Protocol):
+    """A version that an engine can apply, wherever its values lie."""
+
+    @property
+    def version(self) -> int: ...
+
+    def verify(self) -> None:
+        """Raise ValueError when the values are not those that were packed."""
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) pairs, second names of shared parameters included: read them, never
+        write."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,20 +107,9 @@ def pack_tensors(
     reach the engines.
     """
     arrays: dict[str, np.ndarray] = {}
-    halves, tied = set(), {}
-    first_name: dict[int, str] = {}
-    for name, parameter in named:
-        source = name
-        if isinstance(parameter, torch.nn.Parameter):
-            source = first_name.setdefault(id(parameter), name)
-        if names is not None and source not in names:
-            continue
-        if source != name:
-            tied[name] = source
-            continue
-        tensor = gather(parameter.detach()).contiguous()
-        if not _all_finite(tensor):
-            raise ValueError(f"weights of version {version}: {name} is not finite")
+    halves: set[str] = set()
+    tied: dict[str, str] = {}
+    for name, tensor in distinct(named, version, names, gather, tied):
         if tensor.dtype == torch.bfloat16:
             halves.add(name)
             tensor = tensor.view(torch.uint16)
@@ -126,18 +130,72 @@ def _all_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
+def distinct(
+    named: Iterable[tuple[str, torch.Tensor]],
+    version: int,
+    names: Collection[str] | None,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    tied: dict[str, str],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor (or those in ``names``) once, contiguous and as ``gather`` gives it; the second
+    name of a parameter goes into ``tied`` with its first.
+
+    Raises ValueError naming the first that is not finite."""
+    first_name: dict[int, str] = {}
+    for name, parameter in named:
+        source = name
+        if isinstance(parameter, torch.nn.Parameter):
+            source = first_name.setdefault(id(parameter), name)
+        if names is not None and source not in names:
+            continue
+        if source != name:
+            tied[name] = source
+            continue
+        tensor = gather(parameter.detach()).contiguous()
+        if not _all_finite(tensor):
+            raise ValueError(f"weights of version {version}: {name} is not finite")
+        yield name, tensor
+
+
+Sample = tuple[str, tuple[int, ...], np.ndarray]
+"""A tensor's name, its shape, and a strided sample of its values, in which bfloat16 is uint16."""
+
+
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
     """Hex digest over names, shapes, types and a strided sample of every array."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name}|{array.shape}|{array.dtype}|".encode())
-        flat = array.reshape(-1)
-        digest.update(flat[:: max(1, flat.size // _SAMPLED_ELEMENTS)].tobytes())
-    return digest.hexdigest()
+    return digest(
+        (name, array.shape, array.reshape(-1)[:: _stride(array.size)])
+        for name, array in arrays.items()
+    )
 
 
-def load_into(model: torch.nn.Module, weights: Weights) -> None:
+def digest(samples: Iterable[Sample]) -> str:
+    """The :func:`checksum` of arrays of which there are samples alone."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, shape, sample in sorted(samples, key=lambda one: one[0]):
+        hashed.update(f"{name}|{shape}|{sample.dtype}|".encode())
+        hashed.update(sample.tobytes())
+    return hashed.hexdigest()
+
+
+def sample(name: str, tensor: torch.Tensor) -> Sample:
+    """That of a tensor, wherever it is; only the sample is copied to the host."""
+    values = sampled(tensor).cpu()
+    if values.dtype == torch.bfloat16:
+        values = values.view(torch.uint16)
+    return name, tuple(tensor.shape), values.numpy()
+
+
+def sampled(tensor: torch.Tensor) -> torch.Tensor:
+    """The strided sample [n] of a tensor's values that checksums cover, where the tensor is."""
+    return tensor.detach().reshape(-1)[:: _stride(tensor.numel())]
+
+
+def _stride(size: int) -> int:
+    return max(1, size // _SAMPLED_ELEMENTS)
+
+
+def load_into(model: torch.nn.Module, weights: Loadable) -> None:
     """Copy ``weights`` into the model's parameters of the same names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():

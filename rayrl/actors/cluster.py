@@ -16,13 +16,14 @@ from rayrl.actors.reward import placements
 from rayrl.config import Config
 
 
-def connect(num_cpus: float) -> bool:
+def connect(num_cpus: float, num_gpus: float = 0.0) -> bool:
     """Connect this driver to Ray; returns whether a local Ray was started.
 
     Inside a Ray job (or wherever RAY_ADDRESS is set) the driver joins that cluster.  Elsewhere it
     starts a Ray of its own, and never joins one that somebody else left on this machine.
     ``num_cpus`` is what the actors will ask for together: a local Ray offers at least that, for
-    its workers take turns on a small machine, where a cluster would have to grow.
+    its workers take turns on a small machine, where a cluster would have to grow.  ValueError where
+    it lacks some of ``num_gpus``, for which the run would wait for ever.
     """
     if ray.is_initialized():
         return False
@@ -40,6 +41,13 @@ def connect(num_cpus: float) -> bool:
         # Workers import rayrl also where it is run from a clone without being installed.
         runtime_env={"env_vars": {"PYTHONPATH": package_root}},
     )
+    found = ray.cluster_resources().get("GPU", 0.0)
+    if num_gpus > found:
+        ray.shutdown()
+        raise ValueError(
+            f"learner.gpus and rollout.gpus ask for {num_gpus:g} GPUs together, and this machine "
+            f"has {found:g}"
+        )
     return True
 
 
@@ -66,3 +74,9 @@ def cpus_of(config: Config) -> float:
     workers += train.reward_workers * (train.reward_cpus + apart)
     learner = config.learner.num_workers * config.learner.cpus
     return max(workers + learner, config.xe.num_workers * config.learner.cpus + 2)
+
+
+def gpus_of(config: Config) -> float:
+    """GPUs without which a run cannot begin."""
+    learner, rollout = config.learner, config.rollout
+    return learner.num_workers * learner.gpus + rollout.min_workers * rollout.gpus

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
 
+from rayrl.actors.direct import direct_transfer
+from rayrl.actors.learner_group import LearnerGroup
 from rayrl.actors.pool import LOST, RestartBudget, Worker
 from rayrl.actors.versions import Versions
 from rayrl.actors.workers import reward_pool, rollout_pool
@@ -64,7 +66,8 @@ class Fleet:
     """Rollout and reward workers and the weight versions they pull.
 
     ``files`` are the model's files, ``statistics`` what rewards are scored against; replaced
-    workers are counted against ``budget``, which is the run's.
+    workers are counted against ``budget``, which is the run's.  ``learner`` is who sends engines
+    their weights, or shares its GPU with one, where ``config.rollout`` says so.
     """
 
     def __init__(
@@ -75,8 +78,10 @@ class Fleet:
         budget: RestartBudget,
         *,
         greedy_baseline: bool,
+        learner: LearnerGroup | None = None,
     ) -> None:
         self._config = config
+        self._direct = direct_transfer(config, learner)
         self._sampling = Sampling(
             group_size=config.train.group_size,
             temperature=config.sampling.temperature,
@@ -85,9 +90,10 @@ class Fleet:
         )
         self._budget = budget
         self._versions = Versions(config)
-        self._rollout = rollout_pool(
-            config, ray.put(files), self._budget, self._versions.pull_newest
-        )
+        self._pull_whole = False
+        place = learner.shared_place if learner else None
+        files_ref, prepare = ray.put(files), self._versions.pull_newest
+        self._rollout = rollout_pool(config, files_ref, self._budget, prepare, place=place)
         self._reward = reward_pool(config, (ray.put(statistics),), self._budget)
         self._recent: list[StepTimes] = []
         self._term_s: dict[str, float] = {}
@@ -123,7 +129,32 @@ class Fleet:
         ``trained`` is a reference to the parameters that train, ``frozen`` to all parameters,
         given with the first version.  As many versions are kept as batches in flight may need.
         """
-        self._versions.publish(self._rollout.constructed, version, trained, frozen)
+        self._versions.publish(
+            self._rollout.constructed, version, trained, frozen, whole=self._pull_whole
+        )
+        self._pull_whole = False
+
+    def sleep(self) -> None:
+        """Have an engine that shares the learner's GPU leave it, until it gets the next version."""
+        if not self._config.rollout.colocate:
+            return
+        level = self._config.sleep_level
+        for worker in self._rollout.constructed:
+            self._versions.answer(self._rollout, worker, worker.actor.sleep.remote(level))
+        self._pull_whole = level == 2
+
+    def send(self, version: int, publish: Callable[[], Any]) -> bool:
+        """Have every rollout worker hold the learner's weights, which are ``version``, without
+        publishing them; returns whether they do, else they must be published.
+
+        publish: what would return a reference to the parameters that train"""
+        if self._direct is None:
+            return False
+        sent = self._direct.send(self._rollout.constructed, version)
+        if sent:
+            self._versions.sent(version, publish)
+        self._pull_whole = not sent
+        return sent
 
     def probe(self, version: int, canary: Canary, learner: Any) -> None:
         """Have every rollout worker score the canary with a version that was published;
@@ -221,6 +252,7 @@ class Fleet:
             )[1]
         ]
         return {
+            **(self._direct.metrics() if self._direct else {}),
             "workers/rollout": float(len(self._rollout.admit())),
             "workers/reward": float(len(self._reward.admit())),
             "workers/replaced": float(self._budget.spent),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
+from torch import Tensor
 
 from rayrl.adapters import AdapterWeights
 from rayrl.batch import make_batch
+from rayrl.buckets import Manifest
 from rayrl.canary import Canary
 from rayrl.checkpoint import Checkpoint
 from rayrl.config import Config
@@ -18,6 +21,7 @@ from rayrl.objectives import build
 from rayrl.outline import whole
 from rayrl.shares import Scored
 from rayrl.trace import Traced, traced
+from rayrl.transport import Meeting, Transport
 from rayrl.types import FloatArray, Prompt, StepReport
 from rayrl.weights import ModelFiles, Weights, write_model_files
 
@@ -37,7 +41,10 @@ class LearnerActor(Traced):
     ) -> None:
         # Here, and not in the driver, which has no use for it.
         from rayrl.learner.learner import Learner
+        from rayrl.learner.turns import TakesTurns
 
+        self._transport: Transport | None = None
+        self._staged: tuple[Manifest, list[Tensor]] | None = None
         with tempfile.TemporaryDirectory(prefix="rayrl-learner-") as folder:
             self._learner = Learner(
                 write_model_files(files, Path(folder), with_weights=True),
@@ -52,13 +59,17 @@ class LearnerActor(Traced):
                 seed=config.seed,
                 ranks=_join(config, rank, store),
             )
+        self._turns: AbstractContextManager[None] = nullcontext()
+        if config.rollout.colocate:
+            self._turns = TakesTurns(self._learner.optimizer, self._learner.policy.masters)
 
     @traced
     def update(self, parts: Sequence[Scored], *prompts: Sequence[Prompt]) -> StepReport:
         """One step on the groups of these parts, in order; ``prompts`` are those of each part."""
         pairs = zip(parts, prompts, strict=True)
         results = [result for part, some in pairs for result in part.unpacked(some)]
-        return self._learner.update(make_batch(whole(results)))
+        with self._turns:
+            return self._learner.update(make_batch(whole(results)))
 
     def replay(self) -> Checkpoint | None:
         """What the last step skipped, if it did."""
@@ -73,6 +84,34 @@ class LearnerActor(Traced):
         return self._learner.weight_version, weights
 
     @traced
+    def stage(self, *, trained_only: bool) -> None:
+        """Copy the current weights into buckets, to be sent by rank 0."""
+        learner = self._learner
+        self._staged = learner.policy.buckets(learner.weight_version, trained_only=trained_only)
+
+    def join_transfer(self, meeting: Meeting, rank: int) -> None:
+        """Become one end of the way to the engines."""
+        self._transport = meeting.join(rank, self._transport)
+
+    def offer(self) -> Manifest:
+        """What engines must know of what was staged."""
+        assert self._transport is not None and self._staged is not None
+        manifest, buckets = self._staged
+        return manifest.with_handles(self._transport.offer(buckets))
+
+    @traced
+    def send(self) -> None:
+        """Send what was staged."""
+        assert self._transport is not None and self._staged is not None
+        self._transport.send(self._staged[1])
+
+    def release(self) -> None:
+        """Forget what was staged: every engine has it."""
+        self._staged = None
+        if self._transport is not None:
+            self._transport.done()
+
+    @traced
     def score(self, canary: Canary) -> FloatArray:
         """Log-probs [T] of the canary caption under the current weights."""
         return self._learner.score(canary.prompt.image, canary.token_ids)
@@ -83,7 +122,8 @@ class LearnerActor(Traced):
 
     def restore(self, checkpoint: Checkpoint) -> int:
         """Continue from a checkpoint; returns its step."""
-        return self._learner.restore(checkpoint)
+        with self._turns:
+            return self._learner.restore(checkpoint)
 
 
 def _join(config: Config, rank: int, store: tuple[str, int]) -> Ranks:

@@ -56,6 +56,9 @@ class LearnerGroup:
         self._budget = budget
         learner = config.learner
         asked = {"CPU": learner.cpus, "GPU": learner.gpus}
+        if config.rollout.colocate:
+            # A bundle has its own GPU, of which both then get their shares.
+            asked = {"CPU": learner.cpus + config.rollout.cpus, "GPU": 1}
         bundle = {name: amount for name, amount in asked.items() if amount}
         self._place = placement_group([bundle] * learner.num_workers, strategy="PACK")
         self._placed = self._place.wait(_ROOM_S)
@@ -80,6 +83,22 @@ class LearnerGroup:
     def weights(self, *, trained_only: bool) -> Any:
         """A reference to the current :class:`Weights`, once they are packed."""
         return self._surely(lambda: self._call("weights", trained_only=trained_only))
+
+    @property
+    def shared_place(self) -> Any:
+        """Where an engine is to be put that shares the learner's GPU; None where none does."""
+        if not self._config.rollout.colocate:
+            return None
+        return PlacementGroupSchedulingStrategy(self._place, placement_group_bundle_index=0)
+
+    @property
+    def first(self) -> Any:
+        """Rank 0, the end of every transfer to engines."""
+        return self._ranks[0]
+
+    def stage(self, *, trained_only: bool) -> None:
+        """Have the current weights ready to be sent by rank 0."""
+        self._surely(lambda: self._call("stage", trained_only=trained_only))
 
     def score(self, canary: Canary) -> Any:
         """A reference to the canary caption's log-probs [T] under the current weights."""

@@ -11,14 +11,17 @@ from pathlib import Path
 import ray
 
 from rayrl.adapters import AdapterWeights
+from rayrl.buckets import Manifest, Received
 from rayrl.canary import Canary
 from rayrl.config import EngineConfig, Part
 from rayrl.engine.base import EngineSetup, Sampling, make_engine
+from rayrl.readback import ReadBack
 from rayrl.rounds import Draw
 from rayrl.shares import Sampled
 from rayrl.trace import Traced, traced
+from rayrl.transport import Meeting, Transport
 from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
-from rayrl.weights import ModelFiles, Weights, write_model_files
+from rayrl.weights import Loadable, ModelFiles, Weights, write_model_files
 
 
 @ray.remote
@@ -26,9 +29,16 @@ class RolloutActor(Traced):
     """Samples groups with the weights that it pulled last; a fresh one holds none (version -1)."""
 
     def __init__(
-        self, files: ModelFiles, config: EngineConfig, group_size: int, trust_remote_code: bool
+        self,
+        files: ModelFiles,
+        config: EngineConfig,
+        group_size: int,
+        trust_remote_code: bool,
+        shares_gpu: bool = False,
     ) -> None:
+        self._asleep, self._read_back = False, ReadBack()
         self._base: Weights | None = None
+        self._transport: Transport | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="rayrl-engine-")
         folder = write_model_files(files, Path(self._folder.name), with_weights=False)
         self._engine = make_engine(
@@ -37,6 +47,7 @@ class RolloutActor(Traced):
                 config=config,
                 group_size=group_size,
                 trust_remote_code=trust_remote_code,
+                shares_gpu=shares_gpu,
             )
         )
 
@@ -50,14 +61,52 @@ class RolloutActor(Traced):
     @traced
     def load(self, changed: Sequence[Part], *versions: Weights | AdapterWeights) -> int:
         """Apply weights in turn (all parameters first, then those that trained); returns the
-        version that the engine then holds."""
+        version that the engine then holds, read back from it."""
         if isinstance(versions[0], Weights) and isinstance(versions[-1], AdapterWeights):
             # It stays in Ray's shared memory; adapters of later versions go onto it.
             self._base = versions[0]
+        if self._asleep:
+            self._engine.wake_weights()
         for given in versions:
             weights = given if isinstance(given, Weights) else given.merged(self._base)
-            self._engine.load_weights(weights, changed=changed)
+            self._apply(weights, changed)
+        self.wake()
         return self._engine.weight_version
+
+    def join_transfer(self, meeting: Meeting, rank: int) -> None:
+        """Become one end of the way from the learner."""
+        self._transport = meeting.join(rank, self._transport)
+
+    @traced
+    def receive(self, changed: Sequence[Part], manifest: Manifest) -> int:
+        """Apply the weights that the learner sends; returns the version that the engine then
+        holds, read back from it.  One that was asleep must :meth:`wake` before it samples.
+        TransferFailed, and the engine as it was, where they do not arrive."""
+        assert self._transport is not None
+        if self._asleep:
+            self._engine.wake_weights()
+        received = Received(manifest=manifest, buckets=self._transport.receive(manifest))
+        self._apply(received, changed)
+        del received
+        self._transport.done()
+        return self._engine.weight_version
+
+    @traced
+    def sleep(self, level: int) -> None:
+        """Give the GPU's memory back until the next version is loaded."""
+        self._engine.sleep(level)
+        self._asleep = True
+
+    def wake(self) -> None:
+        """Take the rest of the memory back, once the weights are there and nobody holds a second
+        copy of them, beside which the cache might not fit."""
+        if self._asleep:
+            self._engine.wake_cache()
+            self._asleep = False
+
+    def _apply(self, weights: Loadable, changed: Sequence[Part]) -> None:
+        self._engine.load_weights(weights, changed=changed)
+        self._read_back.check(self._engine.held(weights), weights)
 
     @traced
     def generate(

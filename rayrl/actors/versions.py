@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import ray
@@ -18,6 +18,12 @@ class _Load(NamedTuple):
     worker: Worker
     version: int
     ref: Any
+
+
+class _OnDemand(NamedTuple):
+    """A version that every worker was sent, and that is published when another one needs it."""
+
+    publish: Callable[[], Any]
 
 
 class _Probe(NamedTuple):
@@ -53,23 +59,43 @@ class Versions:
         """The version that was published last."""
         return max(self._trained)
 
-    def publish(self, workers: Sequence[Worker], version: int, trained: Any, frozen: Any) -> None:
+    def publish(
+        self,
+        workers: Sequence[Worker],
+        version: int,
+        trained: Any,
+        frozen: Any,
+        *,
+        whole: bool = False,
+    ) -> None:
         """Have ``workers`` pull a version.  ``frozen`` is a reference to all parameters with the
-        first version, else None; it stays, so that new workers can be given the rest."""
+        first version, else None; it stays, so that new workers can be given the rest, and those
+        that can have kept nothing (``whole``)."""
         if frozen is not None:
             self._frozen = frozen
             self._trained.clear()
-        self._trained[version] = trained
-        for old in sorted(self._trained)[: -self._keep]:
-            del self._trained[old]
+        self._remember(version, trained)
         for worker in workers:
-            refs = (trained,) if frozen is None else (frozen, trained)
+            refs = (trained,) if frozen is None and not whole else (self._frozen, trained)
             ref = worker.actor.load.remote(self._changed, *refs)
             self._loads.append(_Load(worker, version, ref))
 
+    def sent(self, version: int, publish: Callable[[], Any]) -> None:
+        """Every worker holds ``version`` already; ``publish`` returns a reference to the parameters
+        that train, as long as no version follows."""
+        self._remember(version, _OnDemand(publish))
+
+    def _remember(self, version: int, trained: Any) -> None:
+        kept = {v: ref for v, ref in self._trained.items() if not isinstance(ref, _OnDemand)}
+        kept[version] = trained
+        self._trained = {v: kept[v] for v in sorted(kept)[-self._keep :]}
+
     def pull(self, actor: Any, version: int) -> Any:
         """Have an actor pull a version, as if it had none; returns the reference."""
-        return actor.load.remote(self._changed, self._frozen, self._trained[version])
+        trained = self._trained[version]
+        if isinstance(trained, _OnDemand):
+            trained = self._trained[version] = trained.publish()
+        return actor.load.remote(self._changed, self._frozen, trained)
 
     def pull_newest(self, actor: Any) -> Any:
         """The same with the newest version; None where nothing was published yet."""
@@ -124,9 +150,10 @@ class Versions:
                 return list(zip(sent, ray.get(refs), strict=True))
             except LOST:
                 pass
-        return [(one, self._answer(pool, one.worker, one.ref)) for one in sent]
+        return [(one, self.answer(pool, one.worker, one.ref)) for one in sent]
 
-    def _answer(self, pool: Pool, worker: Worker, ref: Any) -> Any:
+    def answer(self, pool: Pool, worker: Worker, ref: Any) -> Any:
+        """What a worker answers; None where it was replaced by now, or is for not answering."""
         if worker not in pool.constructed:
             return None
         try:

@@ -14,9 +14,14 @@ from rayrl.reference_rewards import scored_needs
 
 
 def rollout_pool(
-    config: Config, files: Any, budget: RestartBudget, prepare: Callable[[Any], Any]
+    config: Config,
+    files: Any,
+    budget: RestartBudget,
+    prepare: Callable[[Any], Any],
+    place: Any = None,
 ) -> Pool:
-    """Rollout workers; ``files`` is a reference to the model's files."""
+    """Rollout workers, in ``place`` where one is given; ``files`` is a reference to the model's
+    files."""
     rollout = config.rollout
     threads = str(max(1, int(rollout.cpus)))
 
@@ -25,7 +30,14 @@ def rollout_pool(
             num_cpus=rollout.cpus,
             num_gpus=rollout.gpus,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
-        ).remote(files, config.engine, config.train.group_size, config.model.trust_remote_code)
+            scheduling_strategy=place or "DEFAULT",
+        ).remote(
+            files,
+            config.engine,
+            config.train.group_size,
+            config.model.trust_remote_code,
+            rollout.colocate,
+        )
 
     size = PoolSize(
         wanted=rollout.num_workers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -13,7 +13,9 @@ from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
 
 if TYPE_CHECKING:
     # It brings torch along, which a process that only samples elsewhere has no use for.
-    from rayrl.weights import Weights
+    from torch import Tensor
+
+    from rayrl.weights import Loadable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,20 +54,36 @@ class RolloutEngine(Protocol):
     def score(self, prompt: Prompt, token_ids: Sequence[int]) -> FloatArray:
         """Log-probs [T] of a given caption, at temperature 1 with nothing banned."""
 
-    def load_weights(self, weights: Weights, *, changed: Sequence[Part]) -> None:
+    def load_weights(self, weights: Loadable, *, changed: Sequence[Part]) -> None:
         """Apply a version and drop every cache that it made stale.  ``changed`` names the parts
         whose values may differ."""
+
+    def held(self, weights: Loadable) -> Mapping[str, Tensor]:
+        """The engine's own values of the tensors in ``weights``, by their names there; without
+        those that it keeps in another layout."""
+
+    def sleep(self, level: int) -> None:
+        """Give the accelerator's memory back; the engine then holds no version.  Weights wait in
+        host memory (level 1) or are dropped (level 2), so that the next version must be whole."""
+
+    def wake_weights(self) -> None:
+        """Take back the memory for weights, before the next version is loaded."""
+
+    def wake_cache(self) -> None:
+        """Take back the rest, after it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSetup:
     """All an engine needs to start: a folder with configuration and tokenizer (weights are pulled
-    later), its settings, and whether the folder's own code may run."""
+    later), its settings, whether the folder's own code may run, and whether it must be able to
+    sleep, on a GPU that is not its own."""
 
     folder: Path
     config: EngineConfig
     group_size: int
     trust_remote_code: bool = False
+    shares_gpu: bool = False
 
 
 def forced_tokens(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from rayrl.learner.features import FeatureCache, image_key
 from rayrl.learner.inputs import InputCache
 from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
 from rayrl.vlm import banned_ids, eos_ids, load_processor
-from rayrl.weights import Weights, load_into
+from rayrl.weights import Loadable, load_into
 
 # What an engine keeps of prepared pictures, and of the features of a frozen vision tower.
 _INPUT_BYTES = 256 * 2**20
@@ -122,7 +122,7 @@ class HfEngine:
             captions += [text.strip() for text in texts]
         return captions
 
-    def load_weights(self, weights: Weights, *, changed: Sequence[Part]) -> None:
+    def load_weights(self, weights: Loadable, *, changed: Sequence[Part]) -> None:
         weights.verify()
         self._version = -1
         if {"vision", "connector"} & set(changed):
@@ -132,6 +132,22 @@ class HfEngine:
             self._features = FeatureCache(_FEATURE_BYTES)
         load_into(self._model, weights)
         self._version = weights.version
+
+    def held(self, weights: Loadable) -> Mapping[str, torch.Tensor]:
+        return dict(self._model.named_parameters(remove_duplicate=False))
+
+    def sleep(self, level: int) -> None:
+        """Weights wait in host memory, whatever the level."""
+        self._version = -1
+        self._features = None
+        self._model.to("cpu")
+        torch.cuda.empty_cache()
+
+    def wake_weights(self) -> None:
+        self._model.to(self._device)
+
+    def wake_cache(self) -> None:
+        """There is none."""
 
     def _sample(
         self,

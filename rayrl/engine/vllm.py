@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from rayrl.config import Part
 from rayrl.engine.base import EngineSetup, Sampling, forced_tokens
+from rayrl.readback import parts_of_fused
 from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
 from rayrl.vlm import banned_ids, decode_image, load_processor, prompt_text
-from rayrl.weights import Weights
+from rayrl.weights import Loadable
 
 # Read by vLLM when it is imported, so they are set before.
 _ENVIRONMENT = {
@@ -68,6 +70,7 @@ class VllmEngine:
             weight_transfer_config=WeightTransferConfig(backend=_TRANSFER_BACKEND),
             disable_log_stats=True,
             **_platform_arguments(),
+            **(_shared_gpu_arguments() if setup.shares_gpu else {}),
         )
         _silence_thread_warnings()
         self._prompt_ids: dict[str, list[int]] = {}
@@ -134,7 +137,7 @@ class VllmEngine:
         scored = [step[i].logprob for i, step in zip(token_ids, steps, strict=True)]
         return np.asarray(scored, np.float32)
 
-    def load_weights(self, weights: Weights, *, changed: Sequence[Part]) -> None:
+    def load_weights(self, weights: Loadable, *, changed: Sequence[Part]) -> None:
         weights.verify()
         # A failed update leaves the model unusable, so the version goes first and returns last.
         self._version = -1
@@ -143,6 +146,31 @@ class VllmEngine:
         self._llm.finish_weight_update(str(weights.version))
         self._drop_stale_caches(changed)
         self._version = weights.version
+
+    def held(self, weights: Loadable) -> Mapping[str, Tensor]:
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.tensors()}
+
+        def read(model: Any) -> Mapping[str, Tensor]:
+            fused = getattr(model, "packed_modules_mapping", {})
+            mapper = getattr(model, "hf_to_vllm_mapper", None)
+            theirs = {name: _mapped(mapper, name) for name in shapes}
+            renamed = {theirs[name]: shape for name, shape in shapes.items()}
+            found = parts_of_fused(dict(model.named_parameters()), renamed, fused)
+            return {name: found[their] for name, their in theirs.items() if their in found}
+
+        (held,) = self._llm.apply_model(read)
+        return held
+
+    def sleep(self, level: int) -> None:
+        self._version = -1
+        self._llm.sleep(level=level)
+
+    def wake_weights(self) -> None:
+        self._llm.wake_up(tags=["weights"])
+
+    def wake_cache(self) -> None:
+        if not self._llm.wake_up(tags=["kv_cache"]):
+            raise RuntimeError("vLLM is still asleep after waking its weights and its cache")
 
     def _drop_stale_caches(self, changed: Sequence[Part]) -> None:
         """Key-values are stale after any update; image embeddings only when what makes them
@@ -206,6 +234,13 @@ def _sampled_logprobs(output: Any) -> list[float]:
     return list(flat.logprobs)
 
 
+def _mapped(mapper: Any, name: str) -> str:
+    """The name that vLLM's model gives a checkpoint's tensor; "" where it drops it."""
+    if mapper is None:
+        return name
+    return next(iter(mapper.get_rename_mapper().apply_list([name])), "")
+
+
 def _without_last(ids: Sequence[int], count: int) -> npt.NDArray[np.int32]:
     return np.asarray(ids[: len(ids) - count], np.int32)
 
@@ -222,6 +257,12 @@ def _platform_arguments() -> dict[str, Any]:
         # it is not possible on CPU.
         "enable_chunked_prefill": False,
     }
+
+
+def _shared_gpu_arguments() -> dict[str, Any]:
+    """Memory that can be given back; and no share of the GPU that must be free at the start, since
+    the cache's size is given in bytes and the learner may be there already."""
+    return {"enable_sleep_mode": True, "gpu_memory_utilization": 0.05}
 
 
 def _silence_thread_warnings() -> None:
@@ -282,7 +323,7 @@ def _register_transfer() -> None:
     class Update(WeightTransferUpdateInfo):
         """One whole version."""
 
-        weights: Weights
+        weights: Loadable
 
     class HostTransfer(WeightTransferEngine[Init, Update]):
         """Loads checkpoint-format tensors that are already in this process's memory, through

@@ -90,7 +90,7 @@ class Learner:
             seed=seed,
         )
         self._named = self.policy.named
-        self._optimizer = make_optimizer(self._named, config)
+        self.optimizer = make_optimizer(self._named, config)
         self._decisions = Decisions(self._named, extrapolates="extrapolate" in objective.needs)
         self.providers = make_providers(
             objective.needs,
@@ -133,7 +133,7 @@ class Learner:
         # The order is a function of (seed, step), so that a resumed run continues.
         order = np.random.default_rng((self._seed, self.step, 1))
         for indices in minibatches(len(batch.images), self._config, order):
-            for group in self._optimizer.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = rate * self._decisions.lr_scale
             problem = self._minibatch(prepared, inputs, indices, sums)
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if problem else 0
@@ -158,7 +158,7 @@ class Learner:
             weight_version=self.weight_version,
             metrics={
                 **short_names(sums.means()),
-                "learner/lr": self._optimizer.param_groups[0]["lr"],
+                "learner/lr": self.optimizer.param_groups[0]["lr"],
                 "learner/skipped": float(len(problems)),
                 "learner/skipped_in_a_row": float(self._skipped_in_a_row),
                 **meter.metrics(policy.forward.flops - flops),
@@ -242,7 +242,7 @@ class Learner:
     ) -> str:
         """Take one optimizer step; returns why it was skipped, if it was."""
         normalizer = prepared.select(indices).normalizer()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         self.providers.before_update()
         parts, mine = [], Means()
         for images, counts in self._parts(indices, inputs):
@@ -257,7 +257,7 @@ class Learner:
         norm = clip_gradients(self._named.values(), self._config.grad_clip, self._ranks)
         if not math.isfinite(pairs["learner/loss"][0] + norm):
             return problem(parts, {name: p.grad for name, p in self._named.items()}, norm)
-        self._optimizer.step()
+        self.optimizer.step()
         self.policy.masters.publish()
         sums.add(pairs)
         sums.add({name: (value, 1.0) for name, value in self.providers.after_update().items()})
@@ -310,7 +310,7 @@ class Learner:
         """Everything a resumed run needs of the learner, whatever the number of its ranks.  On
         rank 0; the others, on which it must be called too, return None."""
         arrays, state = split_state(self._objective_state)
-        arrays.update(optimizer_arrays(self._optimizer, self._named, self._ranks))
+        arrays.update(optimizer_arrays(self.optimizer, self._named, self._ranks))
         arrays.update(self._decisions.arrays(self._ranks))
         arrays.update(self.providers.arrays())
         if self._earlier is not None:
@@ -336,7 +336,7 @@ class Learner:
 
         Raises ValueError naming the first parameter when it is one of another model."""
         self.policy.restore(checkpoint)
-        restore_optimizer(self._optimizer, self._named, checkpoint.arrays)
+        restore_optimizer(self.optimizer, self._named, checkpoint.arrays)
         self._decisions.restore(checkpoint.arrays)
         self.providers.restore(checkpoint.arrays)
         if self._earlier is not None:

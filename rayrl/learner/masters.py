@@ -36,6 +36,11 @@ class Masters:
                 master.grad = whole if master.grad is None else master.grad + whole
                 self._computing[name].grad = None
 
+    @property
+    def copies(self) -> list[nn.Parameter]:
+        """The masters that are not parameters of the model."""
+        return [self.named[name] for name in self._copied]
+
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the parameters that compute."""

@@ -92,6 +92,12 @@ class Ranks:
             tensor = whole_tensor(tensor)
         return tensor.detach().cpu() if self.rank == 0 else torch.empty(0, dtype=tensor.dtype)
 
+    @torch.no_grad()
+    def assembled(self, tensor: Tensor) -> Tensor:
+        """The same, left in the memory of rank 0's device."""
+        whole = whole_tensor(tensor).detach()
+        return whole if self.rank == 0 else torch.empty(0, dtype=tensor.dtype)
+
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The norm of all gradients together, the same on every rank."""
         gradients = [p.grad for p in parameters if p.grad is not None]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rayrl.adapters import AdapterWeights
+from rayrl.buckets import Manifest, fill
 from rayrl.checkpoint import Checkpoint
 from rayrl.config import LearnerConfig, ModelConfig
 from rayrl.learner.compiled import compile_layers, same_outputs
@@ -159,6 +160,17 @@ class Policy:
             named = self.adapters.tensors(merged=not self._publishes_adapters)
             weights = pack_tensors(named, version, names, gather)
         return weights if self._ranks.rank == 0 else None
+
+    def buckets(self, version: int, *, trained_only: bool) -> tuple[Manifest, list[torch.Tensor]]:
+        """The same in buckets where the parameters are, adapters merged; on rank 0, and of no use
+        on the others."""
+        named = (
+            self.model.named_parameters(remove_duplicate=False)
+            if self.adapters is None
+            else self.adapters.tensors(merged=True)
+        )
+        names = self.trainable if trained_only else None
+        return fill(named, version, names, self._ranks.assembled)
 
     def files(self, *, whole: bool = False) -> ModelFiles:
         """What ``from_pretrained`` loads, on rank 0; called on every rank.  With adapters those

@@ -13,8 +13,10 @@ from rayrl.adapters import AdapterWeights
 from rayrl.canary import make_canary
 from rayrl.config import Config, EngineConfig
 from rayrl.engine.base import EngineSetup, Sampling, make_engine, request_seed
+from rayrl.engine.hf import HfEngine
 from rayrl.learner.inputs import InputCache
 from rayrl.learner.logprobs import prefix_shared_logprobs
+from rayrl.readback import ReadBack, differing
 from rayrl.vlm import caption_prefix_ids, load_captioner
 from rayrl.weights import pack
 from tests.unit.test_learner import batch, learner
@@ -104,6 +106,21 @@ def test_an_update_of_the_vision_tower_alone_reaches_images_seen_before(engine, 
     names = {n for n, _ in captioner.model.named_parameters() if "vision_model" in n}
     engine.load_weights(pack(captioner.model, 3, names), changed=("vision",))
     assert learner_difference(captioner, engine.generate(prompts, SAMPLING, seeds(prompts))) < 1e-5
+
+
+def test_what_an_engine_holds_is_read_back_and_a_lost_value_is_found(engine, captioner):
+    weights, check = pack(captioner.model, 30), ReadBack()
+    engine.load_weights(weights, changed=ALL)
+    # Whatever can be read is equal from the start.
+    assert not differing(engine.held(weights), weights)
+    checked, there = check.check(engine.held(weights), weights), len(dict(weights.tensors()))
+    # On CPU vLLM packs matrices for its kernels; embeddings, norms and biases can be read.
+    assert checked == there if isinstance(engine, HfEngine) else there // 3 < checked <= there
+    name = next(n for n in engine.held(weights) if n.endswith("norm.weight"))
+    with torch.no_grad():
+        engine.held(weights)[name][0] += 1
+    with pytest.raises(RuntimeError, match=f"version 30: read back of {name}: 1 of"):
+        check.check(engine.held(weights), weights)
 
 
 def test_an_update_without_the_encoder_reset_would_be_caught(engine, captioner, prompts):

@@ -49,7 +49,7 @@ def canary_scores(values: np.ndarray, canary) -> np.ndarray:
 class FakeRollout:
     """Answers like :class:`rayrl.actors.rollout.RolloutActor`, from a hash of seed and weights."""
 
-    def __init__(self, files, config, group_size, trust_remote_code) -> None:
+    def __init__(self, files, config, group_size, trust_remote_code, shares_gpu) -> None:
         self._folder = Path(os.environ["RAYRL_TEST_FAULTS"])
         while (self._folder / NO_START).exists():
             time.sleep(0.1)
