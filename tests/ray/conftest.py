@@ -1,4 +1,4 @@
-"""A captioner that has begun to speak, and small jobs on it."""
+"""A captioner that has begun to speak, small jobs on it, and a Ray to run them on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import ray
 
 from rayrl.learner.measure import MEASURED
 
@@ -74,13 +76,56 @@ def small_job(spoken_folder, tmp_path):
     return command
 
 
+@pytest.fixture(scope="module")
+def local_ray():
+    """A Ray of this process for the tests of a file."""
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    yield
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a job, as of a process."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture
-def environment(tmp_path_factory):
+def run_here(local_ray, capfd):
+    """Runs a job's command in this process, on the Ray that is there: what only a process of its
+    own can show is not seen, and its start is saved."""
+
+    def run(command, flags: list[str]) -> Done:
+        capfd.readouterr()
+        code, reason = 0, ""
+        try:
+            command(flags)
+        except SystemExit as stopped:
+            code, reason = (
+                (1, stopped.code) if isinstance(stopped.code, str) else (stopped.code or 0, "")
+            )
+        out, err = capfd.readouterr()
+        return Done(code, out, err + reason)
+
+    return run
+
+
+@pytest.fixture
+def environment():
     """Processes that start their own Ray: no token in the home directory, files apart."""
     return {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
 
 
-def run_script(script: str, flags: list[str], environment, *, timeout: int = 300):
+def run_script(script: str, flags: list[str], environment, *, timeout: int = 500):
     """Run a job script to its end."""
     return subprocess.run(
         [sys.executable, str(ROOT / "jobs" / script), *flags],

@@ -108,7 +108,7 @@ def start(flags, environment):
     )
 
 
-def wait_for_step(folder, step, process, timeout=180):
+def wait_for_step(folder, step, process, timeout=400):
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.poll() is None:
         file = folder / "metrics.jsonl"
@@ -179,7 +179,7 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_with_no_prompt_twice_and_
     # By then step 4 was saved, for which the copy of step 2 had to be done.
     wait_for_step(run, 5, process)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     shutil.rmtree(run)
     again = run_script("grpo_coco.py", [*flags, "--resume"], environment)
     assert again.returncode == 0, again.stderr

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
+from rayrl import commands
 from rayrl.rewards.term import Judged
 from rayrl.types import Prompt
-from tests.ray.conftest import metrics, run_script
+from tests.ray.conftest import metrics
 
 pytestmark = pytest.mark.ray
 
@@ -32,7 +33,7 @@ def dislikes_articles(captions: list[str], prompt: Prompt) -> Judged:
         ("capo_wrong_spans", "objective/mixed_reward_versions"),
     ],
 )
-def test_a_job_brings_what_its_objective_needs(small_job, environment, tmp_path, preset, reports):
+def test_a_job_brings_what_its_objective_needs(small_job, run_here, tmp_path, preset, reports):
     judge = {
         "kind": "function",
         "path": "tests.ray.test_needs_job:dislikes_articles",
@@ -46,7 +47,7 @@ def test_a_job_brings_what_its_objective_needs(small_job, environment, tmp_path,
     flags = small_job(
         "--config", str(file), train__steps=2, train__images_per_step=4, objective__preset=preset
     )
-    done = run_script("grpo_coco.py", flags, environment)
+    done = run_here(commands.grpo, flags)
     assert done.returncode == 0, done.stderr
     rows = metrics(tmp_path / "run")[1:]
     assert [row["step"] for row in rows] == [1, 2]

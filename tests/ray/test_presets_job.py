@@ -1,11 +1,9 @@
 """The recommended objectives, and those that sample in several rounds, through the actors: two
-steps each of a small job on one Ray."""
+steps each of a small job."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -14,8 +12,9 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from rayrl import commands
 from rayrl.types import Prompt
-from tests.ray.conftest import ROOT, metrics
+from tests.ray.conftest import metrics
 
 pytestmark = pytest.mark.ray
 
@@ -32,18 +31,6 @@ ROUNDS = {
 COMPARES = "a_star_po"
 SETTINGS = {"dynamic_tree_rpo": {"tree_depths": "3"}}
 
-PROGRAM = """
-import json, sys
-from pathlib import Path
-from rayrl import cli
-from rayrl.actors.cluster import connect
-from rayrl.grpo import run_job
-
-connect(8)
-for flags in json.loads(sys.argv[1]):
-    assert run_job(cli.load(Path(sys.argv[2]), flags), resume=False)
-"""
-
 
 def some_fail(captions: list[str], prompt: Prompt) -> list[float]:
     """By image below 0 for all captions, 0.5 for all, or above 0."""
@@ -52,40 +39,31 @@ def some_fail(captions: list[str], prompt: Prompt) -> list[float]:
     return [[-reward, 0.5, reward][kind] for reward in rewards]
 
 
-def test_two_steps_of_each(small_job, spoken_folder, environment, tmp_path):
+@pytest.mark.parametrize("name", dict.fromkeys((*RECOMMENDED, *ROUNDS, COMPARES)))
+def test_two_steps_of_each(small_job, spoken_folder, run_here, tmp_path, name):
     term = {"kind": "function", "path": "tests.ray.test_presets_job:some_fail"}
     rewards = tmp_path / "rewards.yaml"
     rewards.write_text(yaml.safe_dump({"reward": {"terms": {"made_up": term}}}))
-    names = [*RECOMMENDED, *(name for name in ROUNDS if name not in RECOMMENDED), COMPARES]
-    jobs = [
-        small_job(
-            run_folder=tmp_path / name,
-            objective__preset=name,
-            objective__set=json.dumps(SETTINGS.get(name, {})),
-            train__steps=2,
-        )
-        for name in names
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(jobs), str(rewards)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
+    flags = small_job(
+        *("--config", str(rewards)),
+        objective__preset=name,
+        objective__set=json.dumps(SETTINGS.get(name, {})),
+        train__steps=2,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_here(commands.grpo, flags)
+    assert done.returncode == 0, done.stderr
+    rows, latest = metrics(tmp_path / "run"), tmp_path / "run" / "checkpoints" / "latest"
+    check_steps(rows)
+    if name in ROUNDS:
+        check_rounds(name, rows[1:])
+    if name == COMPARES:
+        check_stage1_rewards(latest / "trainer.safetensors")
+    if name == "grpo":
+        # Without a planner a step is one round.
+        assert {row["rounds/captions"] for row in rows[1:]} == {24}
     before = load_file(spoken_folder / "model.safetensors")
-    for name in names:
-        rows = metrics(tmp_path / name)
-        check_steps(name, rows)
-        if name in ROUNDS:
-            check_rounds(name, rows[1:])
-        after = load_file(tmp_path / name / "checkpoints" / "latest" / "model.safetensors")
-        assert max(float(np.abs(before[key] - after[key]).max()) for key in before) > 1e-5, name
-    check_stage1_rewards(tmp_path / COMPARES / "checkpoints" / "latest" / "trainer.safetensors")
-    # Without a planner a step is one round.
-    assert {row["rounds/captions"] for row in metrics(tmp_path / "grpo")[1:]} == {24}
+    after = load_file(latest / "model.safetensors")
+    assert max(float(np.abs(before[key] - after[key]).max()) for key in before) > 1e-5
 
 
 def check_stage1_rewards(file: Path) -> None:
@@ -100,18 +78,18 @@ def check_stage1_rewards(file: Path) -> None:
     assert np.ptp(rewards, axis=1).max() > 0
 
 
-def check_steps(name: str, rows: list[dict]) -> None:
-    assert [row["step"] for row in rows] == [0, 1, 2], name
+def check_steps(rows: list[dict]) -> None:
+    assert [row["step"] for row in rows] == [0, 1, 2]
     for row in rows[1:]:
-        assert not [key for key, value in row.items() if value is None], name
-        assert row["groups/dropped"] == row["staleness/max"] == 0, name
-        assert abs(row["mismatch_kl"]) < 1e-6, name
+        assert not [key for key, value in row.items() if value is None]
+        assert row["groups/dropped"] == row["staleness/max"] == 0
+        assert abs(row["mismatch_kl"]) < 1e-6
 
 
 def check_rounds(name: str, rows: list[dict]) -> None:
     again, captions = ROUNDS[name]
-    assert sum(row["rounds/asked_again"] for row in rows) >= again, name
-    assert max(row["rounds/captions"] for row in rows) >= captions, name
-    assert max(row["rounds/count"] for row in rows) >= 2, name
+    assert sum(row["rounds/asked_again"] for row in rows) >= again
+    assert max(row["rounds/captions"] for row in rows) >= captions
+    assert max(row["rounds/count"] for row in rows) >= 2
     forced = [row["length/forced"] for row in rows if "length/forced" in row]
-    assert bool(forced) == (name == "ghpo_reference_hints"), name
+    assert bool(forced) == (name == "ghpo_reference_hints")

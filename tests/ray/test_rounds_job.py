@@ -8,8 +8,9 @@ import zlib
 import pytest
 import yaml
 
+from rayrl import commands
 from rayrl.types import Prompt
-from tests.ray.conftest import metrics, run_script, weights, without_time
+from tests.ray.conftest import metrics, weights, without_time
 
 pytestmark = pytest.mark.ray
 
@@ -39,7 +40,7 @@ def rounds_of(folder) -> dict:
     return json.loads((folder / "checkpoints" / "latest" / "trainer.json").read_text())["rounds"]
 
 
-def test_refilled_steps_resume_exactly(small_job, rewards, environment, tmp_path):
+def test_refilled_steps_resume_exactly(small_job, rewards, run_here, tmp_path):
     flags = {
         "objective__preset": "dapo",
         "objective__set": json.dumps({"refill_rounds": 6}),
@@ -52,7 +53,7 @@ def test_refilled_steps_resume_exactly(small_job, rewards, environment, tmp_path
         ("broken", 4, ["--resume"]),
     ):
         job = small_job(*extra, *resume, run_folder=tmp_path / name, train__steps=steps, **flags)
-        done = run_script("grpo_coco.py", job, environment)
+        done = run_here(commands.grpo, job)
         assert done.returncode == 0, done.stderr
     rows = metrics(tmp_path / "straight")[1:]
     assert sum(row["rounds/asked_again"] for row in rows) > 0
