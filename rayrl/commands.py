@@ -1,7 +1,8 @@
 """The jobs' command lines.
 
 Arguments and configuration are read before the job's own module is imported, which brings Ray and
-PyTorch along: a mistake, ``--help`` and ``--dry-run`` are answered at once.
+PyTorch along: a mistake and ``--help`` are answered at once.  A dry run of an objective takes the
+seconds that it needs to try it.
 """
 
 from __future__ import annotations
