@@ -76,6 +76,20 @@ def small_job(spoken_folder, tmp_path):
     return command
 
 
+@pytest.fixture(scope="session")
+def faults_folder(tmp_path_factory) -> Path:
+    """Where fakes look for what they shall do wrong."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture
+def no_ray():
+    """For tests that start a Ray of their own in this process."""
+    ray.shutdown()
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture(scope="module")
 def local_ray():
     """A Ray of this process for the tests of a file."""
