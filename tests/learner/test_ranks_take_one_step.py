@@ -51,22 +51,27 @@ def first_images(batch, count):
 
 
 def steps(ranks, folder, batch, options, count=STEPS, start=None, save_to=None):
-    """Train; returns every step's metrics, and rank 0's weights before and after."""
+    """Train; returns every step's metrics, rank 0's weights before and after, and the gradient that
+    the first step ended with, as one vector."""
     subject = learner(folder, ranks=ranks, **options)
     if start is not None:
         subject.restore(load_checkpoint(start))
     first = subject.weights(trained_only=False)
-    reports = [subject.update(batch).metrics for _ in range(count)]
+    reports = [subject.update(batch).metrics]
+    moved = (p.grad for p in subject._named.values() if p.grad is not None)
+    gradient = [ranks.gathered(each).flatten() for each in moved]
+    reports += [subject.update(batch).metrics for _ in range(count - 1)]
     metrics = [{k: v for k, v in report.items() if k not in MEASURED} for report in reports]
     last = subject.weights(trained_only=True)
     checkpoint = subject.checkpoint()
     if ranks.rank > 0:
         assert first is last is checkpoint is None
-        return metrics, None, None
+        return metrics, None, None, None
     if save_to is not None:
         save_checkpoint(save_to, checkpoint, keep=1)
     first = {name: np.array(first.arrays[name]) for name in last.arrays}
-    return metrics, first, {name: np.array(value) for name, value in last.arrays.items()}
+    last = {name: np.array(value) for name, value in last.arrays.items()}
+    return metrics, first, last, torch.cat(gradient).double().numpy()
 
 
 CASES = {
@@ -102,6 +107,10 @@ CASES = {
 }
 
 
+ACCUMULATED = {"grpo", "five images", "uneven micro-batches", "naive", "token budget"}
+"""Where a step is one update, so that its gradient is that of equal weights."""
+
+
 @pytest.fixture(scope="module")
 def alone(tiny_folder, batch):
     """What one rank does in a case, computed once; in a process like those of two ranks, for what
@@ -126,7 +135,7 @@ def split_case(case, batch):
 @pytest.mark.parametrize("mode", ["data", "fsdp"])
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_take_the_steps_of_one(two, alone, tiny_folder, batch, mode, case):
-    metrics, before, after = alone(case)
+    metrics, before, after, gradient = alone(case)
     first, second = two.run(mode, steps, tiny_folder, *split_case(case, batch))
     assert first[0] == second[0]
     for want, got in zip(metrics, first[0], strict=True):
@@ -138,6 +147,8 @@ def test_two_ranks_take_the_steps_of_one(two, alone, tiny_folder, batch, mode, c
     assert largest_difference(before, first[1]) == 0
     assert largest_difference(before, after) > 2e-5
     assert largest_difference(after, first[2]) < 1e-6
+    if case in ACCUMULATED:
+        assert np.linalg.norm(first[3] - gradient) < 1e-6 * np.linalg.norm(gradient)
 
 
 @pytest.mark.parametrize("mode", ["data", "fsdp"])
@@ -226,7 +237,7 @@ def as_numbers(bits):
 @pytest.mark.parametrize("mode", ["data", "fsdp"])
 def test_two_ranks_in_bfloat16_take_about_the_steps_of_one(two, tiny_folder, batch, mode):
     groups, options = first_images(batch, 5), {"lr": 1e-3, "dtype": "bfloat16"}
-    metrics, before, after = steps(SOLO, tiny_folder, groups, options)
+    metrics, before, after, _ = steps(SOLO, tiny_folder, groups, options)
     first, second = two.run(mode, steps, tiny_folder, groups, options)
     assert first[0] == second[0]
     for want, got in zip(metrics, first[0], strict=True):

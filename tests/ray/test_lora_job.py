@@ -23,6 +23,8 @@ def test_workers_add_adapters_to_their_base_and_agree_with_the_learner(
     # The second batch was sampled with the adapters of the first update.
     assert rows[2]["kl"] > 0
     assert all(row["mismatch_kl"] < 1e-7 for row in rows[1:])
+    measured = ("grad_norm", "lr", "update_ratio", "peak_memory_mb", "tflops_per_second")
+    assert all(row[f"learner/{name}"] > 0 for row in rows[1:] for name in measured)
     from rayrl.vlm import load_captioner
 
     latest = tmp_path / "run" / "checkpoints" / "latest"
