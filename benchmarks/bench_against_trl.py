@@ -13,8 +13,9 @@ steps of cross-entropy, after which captions are shorter and those of an image b
 case the vision tower and the connector are frozen and every picture was seen before.
 
 rayrl runs the parts of its loop in one process, without Ray: with vLLM, which is what a run uses,
-with its own engine on transformers, whose ``generate`` TRL uses on a CPU, and with vLLM sampling
-the next step while the learner updates (``train.max_staleness`` 1).
+and with its own engine on transformers, whose ``generate`` TRL uses on a CPU.  ``--systems`` also
+knows rayrl sampling the next step while the learner updates (``train.max_staleness`` 1), which is
+for machines with cores to spare.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ PEERS = {
     "rayrl, vllm, staleness 1": ["grpo_steps_rayrl.py", "vllm", "1"],
     "rayrl, hf, staleness 1": ["grpo_steps_rayrl.py", "hf", "1"],
 }
-SYSTEMS = ["rayrl, vllm", "rayrl, hf", "rayrl, vllm, staleness 1"]
+SYSTEMS = ["rayrl, vllm", "rayrl, hf"]
 # Longest wait for one answer; a start takes some ten seconds, a step at most as long.
 TIMEOUT_S = 600.0
 
