@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import fields, replace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load
+from torch._dynamo.utils import counters
 
 from rayrl.checkpoint import load_checkpoint, save_checkpoint
 from rayrl.learner.measure import MEASURED
@@ -192,6 +194,28 @@ def test_two_ranks_continue_bit_for_bit(two, tiny_folder, batch, mode, dtype, tm
     options = {"lr": 1e-3, "dtype": dtype}
     (one, other), _ = two.run(mode, continue_twice, tiny_folder, batch, options, tmp_path)
     assert largest_difference(one, other) == 0
+
+
+def compiled_steps(ranks, *arguments):
+    """``steps`` by compiled layers, without the slow last stage of the compiler; and how many
+    functions were compiled."""
+    torch.compiler.reset()
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
+        return *steps(ranks, *arguments), counters["frames"]["ok"]
+
+
+def test_sharded_adapters_in_compiled_layers_that_recompute(two, tiny_folder, batch):
+    groups, options = first_images(batch, 5), {**ADAPTERS, "activation_checkpointing": True}
+    metrics, before, after, _ = steps(SOLO, tiny_folder, groups, options, 2)
+    options = {**options, "compile": True}
+    arguments = (tiny_folder, groups, options, 2)
+    (got, _, last, _, compiled), _ = two.run("fsdp", compiled_steps, *arguments)
+    assert compiled >= 4
+    for one, other in zip(metrics, got, strict=True):
+        assert other["learner/grad_norm"] == pytest.approx(one["learner/grad_norm"], rel=1e-5)
+        assert other["kl"] == pytest.approx(one["kl"], abs=1e-6)
+    assert largest_difference(before, after) > 2e-5
+    assert largest_difference(after, last) < 1e-6
 
 
 def publish(ranks, folder, batch):
