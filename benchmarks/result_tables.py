@@ -181,3 +181,22 @@ def reward_step(result: Result) -> list[str]:
     percent = f"{result['rewards_percent_of_step']:.1f} (target {result['target_percent']:g})"
     row = [str(result["captions_per_step"]), *seconds, percent]
     return table([*header, "rewards, % of the step"], [row])
+
+
+def fault_campaign(result: Result) -> list[str]:
+    modes = sorted({row["max_staleness"] for row in result["rows"]})
+    kinds = list(dict.fromkeys(row["fault"] for row in result["rows"]))
+    by_key = {(row["fault"], row["max_staleness"]): row for row in result["rows"]}
+    lines = []
+    for kind in kinds:
+        rows = [by_key.get((kind, mode)) for mode in modes]
+        counts = [str(row["faults"]) if row else "not run" for row in rows]
+        done = [row for row in rows if row]
+        totals = [sum(row[name] for row in done) for name in ("runs", "steps")]
+        failures = sum(len(row["failures"]) for row in done)
+        lines.append([kind, *counts, *(str(total) for total in totals), str(failures)])
+    header = ["fault", *(f"times, max_staleness {mode}" for mode in modes)]
+    shown = table([*header, "runs", "steps", "not well"], lines)
+    if result["failures"]:
+        shown += ["", "What was not well:", "", *(f"- {text}" for text in result["failures"])]
+    return shown

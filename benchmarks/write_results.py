@@ -95,6 +95,16 @@ SECTIONS = (
         "beside as many plain copies of the same bytes by one thread.",
         result_tables.sync,
     ),
+    Section(
+        "fault-campaign",
+        "Faults",
+        "At random moments of whole runs. A run is well when it did all its steps, trained on the "
+        "groups of an undisturbed run, each once and in its order, dropped none, logged every step "
+        "once and ended with the same weights bit for bit (not compared where an asynchronous run "
+        "was resumed, whose first batches are sampled with newer weights). Engines and the "
+        "learner's arithmetic are fakes that take milliseconds, save in the rows that say vLLM.",
+        result_tables.fault_campaign,
+    ),
 )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,7 @@ from rayrl.learner.measure import MEASURED
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="session")
-def spoken_folder(tmp_path_factory) -> Path:
+def speak(folder: Path) -> None:
     """A tiny captioner after a few cross-entropy steps on scenes: its rewards differ."""
     from rayrl.config import Config, TinyConfig, XeConfig
     from rayrl.data import load_split
@@ -28,7 +28,6 @@ def spoken_folder(tmp_path_factory) -> Path:
 
     config = Config.model_validate({"data": {"scenes": {"num_train": 200}}})
     data = load_split(config.data, "train")
-    folder = tmp_path_factory.mktemp("spoken")
     tiny = TinyConfig(vision_width=32, vision_layers=1, text_width=64, text_layers=2)
     captions = [text for texts in data.references() for text in texts]
     build_tiny_captioner(tiny, captions, config.data.instruction, folder, seed=0)
@@ -45,15 +44,13 @@ def spoken_folder(tmp_path_factory) -> Path:
         prompts = [data[i] for _, i in prompt_indices(step, 32, len(data), 0)]
         trainer.step([p.image for p in prompts], [p.references for p in prompts], step / steps)
     trainer.save(folder)
-    return folder
 
 
-@pytest.fixture
-def small_job(spoken_folder, tmp_path):
-    """Command-line flags of a job that takes seconds a step and a few steps."""
-    flags = {
-        "run_folder": str(tmp_path / "run"),
-        "model.path": str(spoken_folder),
+def job_flags(model: Path, run_folder: Path) -> dict[str, object]:
+    """Options of a job that takes seconds a step and a few steps."""
+    return {
+        "run_folder": str(run_folder),
+        "model.path": str(model),
         "xe.steps": 0,
         "data.scenes.num_train": 60,
         "data.scenes.num_val": 8,
@@ -68,10 +65,27 @@ def small_job(spoken_folder, tmp_path):
         "learner.lr": 1e-3,
     }
 
+
+def command_line(flags: Mapping[str, object]) -> list[str]:
+    return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def spoken_folder(tmp_path_factory) -> Path:
+    """A tiny captioner that has begun to speak."""
+    folder = tmp_path_factory.mktemp("spoken")
+    speak(folder)
+    return folder
+
+
+@pytest.fixture
+def small_job(spoken_folder, tmp_path):
+    """Command-line flags of a job that takes seconds a step and a few steps."""
+    flags = job_flags(spoken_folder, tmp_path / "run")
+
     def command(*extra: str, **changes) -> list[str]:
         merged = {**flags, **{key.replace("__", "."): value for key, value in changes.items()}}
-        pairs = [part for key, value in merged.items() for part in (f"--{key}", str(value))]
-        return [*pairs, *extra]
+        return [*command_line(merged), *extra]
 
     return command
 

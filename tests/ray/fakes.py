@@ -1,4 +1,4 @@
-"""A rollout worker and a learner that take milliseconds, for runs with many faults.
+"""A rollout worker, a learner and a reward that take milliseconds, for runs with many faults.
 
 What they compute depends on everything it should (seeds, versions, groups and their order), so that
 a group that is lost, trained twice or sampled with other weights changes the final weights.
@@ -19,7 +19,8 @@ from rayrl.shares import Sampled
 from rayrl.types import Completion, Prompt, RolloutGroup
 
 WORDS = ("a", "red", "green", "blue", "circle", "square", "left", "of", "the", "two")
-HANG, NO_START = "hang", "no_start"
+HANG, NO_START, BALLAST_MB = "hang", "no_start", "ballast_mb"
+TERM_DIES, TERM_RAISES, TERM_HANGS = "term_dies", "term_raises", "term_hangs"
 SLOW_SAMPLING, SLOW_LEARNER = "slow_sampling", "slow_learner"
 
 
@@ -45,12 +46,33 @@ def canary_scores(values: np.ndarray, canary) -> np.ndarray:
     return (-np.abs(values[: len(canary.token_ids)])).astype(np.float32)
 
 
+def folder() -> Path:
+    """Where fakes look for what they shall do wrong."""
+    return Path(os.environ["RAYRL_TEST_FAULTS"])
+
+
+def maybe_hang(where: str) -> None:
+    if fault(folder(), f"{HANG}.{where}"):
+        time.sleep(3600)
+
+
+def words(captions: list[str], prompt: Prompt) -> list[float]:
+    """A reward term: words of each caption."""
+    if fault(folder(), TERM_DIES):
+        os._exit(1)
+    if fault(folder(), TERM_RAISES):
+        raise RuntimeError("asked to fail")
+    if fault(folder(), TERM_HANGS):
+        time.sleep(3600)
+    return [float(len(set(caption.split()))) for caption in captions]
+
+
 @ray.remote
 class FakeRollout:
     """Answers like :class:`rayrl.actors.rollout.RolloutActor`, from a hash of seed and weights."""
 
     def __init__(self, files, config, group_size, trust_remote_code, shares_gpu) -> None:
-        self._folder = Path(os.environ["RAYRL_TEST_FAULTS"])
+        self._folder = folder()
         while (self._folder / NO_START).exists():
             time.sleep(0.1)
         self._weights = FakeWeights(-1, np.zeros(1))
@@ -62,7 +84,7 @@ class FakeRollout:
         ray.actor.exit_actor()
 
     def load(self, changed, *versions: FakeWeights) -> int:
-        self._maybe_hang("load")
+        maybe_hang("load")
         for weights in versions:
             if weights.ballast is not None:
                 assert (weights.ballast == weights.version % 256).all()
@@ -76,7 +98,7 @@ class FakeRollout:
             time.sleep(0.1 * len(prompts))
         elif not (self._folder / SLOW_LEARNER).exists():
             time.sleep(random.uniform(0.0, 0.04))
-        self._maybe_hang("generate")
+        maybe_hang("generate")
         groups = [
             self._group(prompt, draw.seed, draw.size)
             for prompt, draw in zip(prompts, draws, strict=True)
@@ -85,12 +107,12 @@ class FakeRollout:
 
     def greedy(self, prompts, max_tokens, version):
         assert version == self._weights.version
-        self._maybe_hang("greedy")
+        maybe_hang("greedy")
         return [self._completion(7) for _ in prompts]
 
     def score(self, canary, version):
         assert version == self._weights.version
-        self._maybe_hang("score")
+        maybe_hang("score")
         return canary_scores(self._weights.values, canary)
 
     def _group(self, prompt: Prompt, seed: int, size: int) -> RolloutGroup:
@@ -113,24 +135,25 @@ class FakeRollout:
             weight_version=self._weights.version,
         )
 
-    def _maybe_hang(self, where: str) -> None:
-        if fault(self._folder, f"{HANG}.{where}"):
-            time.sleep(3600)
-
 
 @ray.remote
 class FakeLearner:
-    """Weights that every caption, its reward, version and place in the step move."""
+    """Weights that every caption, its reward, version and place in the step move; answers like
+    :class:`rayrl.actors.learner.LearnerActor`."""
 
-    def __init__(self) -> None:
+    def __init__(self, config, files, rank, store) -> None:
         self._values = np.linspace(0.5, 1.5, 16)
         self._step = 0
         self.trained: list[list[str]] = []
 
-    def update(self, groups):
+    def update(self, parts, *prompts):
+        from rayrl.outline import whole
         from rayrl.types import StepReport
 
-        if (Path(os.environ["RAYRL_TEST_FAULTS"]) / SLOW_LEARNER).exists():
+        maybe_hang("update")
+        pairs = zip(parts, prompts, strict=True)
+        groups = whole([result for part, some in pairs for result in part.unpacked(some)])
+        if (folder() / SLOW_LEARNER).exists():
             time.sleep(0.6)
         for place, group in enumerate(groups):
             for g, completion in enumerate(group.group.completions):
@@ -147,10 +170,13 @@ class FakeLearner:
             advantages=np.zeros(shape, np.float32),
         )
 
-    def weights(self, *, trained_only: bool) -> FakeWeights:
-        megabytes = int(os.environ.get("RAYRL_TEST_BALLAST_MB", "0"))
+    @ray.method(num_returns=2)
+    def weights(self, *, trained_only: bool) -> tuple[int, FakeWeights]:
+        maybe_hang("weights")
+        file = folder() / BALLAST_MB
+        megabytes = int(file.read_text()) if file.exists() else 0
         ballast = np.full(megabytes * 2**20, self._step % 256, np.uint8) if megabytes else None
-        return FakeWeights(self._step, self._values.copy(), ballast)
+        return self._step, FakeWeights(self._step, self._values.copy(), ballast)
 
     def score(self, canary) -> np.ndarray:
         return canary_scores(self._values, canary)
@@ -169,7 +195,3 @@ class FakeLearner:
         self._values, self._step = np.array(checkpoint.arrays["values"]), checkpoint.step
         self.trained = list(checkpoint.meta["trained"])
         return self._step
-
-    def history(self) -> tuple[bytes, list[list[str]]]:
-        """The weights and the prompt ids of every step."""
-        return self._values.tobytes(), self.trained

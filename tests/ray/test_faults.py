@@ -10,14 +10,15 @@ from __future__ import annotations
 import random
 
 import pytest
-import ray
 
+from rayrl.actors import learner_group, pool
 from rayrl.actors.fleet import Fleet
 from rayrl.actors.pool import TooFewWorkers
 from rayrl.checkpoint import list_checkpoints
-from tests.ray.conftest import ROOT
-from tests.ray.fake_run import FAULTS, Saboteur, assert_same, kill, run
+from tests.ray.fake_run import FAULTS, assert_same, run
 from tests.ray.fakes import HANG, NO_START, SLOW_LEARNER, SLOW_SAMPLING
+from tests.ray.fault_kinds import Saboteur, ask, kill
+from tests.ray.fault_kinds import local_ray as local
 
 pytestmark = pytest.mark.ray
 
@@ -25,16 +26,8 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module", autouse=True)
 def local_ray(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    environment = {"PYTHONPATH": str(ROOT), "RAYRL_TEST_FAULTS": str(folder)}
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": environment},
-    )
-    yield folder
-    ray.shutdown()
+    with local(folder):
+        yield folder
 
 
 @pytest.fixture
@@ -62,8 +55,10 @@ def test_the_fakes_notice_what_they_should(undisturbed):
     assert {row["staleness/max"] for row in undisturbed[1].rows} == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-@pytest.mark.parametrize("name", ["FakeRollout", "RewardActor"])
+@pytest.mark.parametrize(
+    ("name", "staleness"),
+    [("FakeRollout", 0), ("FakeRollout", 1), ("RewardActor", 1), ("FakeLearner", 0)],
+)
 def test_killed_workers_change_nothing(name, staleness, faults, undisturbed, tmp_path, monkeypatch):
     saboteur = Saboteur(kill(name), seed=staleness)
     done = run(tmp_path, monkeypatch, after=saboteur, staleness=staleness)
@@ -100,17 +95,14 @@ def test_workers_killed_in_later_rounds_of_a_step_change_nothing(faults, tmp_pat
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_engines_that_stop_answering_change_nothing(
+def test_engines_and_learners_that_stop_answering_change_nothing(
     faults, undisturbed, tmp_path, monkeypatch, staleness
 ):
-    def hang(chance: random.Random) -> bool:
-        calls = ["generate", "generate", "load", "score"]
-        (faults / f"{HANG}.{chance.choice(calls)}").touch()
-        return True
-
-    saboteur = Saboteur(hang, seed=2 + staleness)
-    done = run(tmp_path, monkeypatch, after=saboteur, staleness=staleness, timeout_s=2.0)
-    assert saboteur.join() == FAULTS
+    calls = ["generate", "generate", "load", "score", "update"]
+    saboteur = Saboteur(ask(faults, *(f"{HANG}.{call}" for call in calls)), seed=2 + staleness)
+    limits = {"timeout_s": 2.0, "learner": {"timeout_s": 5.0}}
+    done = run(tmp_path, monkeypatch, after=saboteur, staleness=staleness, **limits)
+    assert saboteur.join() >= FAULTS // 2
     assert_same(done, undisturbed[staleness])
     assert done.rows[-1]["workers/replaced"] >= FAULTS // 2
 
@@ -140,13 +132,30 @@ def test_workers_come_while_the_learner_waits_and_go_when_it_does_not(
     assert_same(done, quiet)
 
 
-def test_without_its_minimum_a_run_says_what_is_missing_and_stops(faults, tmp_path, monkeypatch):
+def test_without_its_minimum_a_run_says_what_is_missing_and_stops(
+    faults, tmp_path, monkeypatch, caplog
+):
     missing = (
         "0 rollout workers are ready, want at least 1: another asks for 100 CPU; "
         "of the cluster's 8, "
     )
-    with pytest.raises(TooFewWorkers, match=missing):
-        run(tmp_path, monkeypatch, cpus=100.0, start_timeout_s=0.5)
+    assert pool.SAY_EVERY_S == 30.0
+    monkeypatch.setattr(pool, "SAY_EVERY_S", 0.5)
+    with pytest.raises(TooFewWorkers, match=f"{missing}.*; gave up after"):
+        run(tmp_path, monkeypatch, cpus=100.0, start_timeout_s=3.0)
+    said = [record for record in caplog.messages if record.startswith(missing)]
+    assert 2 <= len(said) <= 5
+
+
+def test_without_room_for_its_learner_a_run_says_what_is_missing_and_stops(
+    faults, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(learner_group, "_ROOM_S", 0.1)
+    monkeypatch.setattr(learner_group, "_SAY_EVERY_S", 0.5)
+    missing = r"room for the learner's 1 rank\(s\): another asks for 50 CPU; of the cluster's 8, "
+    with pytest.raises(RuntimeError, match=f"gave up waiting for {missing}"):
+        run(tmp_path, monkeypatch, learner={"cpus": 50}, start_timeout_s=1.0)
+    assert any("waiting for room" in message for message in caplog.messages)
 
 
 def test_a_run_whose_workers_do_not_come_back_is_saved_and_goes_on_later(

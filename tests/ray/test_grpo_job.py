@@ -13,6 +13,7 @@ import time
 import pytest
 
 from tests.ray.conftest import ROOT, metrics, run_script, weights, without_time
+from tests.ray.fault_kinds import children
 
 pytestmark = pytest.mark.ray
 
@@ -215,20 +216,6 @@ def planned_prompts(steps: int, images: int, count: int) -> list[list[str]]:
         [data[index].prompt_id for _, index in prompt_indices(step, images, count, 0)]
         for step in range(steps)
     ]
-
-
-def children(driver: int, name: str) -> list[int]:
-    """Ray workers named ``name`` below the driver's own raylet."""
-    out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
-    rows = [line.split(None, 2) for line in out.splitlines()[1:]]
-    parents = {int(pid): int(ppid) for pid, ppid, _ in rows}
-
-    def below(pid: int) -> bool:
-        while pid in parents and pid != driver:
-            pid = parents[pid]
-        return pid == driver
-
-    return [int(pid) for pid, _, args in rows if args.startswith(name) and below(int(pid))]
 
 
 def test_a_run_folder_that_holds_a_run_is_not_overwritten(small_job, environment, tmp_path):

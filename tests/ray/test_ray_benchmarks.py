@@ -1,4 +1,4 @@
-"""The benchmark of weight syncs, in little: it runs, and what it counts is right."""
+"""Benchmarks that need Ray, in little: they run, and what they count is right."""
 
 from __future__ import annotations
 
@@ -30,3 +30,24 @@ def test_every_worker_reads_weights_in_shared_memory_and_copies_them_once(tmp_pa
     assert result["shared_fraction"] == 1.0
     # A second copy would make it 2.
     assert 1.0 <= result["copies_a_worker"] < 1.5
+
+
+def test_pieces_of_the_fault_campaign_add_up(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_fault_campaign as campaign
+
+    def row(fault: str, staleness: int, faults: int) -> dict:
+        return {"fault": fault, "max_staleness": staleness, "faults": faults}
+
+    file = tmp_path / "rows.json"
+    first, second, *_ = campaign.CASES
+    assert campaign.merged([row(second, 1, 3)], file) == [row(second, 1, 3)]
+    file.write_text(json.dumps({"rows": [row(first, 0, 1), row(second, 1, 3)]}))
+    again = campaign.merged([row(second, 1, 9), row(second, 0, 8)], file)
+    assert again == [row(first, 0, 1), row(second, 0, 8), row(second, 1, 9)]
+    assert list(campaign.chosen(["disk full"])) == [
+        "disk full for a while",
+        "disk full to the end, resumed",
+    ]
+    with pytest.raises(SystemExit, match="no such kind; there are rollout worker killed"):
+        campaign.chosen(["meteorite"])

@@ -165,3 +165,16 @@ def test_tables_of_rewards_hold_the_numbers_and_the_promises():
         "target_percent": 3.0,
     }
     assert result_tables.reward_step(step)[-1] == "| 2048 | 6.000 | 0.051 | 0.8 (target 3) |"
+
+
+def test_the_table_of_faults_counts_by_mode_and_hides_no_failure():
+    def row(fault: str, staleness: int, faults: int, failures: list[str]) -> dict:
+        counts = {"faults": faults, "runs": 2, "steps": 28}
+        return {"fault": fault, "max_staleness": staleness, "failures": failures, **counts}
+
+    rows = [row("disk full", 0, 20, []), row("disk full", 1, 21, ["run 7: lost"])]
+    rows.append(row("learner killed", 0, 22, []))
+    lines = result_tables.fault_campaign({"rows": rows, "failures": ["run 7: lost"]})
+    assert "| disk full | 20 | 21 | 4 | 56 | 1 |" in lines
+    assert "| learner killed | 22 | not run | 2 | 28 | 0 |" in lines
+    assert lines[-1] == "- run 7: lost"
