@@ -31,7 +31,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # nothing is left in the home director
 
 from fault_cases import CASES, Case
 from ray.exceptions import RayError
-from record import RESULTS, file_name, hardware, write
+from record import RESULTS, file_name, hardware, versions, write
 
 NAME = "fault-campaign"
 ERRORS = (RuntimeError, ValueError, OSError, AssertionError, RayError)
@@ -40,7 +40,7 @@ ERRORS = (RuntimeError, ValueError, OSError, AssertionError, RayError)
 def disturb(kind: str, case: Case, staleness: int, args: argparse.Namespace) -> dict[str, Any]:
     """Runs of one kind and mode, until there were enough faults."""
     row: dict[str, Any] = {"fault": kind, "max_staleness": staleness, "faults": 0, "runs": 0}
-    row |= {"steps": 0, "failures": []}
+    row |= {"steps": 0, "failures": [], "rayrl commit": versions(()).get("rayrl commit")}
     with tempfile.TemporaryDirectory(prefix="rayrl-") as place, case(Path(place)) as once:
         while row["faults"] < args.faults and len(row["failures"]) < args.give_up:
             seed = 1000 * staleness + row["runs"]

@@ -393,10 +393,10 @@ CASES: dict[str, Case] = {
     "reward term fails": struck(
         lambda faults: ask(faults, fakes.TERM_DIES, fakes.TERM_RAISES),
         reward=WORDS_TERM,
-        reward_timeout_s=40.0,
+        reward_timeout_s=120.0,
     ),
     "reward term hangs": struck(
-        lambda faults: ask(faults, fakes.TERM_HANGS), reward=WORDS_TERM, reward_timeout_s=25.0
+        lambda faults: ask(faults, fakes.TERM_HANGS), reward=WORDS_TERM, reward_timeout_s=60.0
     ),
     "object store full": struck(
         lambda faults: crowd_store(CROWD_MB * 2**20),

@@ -65,6 +65,7 @@ class LearnerGroup:
         self._origin: Path | None = None
         self._since: list[list[Any]] = []
         self._store: Any = None
+        self._built = False
         self._ranks = self._start()
 
     def update(self, results: Results) -> StepReport:
@@ -181,12 +182,24 @@ class LearnerGroup:
 
         Raises RankLost where a rank died or does not answer, and else what the rank raised that
         failed first."""
-        self._wait_for_place()
+        self._wait_until_built()
         answers = [getattr(rank, method).remote(*arguments, **options) for rank in self._ranks]
         results = [answer if isinstance(answer, list) else [answer] for answer in answers]
         ranks = {refs[0]: rank for rank, refs in enumerate(results)}
-        self._check(ranks, method)
+        # Ranks that wait for another notice it first, and tell which.
+        several = 2 if len(ranks) > 1 else 1
+        self._check(ranks, method, several * self._config.learner.timeout_s, "learner.timeout_s")
         return results[0][-1]
+
+    def _wait_until_built(self) -> None:
+        """Wait for new ranks, whose models may take long to load."""
+        if self._built:
+            return
+        self._wait_for_place()
+        ranks = {actor.__ray_ready__.remote(): rank for rank, actor in enumerate(self._ranks)}
+        limit_s = self._config.rollout.start_timeout_s
+        self._check(ranks, "its construction", limit_s, "rollout.start_timeout_s")
+        self._built = True
 
     def _wait_for_place(self) -> None:
         """Wait until Ray has room for every rank, and say every 30 s what is missing;
@@ -204,13 +217,9 @@ class LearnerGroup:
                 raise RuntimeError(f"gave up {where}: {missing}")
             log.warning("%s: %s", where, missing)
 
-    def _check(self, waiting: dict[Any, int], method: str) -> None:
-        """Wait until all ranks have answered."""
+    def _check(self, waiting: dict[Any, int], what: str, limit_s: float, key: str) -> None:
+        """Wait until all ranks have answered; ``key`` names the configuration of the limit."""
         errors: dict[int, RayError] = {}
-        limit_s = self._config.learner.timeout_s
-        if len(waiting) > 1:
-            # Ranks that wait for another notice it first, and tell which.
-            limit_s *= 2
         deadline = time.monotonic() + limit_s
         while waiting:
             left = _GRACE_S if errors else max(0.0, deadline - time.monotonic())
@@ -227,10 +236,8 @@ class LearnerGroup:
             self._raise(errors, silent=sorted(waiting.values()))
         if waiting:
             rank, size = min(waiting.values()), len(self._ranks)
-            raise RankLost(
-                f"learner rank {rank} of {size} has not answered {method!r} within {limit_s:g} s "
-                "(learner.timeout_s)"
-            )
+            limit = f"{limit_s:g} s ({key})"
+            raise RankLost(f"learner rank {rank} of {size} has not answered {what} within {limit}")
 
     def _raise(self, errors: dict[int, RayError], silent: Sequence[int]) -> None:
         """Raise for the rank that is to blame: one that died, else one that does not answer while
@@ -251,7 +258,7 @@ class LearnerGroup:
     def _kill(self) -> None:
         for rank in self._ranks:
             ray.kill(rank)
-        self._ranks = []
+        self._ranks, self._built = [], False
 
 
 def _references(results: Results) -> list[Any]:
