@@ -12,6 +12,7 @@ from rayrl import saving
 from rayrl.checkpoint import Checkpoint, list_checkpoints
 from rayrl.config import Config
 from rayrl.metrics import RunLog
+from rayrl.reference_rewards import ReferenceRewards
 
 
 class Learner:
@@ -55,6 +56,7 @@ def job(tmp_path):
         base=tmp_path,
         train_data=SimpleNamespace(fingerprint=lambda: "data"),
         rounds=rounds,
+        reference=ReferenceRewards(),
         restored=restored,
         learner=Learner(),
         log=RunLog(tmp_path, total_steps=9, tensorboard=False),
