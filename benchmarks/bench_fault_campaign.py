@@ -107,6 +107,7 @@ def main(argv: list[str]) -> None:
             file = folder / file_name(NAME, date.today().isoformat(), hardware())
             rows = merged(rows, file)
             result = {
+                "kinds": list(CASES),
                 "faults": sum(row["faults"] for row in rows),
                 "failures": [failure for row in rows for failure in row["failures"]],
                 "rows": rows,

@@ -82,15 +82,20 @@ class Runs:
 
 
 def struck(
-    strike_of: Callable[[Path], Strike], *, store: dict[str, Any] | None = None, **options: Any
+    strike_of: Callable[[Path], Strike],
+    *,
+    store: dict[str, Any] | None = None,
+    ballast_mb: int = 0,
+    **options: Any,
 ) -> Case:
     """Runs on one machine in which ``strike_of(faults folder)`` strikes; ``store`` are options of
-    its Ray."""
+    its Ray, ``ballast_mb`` megabytes make weights heavy."""
 
     @contextmanager
     def case(place: Path) -> Iterator[Once]:
         faults = place / "faults"
         faults.mkdir()
+        (faults / fakes.BALLAST_MB).write_text(str(ballast_mb))
         runs = Runs(place, **options)
         strike = strike_of(faults)
 
@@ -100,6 +105,7 @@ def struck(
             done = runs.run(runs.folder(), staleness, after=saboteur)
             asked = saboteur.join()
             left = [file for file in faults.iterdir() if ".taken." not in file.name]
+            left.remove(faults / fakes.BALLAST_MB)
             for file in left:  # asked for too late to be done
                 file.unlink()
             return Ran(asked - len(left), len(done.rows), differences(done, quiet))
@@ -400,7 +406,8 @@ CASES: dict[str, Case] = {
     ),
     "object store full": struck(
         lambda faults: crowd_store(CROWD_MB * 2**20),
-        store={"object_store_memory": STORE_MB * 2**20, "ballast_mb": WEIGHTS_MB, "num_cpus": 4},
+        store={"object_store_memory": STORE_MB * 2**20, "num_cpus": 4},
+        ballast_mb=WEIGHTS_MB,
         num_workers=2,
     ),
     "disk full for a while": disk_full_for_a_while,

@@ -185,10 +185,9 @@ def reward_step(result: Result) -> list[str]:
 
 def fault_campaign(result: Result) -> list[str]:
     modes = sorted({row["max_staleness"] for row in result["rows"]})
-    kinds = list(dict.fromkeys(row["fault"] for row in result["rows"]))
     by_key = {(row["fault"], row["max_staleness"]): row for row in result["rows"]}
     lines = []
-    for kind in kinds:
+    for kind in result["kinds"]:
         rows = [by_key.get((kind, mode)) for mode in modes]
         counts = [str(row["faults"]) if row else "not run" for row in rows]
         done = [row for row in rows if row]

@@ -49,7 +49,7 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _gives_up_in_time(self) -> RolloutConfig:
-        if self.sync_timeout_s >= self.timeout_s:
+        if self.sync != "pull" and self.sync_timeout_s >= self.timeout_s:
             raise ValueError(
                 f"sync_timeout_s {self.sync_timeout_s:g}: want less than timeout_s "
                 f"{self.timeout_s:g}, after which a worker counts as dead"

@@ -174,7 +174,14 @@ def test_the_table_of_faults_counts_by_mode_and_hides_no_failure():
 
     rows = [row("disk full", 0, 20, []), row("disk full", 1, 21, ["run 7: lost"])]
     rows.append(row("learner killed", 0, 22, []))
-    lines = result_tables.fault_campaign({"rows": rows, "failures": ["run 7: lost"]})
+    lines = result_tables.fault_campaign(
+        {
+            "kinds": ["disk full", "learner killed", "driver killed"],
+            "rows": rows,
+            "failures": ["run 7: lost"],
+        }
+    )
+    assert "| driver killed | not run | not run | 0 | 0 | 0 |" in lines
     assert "| disk full | 20 | 21 | 4 | 56 | 1 |" in lines
     assert "| learner killed | 22 | not run | 2 | 28 | 0 |" in lines
     assert lines[-1] == "- run 7: lost"
