@@ -1,6 +1,6 @@
 """The driver under load: 1 to 64 rollout workers whose engines only take their time.
 
-    .venv/bin/python benchmarks/bench_fleet.py            # about ten minutes, most of it starting
+    .venv/bin/python benchmarks/bench_fleet.py            # 64 workers take two cores 16 minutes
     .venv/bin/python benchmarks/bench_fleet.py --small    # two workers, to see that it runs
 
 A whole job runs, with its driver, actors, rewards, weights and logs; only the engine (answers
