@@ -147,7 +147,7 @@ def run_here(local_ray, capfd):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def environment():
     """Processes that start their own Ray: no token in the home directory, files apart."""
     return {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}

@@ -12,15 +12,32 @@ import time
 
 import pytest
 
-from tests.ray.conftest import ROOT, metrics, run_script, weights, without_time
+from tests.ray.conftest import (
+    ROOT,
+    command_line,
+    job_flags,
+    metrics,
+    run_script,
+    weights,
+    without_time,
+)
 from tests.ray.fault_kinds import children
 
 pytestmark = pytest.mark.ray
+SIX_STEPS = {"train.steps": 6, "rollout.cpus": 1}
 
 
-def test_a_run_with_vllm_leaves_everything_a_person_needs(small_job, environment, tmp_path):
+def test_a_run_with_vllm_leaves_everything_a_person_needs(
+    small_job, spoken_folder, environment, tmp_path
+):
     pytest.importorskip("vllm")
-    flags = small_job("--trace", engine__backend="vllm", train__tensorboard=True)
+    flags = small_job(
+        "--trace",
+        engine__backend="vllm",
+        train__tensorboard=True,
+        xe__steps=2,
+        xe__control="false",
+    )
     done = run_script("grpo_coco.py", flags, environment)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
@@ -41,6 +58,15 @@ def test_a_run_with_vllm_leaves_everything_a_person_needs(small_job, environment
     # Engine and learner agree, step by step, whatever the updates moved.
     assert all(row["mismatch_kl"] < 1e-7 for row in rows[1:])
     assert all(row["groups/dropped"] == 0 for row in rows[1:])
+    assert all(row["staleness/max"] == 0 for row in rows[1:])
+    # Cross-entropy came first, with Ray Train: the run began where it ended.
+    stage1 = json.loads((folder / "stage1" / "stage1.json").read_text())
+    assert [snapshot["steps"] for snapshot in stage1["snapshots"]] == [0, 2]
+    before, after = (
+        (place / "model.safetensors").read_bytes()
+        for place in (spoken_folder, folder / "stage1" / "final")
+    )
+    assert before != after
     sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
     assert len(sample["captions"]) == 4 and {"text", "reward", "advantage"} <= set(
         sample["captions"][0]
@@ -87,14 +113,13 @@ def check_trace(folder) -> None:
     assert len(of("rollout worker 0", "load")) >= 5
 
 
-@pytest.mark.parametrize("ahead", [0, 2])
-def test_staleness_is_exactly_what_was_promised(small_job, environment, tmp_path, ahead):
+def test_staleness_is_exactly_what_was_promised(small_job, environment, tmp_path):
     # Two reward workers share the frequencies of a step, however many steps are on their way.
-    flags = small_job(train__max_staleness=ahead, train__reward_workers=2, reward__df="batch")
+    flags = small_job(train__max_staleness=2, train__reward_workers=2, reward__df="batch")
     done = run_script("grpo_coco.py", flags, environment)
     assert done.returncode == 0, done.stderr
     for row in metrics(tmp_path / "run")[1:]:
-        want = min(row["step"] - 1, ahead)
+        want = min(row["step"] - 1, 2)
         assert (row["staleness/mean"], row["staleness/max"]) == (want, want)
 
 
@@ -119,10 +144,20 @@ def wait_for_step(folder, step, process, timeout=400):
     raise AssertionError(f"no step {step}: {process.communicate()[0]}")
 
 
-def test_ctrl_c_then_resume_equals_an_undisturbed_run_bit_for_bit(small_job, environment, tmp_path):
-    straight = small_job(run_folder=tmp_path / "straight", train__steps=6)
-    assert run_script("grpo_coco.py", straight, environment).returncode == 0
-    flags = small_job(run_folder=tmp_path / "broken", train__steps=6)
+@pytest.fixture(scope="module")
+def straight(spoken_folder, environment, tmp_path_factory):
+    """The folder of an undisturbed run of six steps."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    flags = {**job_flags(spoken_folder, folder), **SIX_STEPS}
+    done = run_script("grpo_coco.py", command_line(flags), environment)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_ctrl_c_then_resume_equals_an_undisturbed_run_bit_for_bit(
+    small_job, environment, tmp_path, straight
+):
+    flags = small_job(run_folder=tmp_path / "broken", **SIX_STEPS)
     process = start(flags, environment)
     wait_for_step(tmp_path / "broken", 2, process)
     process.send_signal(signal.SIGINT)
@@ -137,8 +172,8 @@ def test_ctrl_c_then_resume_equals_an_undisturbed_run_bit_for_bit(small_job, env
     assert checkpoint["step"] == checkpoint["weight_version"] == stopped
     again = run_script("grpo_coco.py", [*flags, "--resume"], environment)
     assert again.returncode == 0, again.stderr
-    assert weights(tmp_path / "broken") == weights(tmp_path / "straight")
-    one, other = (metrics(tmp_path / name) for name in ("straight", "broken"))
+    assert weights(tmp_path / "broken") == weights(straight)
+    one, other = metrics(straight), metrics(tmp_path / "broken")
     for row in other:
         if row["step"] == stopped and stopped % 2:
             # Stopping evaluated at a step that the undisturbed run did not.
@@ -147,12 +182,9 @@ def test_ctrl_c_then_resume_equals_an_undisturbed_run_bit_for_bit(small_job, env
 
 
 def test_killed_workers_are_replaced_and_the_run_ends_as_if_nothing_had_happened(
-    small_job, environment, tmp_path
+    small_job, environment, tmp_path, straight
 ):
-    flags = {"train__steps": 5, "rollout__cpus": 1, "train__checkpoint_every": 5}
-    quiet = small_job(run_folder=tmp_path / "quiet", **flags)
-    assert run_script("grpo_coco.py", quiet, environment).returncode == 0
-    process = start(small_job(run_folder=tmp_path / "killed", **flags), environment)
+    process = start(small_job(run_folder=tmp_path / "killed", **SIX_STEPS), environment)
     for step, name in ((1, "RolloutActor"), (2, "RewardActor")):
         wait_for_step(tmp_path / "killed", step, process)
         victims = children(process.pid, f"ray::{name}")
@@ -162,7 +194,7 @@ def test_killed_workers_are_replaced_and_the_run_ends_as_if_nothing_had_happened
     assert process.returncode == 0, output
     assert "rollout worker 0 was lost and is replaced" in output
     assert "reward worker 0 was lost and is replaced" in output
-    assert weights(tmp_path / "killed") == weights(tmp_path / "quiet")
+    assert weights(tmp_path / "killed") == weights(straight)
 
 
 def test_a_run_whose_machine_is_lost_goes_on_elsewhere_with_no_prompt_twice_and_none_skipped(
