@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,23 +11,12 @@ from torch import Tensor
 
 from rayrl.config import Part
 from rayrl.engine.base import EngineSetup, Sampling, forced_tokens
+from rayrl.engine.vllm_process import TRANSFER_BACKEND, import_vllm, silence_thread_warnings
 from rayrl.readback import parts_of_fused
 from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
 from rayrl.vlm import banned_ids, decode_image, load_processor, prompt_text
 from rayrl.weights import Loadable
 
-# Read by vLLM when it is imported, so they are set before.
-_ENVIRONMENT = {
-    # One process: an engine lives and dies with its actor, and loads in a fraction of the time.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Several engines share a host; vLLM would bind all of them to the same cores.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    # The weight transfer is our own, so nothing is looked up on a network.
-    "HF_HUB_OFFLINE": "1",
-}
-_TRANSFER_BACKEND = "rayrl"
 # The learner masks banned tokens outright; after softmax a bias of -100 is the same to 1e-40.
 _BAN_BIAS = -100.0
 # Log-probs of the sampled tokens alone, and no text: vLLM would decode token by token, twice.
@@ -43,7 +28,7 @@ class VllmEngine:
     until a version was loaded."""
 
     def __init__(self, setup: EngineSetup) -> None:
-        llm_class, self._sampling_params = _import_vllm()
+        llm_class, self._sampling_params = import_vllm()
         from transformers import AutoConfig
         from vllm.config import WeightTransferConfig
 
@@ -67,12 +52,12 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             limit_mm_per_prompt={"image": 1},
             mm_processor_cache_gb=0.25,
-            weight_transfer_config=WeightTransferConfig(backend=_TRANSFER_BACKEND),
+            weight_transfer_config=WeightTransferConfig(backend=TRANSFER_BACKEND),
             disable_log_stats=True,
             **_platform_arguments(),
             **(_shared_gpu_arguments() if setup.shares_gpu else {}),
         )
-        _silence_thread_warnings()
+        silence_thread_warnings()
         self._prompt_ids: dict[str, list[int]] = {}
 
     @property
@@ -263,89 +248,3 @@ def _shared_gpu_arguments() -> dict[str, Any]:
     """Memory that can be given back; and no share of the GPU that must be free at the start, since
     the cache's size is given in bytes and the learner may be there already."""
     return {"enable_sleep_mode": True, "gpu_memory_utilization": 0.05}
-
-
-def _silence_thread_warnings() -> None:
-    """On CPU vLLM replaces torch.set_num_threads by a stub that logs a warning at every step, and
-    warns of every layer that a partial update leaves alone."""
-    import torch
-
-    if not torch.cuda.is_available():
-        torch.set_num_threads = lambda num_threads: None  # type: ignore[assignment]
-    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-
-
-def _import_vllm() -> tuple[Any, Any]:
-    """Import vLLM with the environment that an in-process engine needs; register the transfer."""
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    import torch
-
-    if not torch.cuda.is_available():
-        # Otherwise the first request with log-probs compiles one helper for many seconds.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    from vllm import LLM, SamplingParams
-
-    _register_transfer()
-    _let_vllm_scan_llvmlite()
-    return LLM, SamplingParams
-
-
-def _let_vllm_scan_llvmlite() -> None:
-    """vLLM on CPU looks at ``vars()`` of everything in every module.  llvmlite, which numba
-    brings, has a library object that answers any name, ``__dict__`` too, with a C function; the
-    scan then ends in an AttributeError.  Give it an empty one."""
-    ffi = sys.modules.get("llvmlite.binding.ffi")
-    if ffi is not None:
-        ffi.lib._fntab["__dict__"] = {}
-
-
-def _register_transfer() -> None:
-    from vllm.distributed.weight_transfer.base import (
-        WeightTransferEngine,
-        WeightTransferInitInfo,
-        WeightTransferUpdateInfo,
-    )
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.model_executor.model_loader.reload import (
-        finalize_layerwise_reload,
-        initialize_layerwise_reload,
-    )
-
-    if _TRANSFER_BACKEND in WeightTransferEngineFactory._registry:
-        return
-
-    @dataclass
-    class Init(WeightTransferInitInfo):
-        """Nothing to agree on: the weights come as an argument."""
-
-    @dataclass
-    class Update(WeightTransferUpdateInfo):
-        """One whole version."""
-
-        weights: Loadable
-
-    class HostTransfer(WeightTransferEngine[Init, Update]):
-        """Loads checkpoint-format tensors that are already in this process's memory, through
-        vLLM's own reload lifecycle (kernels on CPU pack their weights, so copying into parameters
-        would be wrong)."""
-
-        init_info_cls = Init
-        update_info_cls = Update
-
-        def init_transfer_engine(self, init_info: Init) -> None:
-            pass
-
-        def start_weight_update(self) -> None:
-            initialize_layerwise_reload(self.model)
-
-        def receive_weights(self, update_info: Update) -> None:
-            self.model.load_weights(update_info.weights.tensors())  # type: ignore[operator]
-
-        def finish_weight_update(self) -> None:
-            finalize_layerwise_reload(self.model, self.model_config)
-
-        def shutdown(self) -> None:
-            pass
-
-    WeightTransferEngineFactory.register_engine(_TRANSFER_BACKEND, HostTransfer)

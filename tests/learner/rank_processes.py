@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -28,10 +30,14 @@ class RankProcesses:
 
     def run(self, mode: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         store = open_store("127.0.0.1", len(self._pools), timeout_s=TIMEOUT_S)
-        futures = [
-            pool.submit(_on_rank, store.port, rank, len(self._pools), mode, function, arguments)
-            for rank, pool in enumerate(self._pools)
-        ]
+        # The processes start here.  vLLM on a CPU turns the compiler off where it was loaded, and
+        # what starts from there would have it off as well.
+        with mock.patch.dict(os.environ):
+            os.environ.pop("TORCHDYNAMO_DISABLE", None)
+            futures = [
+                pool.submit(_on_rank, store.port, rank, len(self._pools), mode, function, arguments)
+                for rank, pool in enumerate(self._pools)
+            ]
         return [future.result(timeout=2 * TIMEOUT_S) for future in futures]
 
     def close(self) -> None:

@@ -80,7 +80,7 @@ CASES = {
     "grpo": {},
     "five images": {"images": 5},
     # One rank has nothing in any minibatch.
-    "an image at a time": {"images": 5, "minibatches": 5, "inner_epochs": 2},
+    "an image at a time": {"images": 5, "minibatches": 5, "inner_epochs": 2, "lr": 4e-6},
     # Three go through one rank's model, and two and one that does not count through the other's.
     "uneven micro-batches": {"images": 5, "micro_batch_images": 1},
     # Features are cached by the rank that saw the image, so ranks leave the tower out at
@@ -94,7 +94,7 @@ CASES = {
     "pairs": {"images": 5, "objective": "online_dpo"},
     "critic": {"images": 5, "objective": "ppo", "minibatches": 5},
     # These read the output matrix outside of the pass that gathers it.
-    "term heads": {"images": 5, "objective": "mah_dpo_heads", "num_terms": 2, "lr": 1e-4},
+    "term heads": {"images": 5, "objective": "mah_dpo_heads", "num_terms": 2, "lr": 4e-5},
     "collisions": {"images": 5, "objective": "otb"},
     "changed images": {"images": 5, "objective": "pami_changed_image"},
     # The first step knows no earlier captions yet.
@@ -238,9 +238,14 @@ def publish(ranks, folder, batch):
     return peaks, arrays, load(files["model.safetensors"].tobytes())
 
 
-def test_sharded_adapters_are_published_without_a_second_copy(two, tiny_folder, batch):
+def test_sharded_adapters_are_published_without_a_second_copy(tiny_folder, batch):
     _, (want, _), _ = publish(SOLO, tiny_folder, batch)
-    (_, (apart, merged), files), (peaks, _, _) = two.run("fsdp", publish, tiny_folder, batch)
+    # Processes of its own: what the compiler left in others counts as memory too.
+    fresh = RankProcesses(2)
+    try:
+        (_, (apart, merged), files), (peaks, _, _) = fresh.run("fsdp", publish, tiny_folder, batch)
+    finally:
+        fresh.close()
     assert merged.keys() == apart.keys() == want.keys()
     assert all(np.array_equal(merged[name], apart[name]) for name in merged)
     assert all(np.array_equal(merged[name], files[name]) for name in merged)
