@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from rayrl.learner.attention import NAME, tree_attention
 from rayrl.learner.forward import Forward
 from rayrl.vlm import prompt_inputs
 
+_OFF = "TORCHDYNAMO_DISABLE"
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
@@ -26,9 +28,12 @@ def compile_layers(model: Any) -> None:
     this).  So does attention over the tree of a group: its rows differ in every batch, and the
     kernels it calls are compiled already.
 
-    Raises ValueError for a model whose layers are not marked as such."""
+    Raises ValueError where the compiler is turned off, in which case PyTorch would compile nothing
+    and not say so, and for a model whose layers are not marked as such."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    if os.environ.get(_OFF) == "1":
+        raise ValueError(f"{_name(model)} does not compile: {_OFF}=1 turns the compiler off")
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"{_name(model)} has no layers that are marked as such")

@@ -12,6 +12,12 @@ from tests.unit.test_learner import batch, largest_difference, learner, paramete
 __all__ = ["batch"]
 
 
+@pytest.fixture(autouse=True)
+def compiler_on(monkeypatch):
+    # Tests of vLLM, which turns the compiler off on a CPU, may have run in this process before.
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
 def test_compiled_layers_take_the_same_steps(tiny_folder, batch):
     # Two batches of different lengths; a frozen tower, so that there is less to compile.
@@ -26,6 +32,12 @@ def test_compiled_layers_take_the_same_steps(tiny_folder, batch):
         )
         assert other.metrics["kl"] == pytest.approx(one.metrics["kl"], abs=1e-6)
     assert largest_difference(parameters(plain), parameters(compiled)) < 1e-5
+
+
+def test_a_compiler_that_is_turned_off_is_an_error_and_not_ignored(tiny_folder, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.raises(ValueError, match="does not compile: TORCHDYNAMO_DISABLE=1 turns the comp"):
+        learner(tiny_folder, compile=True)
 
 
 def replacing(make):
