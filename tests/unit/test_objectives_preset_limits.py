@@ -127,6 +127,12 @@ ADVANTAGES: dict[str, tuple[dict[str, Any], dict[str, Any], torch.Tensor]] = {
     ),
     "chi_squared_reward": ({"reward_chi_coef": 0.0}, {}, CENTRED),
     "spo_segment": ({"cut_every": 9}, PREFIXES, CENTRED),
+    # Distinct captions, two of which share their first token.
+    "spo_segment_tree": (
+        {"cut_every": 9},
+        {"token_ids": torch.tensor([[[1, 2, 3], [1, 4, 5], [6, 7, 8], [9, 9, 9]]])},
+        CENTRED,
+    ),
     "igpo_info_gain": (
         {"segment_length": 9, "eps": 0.0},
         PREFIXES,
@@ -225,6 +231,16 @@ def test_ipo_is_at_rest_where_scores_differ_by_half_over_beta() -> None:
     assert_close(gradient_of("online_ipo", REF + apart), ZEROS, 1e-12)
     assert gradient_of("online_ipo", REF + 0.9 * apart)[0, 3, 0] < 0
     assert gradient_of("online_ipo", REF + 1.1 * apart)[0, 3, 0] > 0
+
+
+def test_without_a_share_clip_cov_leaves_one_token_out() -> None:
+    # The largest (A - mean)(log p - mean) over the eleven tokens, by hand.
+    log_p, spread = POLICY[MASK], CENTRED.squeeze()[:, None].expand(4, 3)[MASK[0]]
+    left_out = int(((log_p - log_p.mean()) * (spread - spread.mean())).argmax())
+    want = gradient_of("grpo_deepseekmath", POLICY, kl_coef=0.0, reducer="token_mean")[MASK]
+    assert float(want[left_out].abs()) > 1e-3
+    want[left_out] = 0.0
+    assert_close(gradient_of("clip_cov", POLICY, covariance_share=0.0)[MASK], want, 1e-12)
 
 
 def test_an_unchanged_image_teaches_nothing() -> None:

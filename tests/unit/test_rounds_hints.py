@@ -152,6 +152,19 @@ def test_branches_keep_the_log_probs_of_the_tokens_they_share():
     assert got.num_forced == 0
 
 
+def test_a_tree_that_branches_at_its_root_is_a_group_of_independent_captions():
+    tree = preset("dynamic_tree_rpo", tree_depths=(0,), tree_width=4)
+    subject = rounds(group_size=8, planners=tree.planners)
+    first = subject.begin(0)
+    second = subject.go_on(0, answer(first, lambda r: [1.0, 2.0]))
+    drawn = [(r.prompt.prompt_id, r.seed + i) for r in (*first, *second) for i in range(r.size)]
+    # Nothing is forced, and no two captions have a seed in common.
+    assert all(request.forced == () for request in second)
+    assert len(drawn) == len(set(drawn)) == 3 * 8
+    assert subject.go_on(0, answer(second, lambda r: [3.0] * r.size)) == ()
+    assert [g.group.group_size for g in groups_of(subject.finish(0))] == [8, 8, 8]
+
+
 def test_a_tree_that_does_not_fill_the_group_is_refused():
     tree = preset("dynamic_tree_rpo", tree_depths=(2, 5), tree_width=2)
     with pytest.raises(ValueError, match=r"trees of 4 captions, want a divisor of .* 6"):
