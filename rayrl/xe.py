@@ -16,10 +16,9 @@ import numpy as np
 import ray
 import ray.data
 import ray.train
-import torch
 from ray.train.torch import TorchTrainer
 
-from rayrl.actors.cluster import connect, failing_in_one_line
+from rayrl.actors.cluster import connect, failing_in_one_line, own_threads
 from rayrl.config import Config
 from rayrl.data import load_split
 from rayrl.data.order import prompt_indices
@@ -54,6 +53,7 @@ def train_xe(
             name=name,
             storage_path=str(out.resolve()),
             failure_config=ray.train.FailureConfig(max_failures=1),
+            worker_runtime_env=own_threads(config.learner.cpus),
         ),
     )
     result = trainer.fit()
@@ -108,8 +108,6 @@ def _train_worker(setup: dict[str, Any]) -> None:
     from rayrl.learner.xe import XeTrainer
 
     config: Config = setup["config"]
-    # Ray Train's workers run in placement groups, where Ray leaves a single thread.
-    torch.set_num_threads(max(1, int(config.learner.cpus)))
     files: ModelFiles = ray.get(setup["files"][0])
     context = ray.train.get_context()
     world, rank = context.get_world_size(), context.get_world_rank()

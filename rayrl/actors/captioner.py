@@ -13,6 +13,7 @@ import ray
 import ray.data
 from safetensors import SafetensorError
 
+from rayrl.actors.cluster import own_threads
 from rayrl.config import Config, Part
 from rayrl.data import load_split
 from rayrl.data.config import DataConfig, Split
@@ -32,7 +33,6 @@ def caption_split(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rollout = config.rollout
     size = min(config.engine.max_concurrency, -(-num_images // rollout.num_workers))
-    threads = str(max(1, int(rollout.cpus)))
     # Blocks that exist already: reading an index range would take whole CPUs from the engines.
     indices = [np.arange(i, min(i + size, num_images)) for i in range(0, num_images, size)]
     batches: Any = (
@@ -52,7 +52,7 @@ def caption_split(
             num_cpus=rollout.cpus,
             num_gpus=rollout.gpus,
             compute=ray.data.ActorPoolStrategy(size=rollout.num_workers),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+            runtime_env=own_threads(rollout.cpus),
         )
         .iter_batches(batch_size=None, batch_format="pyarrow")
     )

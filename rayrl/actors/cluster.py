@@ -8,12 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from rayrl.actors.reward import placements
 from rayrl.config import Config
+
+_SPIN = "GOMP_SPINCOUNT"
 
 
 def connect(num_cpus: float, num_gpus: float = 0.0) -> bool:
@@ -49,6 +52,17 @@ def connect(num_cpus: float, num_gpus: float = 0.0) -> bool:
             f"has {found:g}"
         )
     return True
+
+
+def own_threads(cpus: float) -> dict[str, Any]:
+    """The runtime environment of a worker that computes on ``cpus`` cores: as many threads, which
+    wait for each other awake for microseconds and then sleep.
+
+    By default they stay awake for milliseconds.  Where two workers want the same cores, each then
+    keeps the other's thread from the core while its own waits, at every operation: on two cores, a
+    small captioner's step takes twenty times as long (``benchmarks/bench_threads.py``)."""
+    threads = str(max(1, int(cpus)))
+    return {"env_vars": {"OMP_NUM_THREADS": threads, _SPIN: os.environ.get(_SPIN, "2000")}}
 
 
 @contextmanager

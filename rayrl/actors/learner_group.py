@@ -19,6 +19,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rayrl.actors.cluster import own_threads
 from rayrl.actors.learner import LearnerActor
 from rayrl.actors.pool import RestartBudget
 from rayrl.canary import Canary
@@ -141,12 +142,11 @@ class LearnerGroup:
             address = ray.util.get_node_ip_address()
             self._store = open_store(address, learner.num_workers, timeout_s=learner.timeout_s)
             place = (address, self._store.port)
-        threads = str(max(1, int(learner.cpus)))
         return [
             LearnerActor.options(  # type: ignore[attr-defined]
                 num_cpus=learner.cpus,
                 num_gpus=learner.gpus,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+                runtime_env=own_threads(learner.cpus),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self._place, placement_group_bundle_index=rank
                 ),

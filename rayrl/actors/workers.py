@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from rayrl.actors.cluster import own_threads
 from rayrl.actors.pool import Pool, PoolSize, RestartBudget
 from rayrl.actors.reward import RewardActor
 from rayrl.actors.rollout import RolloutActor
@@ -23,13 +24,12 @@ def rollout_pool(
     """Rollout workers, in ``place`` where one is given; ``files`` is a reference to the model's
     files."""
     rollout = config.rollout
-    threads = str(max(1, int(rollout.cpus)))
 
     def start() -> Any:
         return RolloutActor.options(  # type: ignore[attr-defined]
             num_cpus=rollout.cpus,
             num_gpus=rollout.gpus,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+            runtime_env=own_threads(rollout.cpus),
             scheduling_strategy=place or "DEFAULT",
         ).remote(
             files,
