@@ -14,8 +14,9 @@ from pathlib import Path
 import ray
 
 from rayrl.actors.cluster import connect, cpus_of, failing_in_one_line, gpus_of
-from rayrl.actors.fleet import Fleet, Pending
+from rayrl.actors.fleet import Fleet
 from rayrl.actors.learner_group import LearnerGroup
+from rayrl.actors.pending import Pending
 from rayrl.actors.pool import RestartBudget, TooFewWorkers
 from rayrl.actors.reward import check_terms
 from rayrl.actors.telemetry import RayMetrics

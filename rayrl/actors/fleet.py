@@ -9,16 +9,15 @@ another one, which pulls the version that it was to be sampled with and then cat
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
 from rayrl.actors.direct import direct_transfer
 from rayrl.actors.learner_group import LearnerGroup
+from rayrl.actors.pending import Pending, Share, late_ones, no_answer, split
 from rayrl.actors.pool import LOST, RestartBudget, Worker
 from rayrl.actors.versions import Versions
 from rayrl.actors.workers import reward_pool, rollout_pool
@@ -32,34 +31,6 @@ from rayrl.scaling import WINDOW, StepTimes, wanted_workers
 from rayrl.shares import Parts, Scored
 from rayrl.types import Completion, Prompt
 from rayrl.weights import ModelFiles, Weights
-
-_Item = TypeVar("_Item")
-
-
-@dataclass
-class _Share:
-    """A part of a batch, from its request ``first`` on, and who samples and scores it; ``prompts``
-    is a reference to the requests' prompts, with the images."""
-
-    index: int
-    first: int
-    requests: list[Request]
-    prompts: Any
-    worker: Any = None
-    rollout: Any = None
-    scorer: Any = None
-    scored: Any = None
-
-
-@dataclass
-class Pending:
-    """A batch on its way: sampled with ``version``, then scored, under ``reward.df: batch``
-    against the document frequencies ``df`` of all its prompts."""
-
-    step: int
-    version: int
-    df: Any = None
-    shares: list[_Share] = field(default_factory=list)
 
 
 class Fleet:
@@ -189,17 +160,15 @@ class Fleet:
         ``before`` is the step's round before: document frequencies stay those of the first, so that
         the captions of a group are scored alike."""
         references = {r.prompt.prompt_id: r.prompt.references for r in requests}
-        df = (
-            before.df
-            if before
-            else ray.put(step_document_frequency(references, self._config.reward))
-        )
+        df = before.df if before else step_document_frequency(references, self._config.reward)
+        if df is not None and not before:
+            df = ray.put(df)
         pending = Pending(step=step, version=version, df=df)
         first = 0
-        for i, part in enumerate(_split(list(requests), self._config.rollout.max_workers)):
+        for i, part in enumerate(split(list(requests), self._config.rollout.max_workers)):
             if part:
                 prompts = ray.put([request.prompt for request in part])
-                share = _Share(index=i, first=first, requests=part, prompts=prompts)
+                share = Share(index=i, first=first, requests=part, prompts=prompts)
                 self._send(share, pending)
                 pending.shares.append(share)
                 first += len(part)
@@ -209,8 +178,10 @@ class Fleet:
         """Wait until every group of a batch is sampled, without fetching it: groups go from
         worker to worker.  A worker that takes too long is replaced."""
         started = time.perf_counter()
-        for share in pending.shares:
-            self._wait_sampled(share, pending)
+        limit_s = self._config.rollout.timeout_s
+        for i in late_ones([share.rollout for share in pending.shares], limit_s):
+            self._sample_again(pending.shares[i], pending, no_answer(limit_s))
+            self._wait_sampled(pending.shares[i], pending)
         self.confirm(pending.version)
         self._waited += time.perf_counter() - started
 
@@ -218,7 +189,7 @@ class Fleet:
         """The batch's results in the order of its requests, scored or dropped with a reason.
         Lost groups are sampled or scored again."""
         started = time.perf_counter()
-        scored = [self._scored(share, pending) for share in pending.shares]
+        scored = self._all_scored(pending)
         self._waited += time.perf_counter() - started
         self._sampling_s += sum(part.sampled.seconds for part in scored)
         for part in scored:
@@ -244,12 +215,7 @@ class Fleet:
         sampled = [
             batch
             for batch in pending
-            if not ray.wait(
-                [share.rollout for share in batch.shares],
-                num_returns=len(batch.shares),
-                timeout=0,
-                fetch_local=False,
-            )[1]
+            if not late_ones([share.rollout for share in batch.shares], 0.0)
         ]
         return {
             **(self._direct.metrics() if self._direct else {}),
@@ -267,7 +233,7 @@ class Fleet:
 
     def greedy(self, prompts: Sequence[Prompt], version: int) -> list[Completion]:
         """The arg-max captions of held-out prompts, in order."""
-        parts = [part for part in _split(list(prompts), self._config.rollout.max_workers) if part]
+        parts = [part for part in split(list(prompts), self._config.rollout.max_workers) if part]
         sent = [self._send_greedy(i, part, version) for i, part in enumerate(parts)]
         captions: list[Completion] = []
         for i, part in enumerate(parts):
@@ -292,7 +258,7 @@ class Fleet:
         tokens = self._config.sampling.max_tokens
         return worker, worker.actor.greedy.remote(part, tokens, version)
 
-    def _send(self, share: _Share, pending: Pending) -> None:
+    def _send(self, share: Share, pending: Pending) -> None:
         """Have a share sampled with the batch's version, and scored.  Workers take turns."""
         workers = self._rollout.wait()
         share.worker = workers[(pending.step + share.index) % len(workers)]
@@ -307,24 +273,40 @@ class Fleet:
             self._versions.load(share.worker, self._versions.newest)
         self._send_to_score(share, pending)
 
-    def _send_to_score(self, share: _Share, pending: Pending) -> None:
+    def _send_to_score(self, share: Share, pending: Pending) -> None:
         scorers = self._reward.wait()
         share.scorer = scorers[(pending.step + share.index) % len(scorers)]
         share.scored = share.scorer.actor.score_part.remote(
             share.prompts, share.rollout, pending.df, max(0, SIMILARITY_GROUPS - share.first)
         )
 
-    def _scored(self, share: _Share, pending: Pending) -> Scored:
+    def _all_scored(self, pending: Pending) -> list[Scored]:
+        limit_s = self._config.train.reward_timeout_s
+        refs = [share.scored for share in pending.shares]
+        late = late_ones(refs, limit_s)
+        if not late:
+            try:
+                # One call for all takes a fraction of the time of a call for each.
+                return list(ray.get(refs, timeout=limit_s))
+            except LOST:
+                pass
+        return [
+            self._scored(share, pending, 0.0 if i in late else limit_s)
+            for i, share in enumerate(pending.shares)
+        ]
+
+    def _scored(self, share: Share, pending: Pending, limit_s: float) -> Scored:
         while True:
             try:
-                scored: Scored = ray.get(share.scored, timeout=self._config.train.reward_timeout_s)
+                scored: Scored = ray.get(share.scored, timeout=limit_s)
                 return scored
             except LOST as error:
+                limit_s = self._config.train.reward_timeout_s
                 self._recover(share, pending, error)
                 # It may have been given to a worker that hangs.
                 self._wait_sampled(share, pending)
 
-    def _recover(self, share: _Share, pending: Pending, error: Exception) -> None:
+    def _recover(self, share: Share, pending: Pending, error: Exception) -> None:
         """Redo what was lost of a share: its groups, or only their scores."""
         try:
             ray.get(share.rollout, timeout=self._config.rollout.timeout_s)
@@ -334,17 +316,11 @@ class Fleet:
             self._reward.lost(share.scorer, error)
             self._send_to_score(share, pending)
 
-    def _wait_sampled(self, share: _Share, pending: Pending) -> None:
-        limit = self._config.rollout.timeout_s
-        while not ray.wait([share.rollout], timeout=limit, fetch_local=False)[0]:
-            self._sample_again(share, pending, TimeoutError(f"no answer within {limit:g} s"))
+    def _wait_sampled(self, share: Share, pending: Pending) -> None:
+        limit_s = self._config.rollout.timeout_s
+        while late_ones([share.rollout], limit_s):
+            self._sample_again(share, pending, no_answer(limit_s))
 
-    def _sample_again(self, share: _Share, pending: Pending, cause: Exception) -> None:
+    def _sample_again(self, share: Share, pending: Pending, cause: Exception) -> None:
         self._rollout.lost(share.worker, cause)
         self._send(share, pending)
-
-
-def _split(items: list[_Item], parts: int) -> list[list[_Item]]:
-    """Contiguous parts of nearly equal size, so that concatenating them restores the order."""
-    bounds = [len(items) * i // parts for i in range(parts + 1)]
-    return [items[a:b] for a, b in itertools.pairwise(bounds)]

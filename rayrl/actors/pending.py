@@ -1,0 +1,57 @@
+"""A batch on its way, in the parts that workers sample and score."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import ray
+
+from rayrl.rounds import Request
+
+_Item = TypeVar("_Item")
+
+
+@dataclass
+class Share:
+    """A part of a batch, from its request ``first`` on, and who samples and scores it; ``prompts``
+    is a reference to the requests' prompts, with the images."""
+
+    index: int
+    first: int
+    requests: list[Request]
+    prompts: Any
+    worker: Any = None
+    rollout: Any = None
+    scorer: Any = None
+    scored: Any = None
+
+
+@dataclass
+class Pending:
+    """A batch on its way: sampled with ``version``, then scored, under ``reward.df: batch``
+    against the document frequencies ``df`` of all its prompts."""
+
+    step: int
+    version: int
+    df: Any = None
+    shares: list[Share] = field(default_factory=list)
+
+
+def split(items: list[_Item], parts: int) -> list[list[_Item]]:
+    """Contiguous parts of nearly equal size, so that concatenating them restores the order."""
+    bounds = [len(items) * i // parts for i in range(parts + 1)]
+    return [items[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def late_ones(refs: list[Any], limit_s: float) -> list[int]:
+    """Which of ``refs``, by place, are not there within the limit; those that failed are.
+
+    One call for all takes a fraction of the time of a call for each."""
+    there = set(ray.wait(refs, num_returns=len(refs), timeout=limit_s, fetch_local=False)[0])
+    return [i for i, ref in enumerate(refs) if ref not in there]
+
+
+def no_answer(limit_s: float) -> TimeoutError:
+    return TimeoutError(f"no answer within {limit_s:g} s")
