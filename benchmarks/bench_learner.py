@@ -12,6 +12,9 @@ row run in turn, round after round, and their median counts; the first pass of e
 rounds, gives FLOPs, memory and the gradient, which must be the naive one's.  What does not fit a
 GPU at once runs in micro-batches, halved until they do.
 
+``plain transformers`` is what a short script does: G copies of image and prompt, and the logits of
+every position.  ``naive`` (``naive_logprobs``, the oracle) makes those of the captions alone.
+
 ``predicted`` is the ratio of the counted FLOPs; ``utilisation`` is counted FLOPs over the time and
 over the limit, which is what a large matrix product reaches here, or ``--limit-tflops``.
 ``useful_utilisation`` counts what the update needs and no copies nor repetitions of it
@@ -49,6 +52,7 @@ TEXT_TOKENS, CAPTION_TOKENS = 12, 20
 # Relative distance of the whole gradient from the naive one.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 
+PLAIN = "plain transformers"
 CACHED = "shared, features cached"
 
 Batch = tuple[Mapping[str, Tensor], Tensor]
@@ -66,6 +70,8 @@ def methods(row: Row, model: Any, batch: Batch) -> dict[str, Method]:
         return prefix_shared_outputs(model, inputs, ids, mask, **options).logprobs
 
     table: dict[str, Method] = {"naive": naive, "shared": shared}
+    if row.plain:
+        table[PLAIN] = plain
     if row.gpu:  # with a vocabulary of a thousand words there is nothing to save
         table["shared, all logits at once"] = partial(shared, chunk_bytes=2**62)
     if row.frozen_vision:
@@ -78,6 +84,20 @@ def methods(row: Row, model: Any, batch: Batch) -> dict[str, Method]:
 
         table[CACHED] = cached
     return table
+
+
+def plain(model: Any, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    """Log-probs [P, G, T] of captions without padding, the model called as its users call it."""
+    p, g, t = ids.shape
+    family = FAMILIES[model.config.model_type]
+    rows = family.take_images(inputs, family.image_inputs, [i for i in range(p) for _ in range(g)])
+    for name, value in inputs.items():
+        if name not in family.image_inputs:
+            tail = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            added = tail.get(name, torch.zeros_like(ids)).flatten(0, 1).to(value.dtype)
+            rows[name] = torch.cat([value.repeat_interleave(g, 0), added], 1)
+    logits = model(**rows, use_cache=False).logits[:, -t - 1 : -1]
+    return logits.float().log_softmax(-1).view(p, g, t, -1).gather(-1, ids[..., None])[..., 0]
 
 
 def image_names(model: Any, inputs: Mapping[str, Tensor]) -> list[bytes]:
@@ -233,6 +253,10 @@ def measure(row: Row, args: argparse.Namespace, limit: float) -> dict[str, Any]:
             seconds[label].append(time.perf_counter() - start)
     naive = statistics.median(seconds["naive"])
     for label, entry in entries.items():
+        if PLAIN in seconds:
+            entry["times_plain"] = statistics.median(seconds[PLAIN]) / statistics.median(
+                seconds[label]
+            )
         median = statistics.median(seconds[label])
         entry |= {"seconds": median, "all_seconds": seconds[label]}
         entry["speedup"] = naive / median

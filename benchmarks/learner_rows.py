@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One model, one number of image tokens, one group size.  ``prompts`` is at most P."""
+    """One model, one number of image tokens, one group size.  ``prompts`` is at most P;
+    ``plain`` measures transformers as it is, too."""
 
     model: str
     image_tokens: int
@@ -16,10 +17,18 @@ class Row:
     dtype: str = "float32"
     frozen_vision: bool = False
     gpu: bool = False
+    plain: bool = False
 
 
 SHAPES = [
-    Row(model=model, image_tokens=tokens, group_size=group, prompts=16, frozen_vision=frozen)
+    Row(
+        model=model,
+        image_tokens=tokens,
+        group_size=group,
+        prompts=16,
+        frozen_vision=frozen,
+        plain=True,
+    )
     for model, tokens in (("tiny-2.5m", 16), ("tiny-1m", 256))
     for group in (8, 16)
     for frozen in (False, True)
@@ -38,6 +47,7 @@ GPU = [
         dtype="bfloat16",
         frozen_vision=frozen,
         gpu=True,
+        plain=True,
     )
     for model, sizes in (
         ("smolvlm-256m", (64, 1024)),

@@ -65,6 +65,7 @@ def learner(result: Result) -> list[str]:
         "P",
         "method",
         "ms",
+        "times plain",
         "times naive",
         "by FLOPs",
         "MiB",
@@ -84,6 +85,7 @@ def learner(result: Result) -> list[str]:
                     str(case["prompts"]),
                     label,
                     f"{method['seconds'] * 1e3:.0f}",
+                    f"{method['times_plain']:.1f}" if "times_plain" in method else "",
                     f"{method['speedup']:.1f}",
                     f"{method['predicted']:.1f}",
                     f"{method['peak_bytes'] / 2**20:.0f}",
@@ -146,6 +148,19 @@ def fleet(result: Result) -> list[str]:
         ],
         rows,
     )
+
+
+def threads(result: Result) -> list[str]:
+    rows = [
+        [
+            str(row["processes"]),
+            row["waiting"],
+            f"{row['seconds'] * 1e3:.0f}",
+            f"{row['times_default']:.1f}",
+        ]
+        for row in result["rows"]
+    ]
+    return table(["processes at once", "threads wait", "ms an update", "times the default"], rows)
 
 
 def sync(result: Result) -> list[str]:

@@ -54,6 +54,8 @@ SECTIONS = (
         "learner",
         "The learner's update: sharing the prefix",
         "Forward, backward and AdamW on P images with G captions of 20 tokens; random weights. "
+        "Plain transformers makes G copies of image and prompt and the logits of every position; "
+        "the naive way, the oracle, makes those of the captions alone. "
         "Every gradient was compared with the naive one in the same run. Utilisation is counted "
         "FLOPs over the time and over a large matrix product on the same device.",
         result_tables.learner,
@@ -87,6 +89,13 @@ SECTIONS = (
         "A whole job whose engines only take their time and whose learner takes none. All workers "
         "share the cores of one machine, so what lies beyond the ideal is an upper bound.",
         result_tables.fleet,
+    ),
+    Section(
+        "threads",
+        "Several workers on the same cores",
+        "A learner's update, forward and backward, alone and beside another one, by how PyTorch's "
+        "threads wait for each other: awake for milliseconds, or for microseconds and then asleep.",
+        result_tables.threads,
     ),
     Section(
         "sync",
