@@ -63,6 +63,9 @@ def job_flags(model: Path, run_folder: Path) -> dict[str, object]:
         "train.checkpoint_every": 2,
         "train.tensorboard": False,
         "learner.lr": 1e-3,
+        # A thread for each: several workers share two cores.
+        "learner.cpus": 1,
+        "rollout.cpus": 1,
     }
 
 

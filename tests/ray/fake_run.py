@@ -22,8 +22,7 @@ from rayrl.rounds import Rounds
 from rayrl.skipped import Skipped
 from tests.ray.fakes import FakeLearner, FakeRollout
 
-FAULTS = 10  # in a run
-STEPS = FAULTS + 4
+STEPS = 14
 IMAGES, IMAGES_PER_STEP = 60, 7  # to train on
 
 
@@ -80,7 +79,7 @@ def run(
                 "cpus": 0.5,
                 "canary_every": 1,
                 "timeout_s": 60.0,
-                "max_restarts": 10 * FAULTS,
+                "max_restarts": 100,
                 **rollout,
             },
             "learner": {"cpus": 0.1, **(learner or {})},

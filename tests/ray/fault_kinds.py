@@ -24,7 +24,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tests.ray.conftest import ROOT
-from tests.ray.fake_run import FAULTS, STEPS, Done, run
+from tests.ray.fake_run import STEPS, Done, run
 
 Strike = Callable[[random.Random], bool]
 NODE = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
@@ -39,16 +39,20 @@ ON_HEAD = {"gpus": 1}
 
 
 class Saboteur:
-    """Does one thing wrong in the course of every step, at a random moment."""
+    """Does one thing wrong in the course of every step, or of every so many, at a random moment,
+    until ``faults`` were done."""
 
-    def __init__(self, strike: Strike, seed: int, *, faults: int = FAULTS, until: int = STEPS):
+    def __init__(
+        self, strike: Strike, seed: int, *, faults: int = 10, until: int = STEPS, every: int = 1
+    ):
         self._strike, self._random = strike, random.Random(seed)
-        self._faults, self._until = faults, until
+        self._faults, self._until, self._every = faults, until, every
         self._threads: list[threading.Thread] = []
         self.done = 0
 
     def __call__(self, step: int, metrics: object = None) -> None:
-        if self.done + self._running() < self._faults and step < self._until:
+        due = step % self._every == 0 and step < self._until
+        if due and self.done + self._running() < self._faults:
             thread = threading.Thread(target=self._run, daemon=True)
             self._threads.append(thread)
             thread.start()

@@ -24,7 +24,7 @@ from tests.ray.conftest import (
 from tests.ray.fault_kinds import children
 
 pytestmark = pytest.mark.ray
-SIX_STEPS = {"train.steps": 6, "rollout.cpus": 1}
+SIX_STEPS = {"train.steps": 6}
 
 
 def test_a_run_with_vllm_leaves_everything_a_person_needs(
