@@ -85,10 +85,15 @@ def train(run: Run, start: int) -> int:
     pending: list[Pending] = []
     version, submitted = start, start
     while version < steps and not run.stop.requested:
+        started = time.perf_counter()
         while submitted < min(steps, version + ahead + 1):
             pending.append(run.fleet.submit(submitted, version, run.rounds.begin(submitted)))
             submitted += 1
-        started = time.perf_counter()
+        if ahead == 0:
+            # After the batch was sent: it waits behind the weights in each worker, and in none
+            # for the others.
+            with run.phases("sync"):
+                run.fleet.confirm(version)
         drawn = _all_rounds(run, pending.pop(0), version)
         with run.phases("learner"):
             run.fleet.sleep()
@@ -96,8 +101,6 @@ def train(run: Run, start: int) -> int:
         version = report.weight_version
         with run.phases("sync"):
             publish(run, version)
-            if ahead == 0:
-                run.fleet.confirm(version)
         outline = drawn.results.outline
         metrics = {**report.metrics, **group_metrics(outline, version - 1), **drawn.metrics()}
         metrics.update(run.fleet.reward_seconds() | run.fleet.gauges(pending))
@@ -107,6 +110,7 @@ def train(run: Run, start: int) -> int:
     if run.saved_step != version > start:
         # The request to stop came after the step had decided that it was not the last.
         save(run, last=True)
+    run.fleet.confirm(version)
     return version
 
 
