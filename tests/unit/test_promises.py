@@ -72,11 +72,12 @@ def test_whole_steps_gain_more_with_a_larger_group():
         "rayrl, vllm, staleness 1": {"times_trl": 3.0},
     }
     kept = promises.of_steps([first, step("a", 16, 2.55), step("b", 8, 5.9), *others])
-    assert kept["(a), G = 8: times TRL"]["here"] == 2.6
+    assert kept["(a), G = 8, random weights: times TRL"]["here"] == 2.6
     assert {name: one["reached"] for name, one in kept.items()} == {
-        "(a), G = 8: times TRL": True,
-        "(a), G = 16: times TRL": False,
-        "(b), G = 8: times TRL": False,
+        "(a), G = 8, random weights: times TRL": True,
+        "(a), G = 16, random weights: times TRL": False,
+        "(b), G = 8, random weights: times TRL": False,
+        "(b), G = 8, after cross-entropy: times TRL": True,
     }
 
 
