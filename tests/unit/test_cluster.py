@@ -1,0 +1,38 @@
+"""What workers are started with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rayrl.actors.cluster import own_threads
+
+
+def variables(cpus: float) -> dict[str, str]:
+    return own_threads(cpus)["env_vars"]
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(0.25, "1"), (1.0, "1"), (2.5, "2"), (8.0, "8")])
+def test_a_worker_has_a_thread_for_every_whole_core(cpus, threads):
+    assert variables(cpus)["OMP_NUM_THREADS"] == threads
+
+
+def test_how_long_threads_stay_awake_is_the_users_to_say(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert variables(1.0)["GOMP_SPINCOUNT"] == "2000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert variables(1.0)["GOMP_SPINCOUNT"] == "7"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's threads are LLVM's here")
+def test_the_threads_of_pytorch_obey(monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1234")
+    # GNU OpenMP says what it reads when it is loaded.
+    environment = {**os.environ, **variables(1.0), "OMP_DISPLAY_ENV": "VERBOSE"}
+    command = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+    assert "GOMP_SPINCOUNT = '1234'" in done.stderr
