@@ -13,7 +13,7 @@ in its order, dropped none, logged every step once and left every checkpoint who
 are those of the undisturbed run bit for bit, save where an asynchronous run was resumed: its first
 batches are sampled with newer weights.  What was not well is listed under ``failures``.
 
-Rows are added to the day's file: kinds that a call does not run keep the rows they have.
+Kinds that a call does not run keep the rows of the newest file, with the commit they ran at.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import json
 import os
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +68,11 @@ def chosen(kinds: list[str]) -> dict[str, Case]:
     return found
 
 
-def merged(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
-    """The rows of ``file``, those that were made again replaced, in the order of CASES."""
-    before = json.loads(file.read_text())["rows"] if file.is_file() else []
+def merged(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The rows of this machine's newest file, those that were made again replaced, in the order of
+    CASES."""
+    files = sorted(folder.glob(file_name(NAME, "*", hardware())))
+    before = json.loads(files[-1].read_text())["rows"] if files else []
     by_key = {(row["fault"], row["max_staleness"]): row for row in [*before, *rows]}
     names = list(CASES)
     return sorted(
@@ -104,8 +105,7 @@ def main(argv: list[str]) -> None:
         failures = [failure for row in rows for failure in row["failures"]]
         print(*failures, sep="\n", flush=True)
         if not args.small or args.out:
-            file = folder / file_name(NAME, date.today().isoformat(), hardware())
-            rows = merged(rows, file)
+            rows = merged(rows, folder)
             result = {
                 "kinds": list(CASES),
                 "faults": sum(row["faults"] for row in rows),

@@ -1,6 +1,6 @@
 """The learner's update, naive against prefix-shared: time, peak memory, utilisation.
 
-    .venv/bin/python benchmarks/bench_learner.py            # this machine; ten minutes on two cores
+    .venv/bin/python benchmarks/bench_learner.py            # this machine; 12 minutes on two cores
     .venv/bin/python benchmarks/bench_learner.py --small    # every row in little; a minute or two
     PYTHONPATH=. python benchmarks/bench_learner.py --suites gpu --limit-tflops 790   # an H200
 
@@ -298,7 +298,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=12.0, help="of a row's rounds after two")
     parser.add_argument(
-        "--tokens-at-once", type=int, default=12288, help="bounds P on CPU, by the naive way's rows"
+        "--tokens-at-once", type=int, default=36864, help="bounds P on CPU, by the naive way's rows"
     )
     parser.add_argument("--limit-tflops", type=float, help="the physical limit, where known")
     parser.add_argument("--small", action="store_true", help="every row in little; writes nothing")

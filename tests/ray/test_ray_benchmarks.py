@@ -39,11 +39,15 @@ def test_pieces_of_the_fault_campaign_add_up(tmp_path, monkeypatch):
     def row(fault: str, staleness: int, faults: int) -> dict:
         return {"fault": fault, "max_staleness": staleness, "faults": faults}
 
-    file = tmp_path / "rows.json"
     first, second, *_ = campaign.CASES
-    assert campaign.merged([row(second, 1, 3)], file) == [row(second, 1, 3)]
-    file.write_text(json.dumps({"rows": [row(first, 0, 1), row(second, 1, 3)]}))
-    again = campaign.merged([row(second, 1, 9), row(second, 0, 8)], file)
+    assert campaign.merged([row(second, 1, 3)], tmp_path) == [row(second, 1, 3)]
+    for day, rows in (
+        ("2026-02-02", [row(first, 0, 1), row(second, 1, 3)]),
+        ("2026-02-01", [row(first, 0, 7)]),
+    ):
+        file = tmp_path / campaign.file_name(campaign.NAME, day, campaign.hardware())
+        file.write_text(json.dumps({"rows": rows}))
+    again = campaign.merged([row(second, 1, 9), row(second, 0, 8)], tmp_path)
     assert again == [row(first, 0, 1), row(second, 0, 8), row(second, 1, 9)]
     assert list(campaign.chosen(["disk full"])) == [
         "disk full for a while",
