@@ -278,7 +278,9 @@ def test_spice_and_clip_score_are_rewards_in_actors_of_their_own(tmp_path):
     clip = {"kind": "clip_score", "folder": folder, "cpus": 0.5, "references": True}
     config = RewardConfig(terms={"spice": 0.25, "clip": clip})
     environment = {"env_vars": stand_ins(tmp_path)}
-    actor = RewardActor.options(runtime_env=environment).remote(config, (ray.put(Statistics()),))
+    statistics = (ray.put(Statistics()),)
+    # On a busy machine CLIP's libraries take a minute to load.
+    actor = RewardActor.options(runtime_env=environment).remote(config, statistics, 600.0)
     pictured = [
         replace(group, prompt=replace(group.prompt, image=picture(i)))
         for i, group in enumerate(groups())
