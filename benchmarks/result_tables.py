@@ -57,45 +57,40 @@ _UTILISATION = ("utilisation", "useful_utilisation")
 
 
 def learner(result: Result) -> list[str]:
-    header = [
-        "model",
-        "vision",
-        "image tokens",
-        "G",
-        "P",
-        "method",
-        "ms",
-        "times plain",
-        "times naive",
-        "by FLOPs",
-        "MiB",
-        "utilisation",
-    ]
-    rows, missing = [], []
-    for case in result["cases"]:
-        names = [case["model"], "frozen" if case["frozen_vision"] else "trained"]
-        names += [str(case["image_tokens"]), str(case["group_size"])]
-        if "not_measured" in case:
-            missing.append([*names, case["not_measured"]])
-            continue
+    measured = [case for case in result["cases"] if "methods" in case]
+    plain = any("times_plain" in m for case in measured for m in case["methods"].values())
+    header = ["model", "vision", "image tokens", "G", "P", "method", "ms"]
+    header += ["times plain"] * plain + ["times naive", "by FLOPs", "MiB", "utilisation"]
+    rows = []
+    for case in measured:
         for label, method in case["methods"].items():
+            times = [f"{method['times_plain']:.1f}" if "times_plain" in method else ""] * plain
             rows.append(
                 [
-                    *names,
+                    *_row_of(case),
                     str(case["prompts"]),
                     label,
                     f"{method['seconds'] * 1e3:.0f}",
-                    f"{method['times_plain']:.1f}" if "times_plain" in method else "",
+                    *times,
                     f"{method['speedup']:.1f}",
                     f"{method['predicted']:.1f}",
                     f"{method['peak_bytes'] / 2**20:.0f}",
                     "/".join(f"{method[name]:.0%}" for name in _UTILISATION if name in method),
                 ]
             )
+    missing = [
+        [*_row_of(case), case["not_measured"]] for case in result["cases"] if "not_measured" in case
+    ]
     lines = table(header, rows) if rows else []
     if missing:
         lines += ["", "Not measured:", "", *table([*header[:4], "why"], missing)]
     return lines
+
+
+def _row_of(case: dict[str, Any]) -> list[str]:
+    """What tells a learner's case from the others."""
+    vision = "frozen" if case["frozen_vision"] else "trained"
+    return [case["model"], vision, str(case["image_tokens"]), str(case["group_size"])]
 
 
 def _weights(case: dict[str, Any]) -> str:
