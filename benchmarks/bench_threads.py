@@ -1,6 +1,6 @@
 """What waiting threads cost: one learner's update on all cores, and several at once.
 
-    .venv/bin/python benchmarks/bench_threads.py            # two minutes
+    .venv/bin/python benchmarks/bench_threads.py            # four minutes
     .venv/bin/python benchmarks/bench_threads.py --small    # one update each; writes nothing
 
 PyTorch's threads (GNU OpenMP) wait for each other awake, by default for milliseconds.  Where two
