@@ -59,8 +59,8 @@ def own_threads(cpus: float) -> dict[str, Any]:
     wait for each other awake for microseconds and then sleep.
 
     By default they stay awake for milliseconds.  Where two workers want the same cores, each then
-    keeps the other's thread from the core while its own waits, at every operation: on two cores, a
-    small captioner's step takes twenty times as long (``benchmarks/bench_threads.py``)."""
+    keeps the other's thread from the core while its own waits, at every operation: on two cores an
+    update took six times as long as alone, and not twice (``benchmarks/bench_threads.py``)."""
     threads = str(max(1, int(cpus)))
     return {"env_vars": {"OMP_NUM_THREADS": threads, _SPIN: os.environ.get(_SPIN, "2000")}}
 
