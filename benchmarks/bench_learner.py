@@ -1,6 +1,6 @@
 """The learner's update, naive against prefix-shared: time, peak memory, utilisation.
 
-    .venv/bin/python benchmarks/bench_learner.py            # this machine; 12 minutes on two cores
+    .venv/bin/python benchmarks/bench_learner.py            # this machine; over ten minutes
     .venv/bin/python benchmarks/bench_learner.py --small    # every row in little; a minute or two
     PYTHONPATH=. python benchmarks/bench_learner.py --suites gpu --limit-tflops 790   # an H200
 

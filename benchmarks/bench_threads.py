@@ -1,6 +1,6 @@
 """What waiting threads cost: one learner's update on all cores, and several at once.
 
-    .venv/bin/python benchmarks/bench_threads.py            # four minutes
+    .venv/bin/python benchmarks/bench_threads.py            # more than three minutes
     .venv/bin/python benchmarks/bench_threads.py --small    # one update each; writes nothing
 
 PyTorch's threads (GNU OpenMP) wait for each other awake, by default for milliseconds.  Where two
@@ -33,8 +33,8 @@ DEFAULT = "by default"
 def ways() -> dict[str, dict[str, str]]:
     """Environments by the way in which threads wait, each with a thread for every core."""
     variables: dict[str, str] = own_threads(os.cpu_count() or 1)["env_vars"]
-    names = ("OMP_NUM_THREADS",)
-    return {DEFAULT: {n: variables[n] for n in names}, "as rayrl's workers": variables}
+    count = {"OMP_NUM_THREADS": variables["OMP_NUM_THREADS"]}
+    return {DEFAULT: count, "as rayrl's workers": variables}
 
 
 def peer(updates: int) -> None:
@@ -58,7 +58,7 @@ def peer(updates: int) -> None:
 
 def together(variables: dict[str, str], processes: int, args: argparse.Namespace) -> list[float]:
     """Seconds of an update in each of some processes that work at the same time."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT",)}
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
     command = [sys.executable, __file__, "--peer", "--updates", str(args.updates)]
     peers = [
         subprocess.Popen(

@@ -52,7 +52,11 @@ def start_options(command: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", LAUNCHER_FILES)
 def test_launcher_files_are_valid_by_rays_schema(name):
-    validate_config(prepare_config(load(name)))
+    config = prepare_config(load(name))
+    validate_config(config)
+    # What was checked is ours, and nothing that Ray put in its place.
+    assert config["available_node_types"].keys() == load(name)["available_node_types"].keys()
+    assert config["head_node_type"] in config["available_node_types"]
 
 
 @pytest.mark.parametrize("name", LAUNCHER_FILES)
