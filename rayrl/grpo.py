@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,6 +90,8 @@ def train(run: Run, start: int) -> int:
         while submitted < min(steps, version + ahead + 1):
             pending.append(run.fleet.submit(submitted, version, run.rounds.begin(submitted)))
             submitted += 1
+        if submitted < steps:
+            _read_ahead(run, submitted)
         if ahead == 0:
             # After the batch was sent: it waits behind the weights in each worker, and in none
             # for the others.
@@ -112,6 +115,13 @@ def train(run: Run, start: int) -> int:
         save(run, last=True)
     run.fleet.confirm(version)
     return version
+
+
+def _read_ahead(run: Run, step: int) -> None:
+    """Have the images of the next step at hand, while workers sample: they wait for it then."""
+    # Whoever needs an image that cannot be read will say so.
+    with suppress(OSError, ValueError):
+        run.fleet.stage(run.rounds.read_ahead(step))
 
 
 def _all_rounds(run: Run, batch: Pending, version: int) -> Drawn:

@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 _PHASE = "seconds/"
+_PHASES = [_PHASE + name for name in ("rollout", "reward", "learner", "sync", "eval")]
+"""In the order in which a batch goes through them, which is not that of a step's first seconds."""
 
 
 class Progress(Protocol):
@@ -61,10 +63,11 @@ def progress_text(
         parts.append(f"{metrics['captions_per_second']:.0f} captions/s")
     if not math.isnan(seconds_left) and step < total:
         parts.append(f"ETA {duration(seconds_left)}")
+    measured = [name for name in metrics if name.startswith(_PHASE) and name not in _PHASES]
     phases = [
-        f"{name.removeprefix(_PHASE)} {value:.2f}"
-        for name, value in metrics.items()
-        if name.startswith(_PHASE)
+        f"{name.removeprefix(_PHASE)} {metrics[name]:.2f}"
+        for name in (*_PHASES, *measured)
+        if name in metrics
     ]
     if phases:
         parts.append(f"{' '.join(phases)} s")

@@ -198,6 +198,7 @@ class Rounds:
     _first: dict[int, tuple[int, int]] = field(default_factory=dict)
     _drawn: dict[int, Drawn] = field(default_factory=dict)
     _asked: dict[int, tuple[Request, ...]] = field(default_factory=dict)
+    _ahead: dict[int, Prompt] = field(default_factory=dict)
     _mean_reward: float | None = None
 
     @classmethod
@@ -240,6 +241,16 @@ class Rounds:
         count = self.num_prompts if more else self.total_steps * self.images_per_step
         return map(self.prompt_at, range(min(count, self.num_prompts)))
 
+    def read_ahead(self, step: int) -> list[Prompt]:
+        """The prompts that ``step`` will begin with, as far as is known now, read before it begins.
+
+        A step before it whose planners take further prompts pushes it on in the sequence; what was
+        read for it then goes to them.  OSError or ValueError where an image cannot be read."""
+        start, count = self._first.get(step, (self._next, self.images_per_step))
+        places = range(start, start + count)
+        self._ahead = {place: self._ahead.get(place) or self.prompt_at(place) for place in places}
+        return list(self._ahead.values())
+
     def begin(self, step: int) -> tuple[Request, ...]:
         """The first round of ``step``; on the prompts that the step had, if it began before the
         run was resumed."""
@@ -247,7 +258,7 @@ class Rounds:
             self._first[step] = (self._next, self.images_per_step)
             self._next += self.images_per_step
         start, count = self._first[step]
-        prompts = tuple(self.prompt_at(place) for place in range(start, start + count))
+        prompts = tuple(self._prompts(start, count))
         self._drawn[step] = Drawn(
             step=step,
             total_steps=self.total_steps,
@@ -307,7 +318,14 @@ class Rounds:
 
     def _take(self, count: int) -> list[Prompt]:
         start, self._next = self._next, self._next + count
-        return [self.prompt_at(place) for place in range(start, start + count)]
+        return self._prompts(start, count)
+
+    def _prompts(self, start: int, count: int) -> list[Prompt]:
+        places = range(start, start + count)
+        return [
+            self._ahead.pop(place) if place in self._ahead else self.prompt_at(place)
+            for place in places
+        ]
 
 
 _NEWEST = 0.1

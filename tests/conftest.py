@@ -12,6 +12,8 @@ from PIL import Image
 
 # Before any Ray starts: tests leave no token in the home directory.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Workers that no test would use.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before PyTorch is imported: models this small are slower on several threads, and much slower where
 # other processes want the cores.

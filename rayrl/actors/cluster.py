@@ -34,6 +34,8 @@ def connect(num_cpus: float, num_gpus: float = 0.0) -> bool:
         ray.init(logging_level=logging.WARNING)
         return False
     package_root = str(Path(__file__).resolve().parents[2])
+    # Else Ray starts a worker for every CPU beforehand, without the environment that ours ask for.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, -(-int(num_cpus * 100) // 100)),

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
 
 from rayrl.actors.direct import direct_transfer
 from rayrl.actors.learner_group import LearnerGroup
-from rayrl.actors.pending import Pending, Share, late_ones, no_answer, split
+from rayrl.actors.pending import Pending, Share, arrivals, late_ones, no_answer, split
 from rayrl.actors.pool import LOST, RestartBudget, Worker
 from rayrl.actors.versions import Versions
 from rayrl.actors.workers import reward_pool, rollout_pool
@@ -66,6 +67,7 @@ class Fleet:
         files_ref, prepare = ray.put(files), self._versions.pull_newest
         self._rollout = rollout_pool(config, files_ref, self._budget, prepare, place=place)
         self._reward = reward_pool(config, (ray.put(statistics),), self._budget)
+        self._staged: dict[str, tuple[list[Prompt], Any]] = {}
         self._recent: list[StepTimes] = []
         self._term_s: dict[str, float] = {}
         self._step_began, self._waited, self._sampling_s = time.perf_counter(), 0.0, 0.0
@@ -146,6 +148,13 @@ class Fleet:
         self._rollout.wait()
         self._versions.confirm(self._rollout, version)
 
+    def stage(self, prompts: Sequence[Prompt]) -> None:
+        """Put the prompts that the next batch is expected to begin with where workers find them,
+        before it is submitted: workers that are busy need not wait for that then.  Others may
+        come."""
+        parts = split(list(prompts), self._config.rollout.max_workers)
+        self._staged = {part[0].prompt_id: (part, ray.put(part)) for part in parts if part}
+
     def submit(
         self,
         step: int,
@@ -167,19 +176,25 @@ class Fleet:
         first = 0
         for i, part in enumerate(split(list(requests), self._config.rollout.max_workers)):
             if part:
-                prompts = ray.put([request.prompt for request in part])
+                prompts = self._reference([request.prompt for request in part])
                 share = Share(index=i, first=first, requests=part, prompts=prompts)
-                self._send(share, pending)
+                self._send_to_sample(share, pending)
                 pending.shares.append(share)
                 first += len(part)
+        # Not before every worker has something to do.
+        for share in pending.shares:
+            self._send_to_score(share, pending)
         return pending
 
     def wait_rollouts(self, pending: Pending) -> None:
-        """Wait until every group of a batch is sampled, without fetching it: groups go from
-        worker to worker.  A worker that takes too long is replaced."""
+        """Wait until every group of a batch is sampled; they go from worker to worker, and what
+        is scored meanwhile comes here.  A worker that takes too long is replaced."""
         started = time.perf_counter()
         limit_s = self._config.rollout.timeout_s
-        for i in late_ones([share.rollout for share in pending.shares], limit_s):
+        rollouts = [share.rollout for share in pending.shares]
+        for _ in arrivals(rollouts, limit_s):
+            self._fetch_scored(pending)
+        for i in late_ones(rollouts, 0.0):
             self._sample_again(pending.shares[i], pending, no_answer(limit_s))
             self._wait_sampled(pending.shares[i], pending)
         self.confirm(pending.version)
@@ -258,8 +273,13 @@ class Fleet:
         tokens = self._config.sampling.max_tokens
         return worker, worker.actor.greedy.remote(part, tokens, version)
 
-    def _send(self, share: Share, pending: Pending) -> None:
-        """Have a share sampled with the batch's version, and scored.  Workers take turns."""
+    def _reference(self, prompts: list[Prompt]) -> Any:
+        """A reference to the prompts of a part, which may have been staged."""
+        staged, reference = self._staged.get(prompts[0].prompt_id, ([], None))
+        return reference if staged == prompts else ray.put(prompts)
+
+    def _send_to_sample(self, share: Share, pending: Pending) -> None:
+        """Have a share sampled with the batch's version.  Workers take turns."""
         workers = self._rollout.wait()
         share.worker = workers[(pending.step + share.index) % len(workers)]
         behind = pending.version != self._versions.newest
@@ -271,7 +291,6 @@ class Fleet:
         )
         if behind:
             self._versions.load(share.worker, self._versions.newest)
-        self._send_to_score(share, pending)
 
     def _send_to_score(self, share: Share, pending: Pending) -> None:
         scorers = self._reward.wait()
@@ -280,20 +299,26 @@ class Fleet:
             share.prompts, share.rollout, pending.df, max(0, SIMILARITY_GROUPS - share.first)
         )
 
+    def _fetch_scored(self, pending: Pending) -> None:
+        """Fetch the parts that are scored by now: the last ones are then all that is waited for."""
+        waiting = {share.scored: share for share in pending.shares if share.result is None}
+        if not waiting:
+            return
+        there, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.0)
+        with suppress(*LOST):
+            # One call for all takes a fraction of the time of a call for each.
+            for ref, result in zip(there, ray.get(there), strict=True):
+                waiting[ref].result = result
+
     def _all_scored(self, pending: Pending) -> list[Scored]:
         limit_s = self._config.train.reward_timeout_s
-        refs = [share.scored for share in pending.shares]
-        late = late_ones(refs, limit_s)
-        if not late:
-            try:
-                # One call for all takes a fraction of the time of a call for each.
-                return list(ray.get(refs, timeout=limit_s))
-            except LOST:
-                pass
-        return [
-            self._scored(share, pending, 0.0 if i in late else limit_s)
-            for i, share in enumerate(pending.shares)
-        ]
+        waiting = [share for share in pending.shares if share.result is None]
+        late = late_ones([share.scored for share in waiting], limit_s) if waiting else []
+        self._fetch_scored(pending)
+        for i, share in enumerate(waiting):
+            if share.result is None:
+                share.result = self._scored(share, pending, 0.0 if i in late else limit_s)
+        return [share.result for share in pending.shares if share.result is not None]
 
     def _scored(self, share: Share, pending: Pending, limit_s: float) -> Scored:
         while True:
@@ -323,4 +348,5 @@ class Fleet:
 
     def _sample_again(self, share: Share, pending: Pending, cause: Exception) -> None:
         self._rollout.lost(share.worker, cause)
-        self._send(share, pending)
+        self._send_to_sample(share, pending)
+        self._send_to_score(share, pending)

@@ -60,6 +60,20 @@ def test_the_fakes_notice_what_they_should(undisturbed):
     assert {row["staleness/max"] for row in undisturbed[1].rows} == {0.0, 1.0}
 
 
+def test_workers_need_not_wait_for_the_prompts_of_a_step_that_was_expected(tmp_path, monkeypatch):
+    found, reference = [], Fleet._reference
+
+    def noted(self, prompts):
+        there = [ref for _, ref in self._staged.values()]
+        found.append(reference(self, prompts) in there)
+        return reference(self, prompts)
+
+    monkeypatch.setattr(Fleet, "_reference", noted)
+    run(tmp_path, monkeypatch, staleness=1, steps=4)
+    # In three parts each; nobody expected the two batches that are handed out at the start.
+    assert found == [False] * 6 + [True] * 6
+
+
 @pytest.mark.parametrize(
     ("name", "staleness"),
     [("FakeRollout", 0), ("FakeRollout", 1), ("RewardActor", 1), ("FakeLearner", 0)],

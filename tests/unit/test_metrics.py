@@ -255,6 +255,12 @@ def test_what_is_not_known_is_left_out_of_the_line():
     assert line == "step  3/10"
 
 
+def test_phases_are_shown_in_the_order_of_a_batch():
+    seconds = {"seconds/warm": 4.0, "seconds/sync": 3.0, "seconds/reward": 2.0, "seconds/eval": 1.0}
+    line = progress_text(1, 1, seconds, score=math.nan, gain=math.nan, seconds_left=math.nan)
+    assert line == "step 1/1  reward 2.00 sync 3.00 eval 1.00 warm 4.00 s"
+
+
 def test_durations_read_like_a_clock():
     assert [duration(s) for s in (0.4, 7, 754, 3723, 59.6)] == [
         "0:00",

@@ -159,7 +159,14 @@ def test_a_step_without_any_group_says_why():
 
 
 def drive(
-    subject: Rounds, start: int, stop: int, ahead: int, log: list, *, halt: int | None = None
+    subject: Rounds,
+    start: int,
+    stop: int,
+    ahead: int,
+    log: list,
+    *,
+    halt: int | None = None,
+    read_ahead: bool = True,
 ):
     """Steps as the driver takes them: ``ahead`` steps begin before the oldest goes on.  Images
     whose number divides by 4 give flat groups.  Returns the state after step ``halt``."""
@@ -173,6 +180,8 @@ def drive(
         while begun < min(stop, step + ahead + 1):
             pending.append(subject.begin(begun))
             begun += 1
+        if read_ahead and begun < stop:
+            subject.read_ahead(begun)
         requests = pending.pop(0)
         while requests:
             log += [(step, r.prompt.prompt_id, r.seed) for r in requests]
@@ -199,6 +208,36 @@ def test_every_prompt_is_taken_once_and_a_resumed_run_takes_the_same(ahead):
     resumed.restore(state)
     assert drive(resumed, 3, 8, ahead, broken) == end
     assert broken == straight
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("objective", ["grpo", "dapo"])
+def test_images_are_read_once_and_steps_that_are_read_ahead_are_the_same(objective, ahead):
+    read: list[int] = []
+
+    def noted(place: int) -> Prompt:
+        read.append(place)
+        return prompt_at(place)
+
+    taken: list = []
+    end = drive(rounds(objective, prompt_at=noted), 0, 8, ahead, taken)
+    assert sorted(read) == list(range(end["next"]))
+    alone: list = []
+    assert drive(rounds(objective), 0, 8, ahead, alone, read_ahead=False) == end
+    assert alone == taken
+
+
+def test_a_step_is_read_before_it_begins_and_one_that_began_before_on_the_images_it_had():
+    subject = rounds("grpo")
+    prompts = subject.read_ahead(0)
+    assert [prompt.prompt_id for prompt in prompts] == ["p0", "p1", "p2"]
+    # The very objects, by which the fleet knows them.
+    assert [r.prompt for r in subject.begin(0)] == prompts
+    resumed = rounds("grpo")
+    resumed.restore({"next": 9, "first": {"4": [3, 3]}, "mean_reward": None})
+    assert [prompt.prompt_id for prompt in resumed.read_ahead(4)] == ["p3", "p4", "p5"]
+    assert [r.prompt.prompt_id for r in resumed.begin(4)] == ["p3", "p4", "p5"]
+    assert [r.prompt.prompt_id for r in resumed.begin(5)] == ["p9", "p10", "p11"]
 
 
 def test_requests_for_one_prompt_do_not_draw_the_same_captions():
