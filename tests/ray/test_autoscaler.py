@@ -97,6 +97,8 @@ def cluster():
     yield address, {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address}
     head.terminate()
     head.wait(timeout=60)
+    # A node that the fake provider takes away leaves processes behind.
+    subprocess.run(["pkill", "-KILL", "-f", f"{folder}/"])
     shutil.rmtree(folder, ignore_errors=True)
 
 
