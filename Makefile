@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 PY := .venv/bin/python
 ARGS ?=
 OS := $(shell uname -s)
+# A run starts a dozen processes, and each would compile the thousands of files that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Linux gets the pinned list with vLLM for CPU; elsewhere the engine is transformers (`hf`).
 ifeq ($(OS),Linux)
