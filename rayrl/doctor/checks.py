@@ -225,3 +225,18 @@ def check_ray_auth(environment: Mapping[str, str], token_file: Path) -> Finding:
         return finding(level="ok", found=f"a token is at hand for the cluster at {address}")
     kept = "in place" if has_token else f"made at the first start, in {path}"
     return finding(level="ok", found=f"by token, which is {kept}")
+
+
+def check_bytecode(environment: Mapping[str, str], compiled: bool) -> Finding:
+    """Whether workers, each a process of its own, find what they import ``compiled``."""
+    finding = partial(Finding, subject="bytecode")
+    if compiled:
+        return finding(level="ok", found="PyTorch's modules are compiled")
+    if environment.get("PYTHONDONTWRITEBYTECODE"):
+        return finding(
+            level="note",
+            found="PYTHONDONTWRITEBYTECODE is set: every worker compiles all that it imports, "
+            "which takes as long again as importing it",
+            do="unset it, or run python -m compileall -q on the site-packages folder once",
+        )
+    return finding(level="ok", found="compiled at the first import")

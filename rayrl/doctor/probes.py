@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata as metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -75,6 +76,14 @@ def run_probe(code: str, timeout_s: float = 120.0) -> Probe:
 def installed_packages() -> dict[str, str]:
     """Version by normalized name."""
     return {canonicalize_name(one.name): one.version for one in metadata.distributions()}
+
+
+def compiled(package: str) -> bool:
+    """Whether the bytecode of a package's own module lies beside it; does not import it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return False
+    return Path(importlib.util.cache_from_source(spec.origin)).is_file()
 
 
 def required_packages() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import py_compile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from rayrl.doctor import __main__ as doctor
 from rayrl.doctor.checks import (
     Finding,
     Needs,
+    check_bytecode,
     check_cpu,
     check_disk,
     check_java,
@@ -24,6 +26,7 @@ from rayrl.doctor.checks import (
 from rayrl.doctor.probes import (
     Probe,
     available_memory,
+    compiled,
     cpu_flags,
     nearest_existing,
     run_probe,
@@ -172,6 +175,25 @@ def test_a_full_disk_is_found_before_the_run_fills_it(free_gib, total_gib, level
 def test_ray_authentication(tmp_path, environment, level, words):
     finding = check_ray_auth(environment, tmp_path / "auth_token")
     assert (finding.level, words in finding.found) == (level, True), finding
+
+
+@pytest.mark.parametrize(
+    ("value", "there", "level"),
+    [("1", False, "note"), ("1", True, "ok"), ("", False, "ok"), (None, True, "ok")],
+)
+def test_workers_that_compile_all_they_import_are_a_note(value, there, level):
+    environment = {} if value is None else {"PYTHONDONTWRITEBYTECODE": value}
+    finding = check_bytecode(environment, there)
+    assert (finding.level, bool(finding.do)) == (level, level == "note")
+
+
+def test_a_package_is_compiled_where_its_bytecode_lies(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "freshly_made.py").write_text("")
+    assert not compiled("freshly_made") and not compiled("no_such_module")
+    py_compile.compile(str(tmp_path / "freshly_made.py"))
+    assert compiled("freshly_made")
 
 
 def test_a_token_file_counts_as_a_token(tmp_path):
