@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,9 +118,12 @@ def train(run: Run, start: int) -> int:
 
 def _read_ahead(run: Run, step: int) -> None:
     """Have the images of the next step at hand, while workers sample: they wait for it then."""
-    # Whoever needs an image that cannot be read will say so.
-    with suppress(OSError, ValueError):
-        run.fleet.stage(run.rounds.read_ahead(step))
+    try:
+        prompts = run.rounds.read_ahead(step)
+    except (OSError, ValueError):
+        # Whoever needs the image that cannot be read will say so.
+        return
+    run.fleet.stage(prompts)
 
 
 def _all_rounds(run: Run, batch: Pending, version: int) -> Drawn:

@@ -1,35 +1,29 @@
-"""Batches on their way: sampled by rollout workers, scored by reward workers.
+"""The workers of a run: two pools, the weights that rollout workers hold, and how many there are.
 
-The driver submits every batch and every weight version itself, and Ray runs one caller's calls on
-an actor in the order of submission, so which version samples which batch is exact by construction.
-A batch is cut in the same parts however many workers there are, and seeds belong to prompts: who
-samples a part does not matter for what comes out.  A part that was lost with its worker goes to
-another one, which pulls the version that it was to be sampled with and then catches up.
+Batches go through them in :mod:`rayrl.actors.batches`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import ray
 
+from rayrl.actors.batches import Batches
 from rayrl.actors.direct import direct_transfer
 from rayrl.actors.learner_group import LearnerGroup
-from rayrl.actors.pending import Pending, Share, arrivals, late_ones, no_answer, split
+from rayrl.actors.pending import Pending, late_ones, split
 from rayrl.actors.pool import LOST, RestartBudget, Worker
 from rayrl.actors.versions import Versions
 from rayrl.actors.workers import reward_pool, rollout_pool
 from rayrl.canary import Canary
 from rayrl.config import Config
-from rayrl.engine.base import Sampling
-from rayrl.rewards.score import SIMILARITY_GROUPS
-from rayrl.rewards.statistics import Statistics, step_document_frequency
+from rayrl.rewards.statistics import Statistics
 from rayrl.rounds import Request
 from rayrl.scaling import WINDOW, StepTimes, wanted_workers
-from rayrl.shares import Parts, Scored
+from rayrl.shares import Parts
 from rayrl.types import Completion, Prompt
 from rayrl.weights import ModelFiles, Weights
 
@@ -54,12 +48,6 @@ class Fleet:
     ) -> None:
         self._config = config
         self._direct = direct_transfer(config, learner)
-        self._sampling = Sampling(
-            group_size=config.train.group_size,
-            temperature=config.sampling.temperature,
-            max_tokens=config.sampling.max_tokens,
-            greedy_baseline=greedy_baseline,
-        )
         self._budget = budget
         self._versions = Versions(config)
         self._pull_whole = False
@@ -67,7 +55,9 @@ class Fleet:
         files_ref, prepare = ray.put(files), self._versions.pull_newest
         self._rollout = rollout_pool(config, files_ref, self._budget, prepare, place=place)
         self._reward = reward_pool(config, (ray.put(statistics),), self._budget)
-        self._staged: dict[str, tuple[list[Prompt], Any]] = {}
+        self._batches = Batches(
+            config, self._rollout, self._reward, self._versions, greedy_baseline=greedy_baseline
+        )
         self._recent: list[StepTimes] = []
         self._term_s: dict[str, float] = {}
         self._step_began, self._waited, self._sampling_s = time.perf_counter(), 0.0, 0.0
@@ -149,11 +139,8 @@ class Fleet:
         self._versions.confirm(self._rollout, version)
 
     def stage(self, prompts: Sequence[Prompt]) -> None:
-        """Put the prompts that the next batch is expected to begin with where workers find them,
-        before it is submitted: workers that are busy need not wait for that then.  Others may
-        come."""
-        parts = split(list(prompts), self._config.rollout.max_workers)
-        self._staged = {part[0].prompt_id: (part, ray.put(part)) for part in parts if part}
+        """See :meth:`Batches.stage`."""
+        self._batches.stage(prompts)
 
     def submit(
         self,
@@ -163,40 +150,13 @@ class Fleet:
         *,
         before: Pending | None = None,
     ) -> Pending:
-        """Send a round of a step to be sampled with ``version`` and scored; does not wait,
-        unless there are fewer workers than the minimum.
-
-        ``before`` is the step's round before: document frequencies stay those of the first, so that
-        the captions of a group are scored alike."""
-        references = {r.prompt.prompt_id: r.prompt.references for r in requests}
-        df = before.df if before else step_document_frequency(references, self._config.reward)
-        if df is not None and not before:
-            df = ray.put(df)
-        pending = Pending(step=step, version=version, df=df)
-        first = 0
-        for i, part in enumerate(split(list(requests), self._config.rollout.max_workers)):
-            if part:
-                prompts = self._reference([request.prompt for request in part])
-                share = Share(index=i, first=first, requests=part, prompts=prompts)
-                self._send_to_sample(share, pending)
-                pending.shares.append(share)
-                first += len(part)
-        # Not before every worker has something to do.
-        for share in pending.shares:
-            self._send_to_score(share, pending)
-        return pending
+        """See :meth:`Batches.submit`."""
+        return self._batches.submit(step, version, requests, before=before)
 
     def wait_rollouts(self, pending: Pending) -> None:
-        """Wait until every group of a batch is sampled; they go from worker to worker, and what
-        is scored meanwhile comes here.  A worker that takes too long is replaced."""
+        """:meth:`Batches.wait_rollouts`, and until workers hold the batch's version."""
         started = time.perf_counter()
-        limit_s = self._config.rollout.timeout_s
-        rollouts = [share.rollout for share in pending.shares]
-        for _ in arrivals(rollouts, limit_s):
-            self._fetch_scored(pending)
-        for i in late_ones(rollouts, 0.0):
-            self._sample_again(pending.shares[i], pending, no_answer(limit_s))
-            self._wait_sampled(pending.shares[i], pending)
+        self._batches.wait_rollouts(pending)
         self.confirm(pending.version)
         self._waited += time.perf_counter() - started
 
@@ -204,7 +164,7 @@ class Fleet:
         """The batch's results in the order of its requests, scored or dropped with a reason.
         Lost groups are sampled or scored again."""
         started = time.perf_counter()
-        scored = self._all_scored(pending)
+        scored = self._batches.collect(pending)
         self._waited += time.perf_counter() - started
         self._sampling_s += sum(part.sampled.seconds for part in scored)
         for part in scored:
@@ -272,81 +232,3 @@ class Fleet:
         worker = workers[i % len(workers)]
         tokens = self._config.sampling.max_tokens
         return worker, worker.actor.greedy.remote(part, tokens, version)
-
-    def _reference(self, prompts: list[Prompt]) -> Any:
-        """A reference to the prompts of a part, which may have been staged."""
-        staged, reference = self._staged.get(prompts[0].prompt_id, ([], None))
-        return reference if staged == prompts else ray.put(prompts)
-
-    def _send_to_sample(self, share: Share, pending: Pending) -> None:
-        """Have a share sampled with the batch's version.  Workers take turns."""
-        workers = self._rollout.wait()
-        share.worker = workers[(pending.step + share.index) % len(workers)]
-        behind = pending.version != self._versions.newest
-        if behind:
-            self._versions.load(share.worker, pending.version)
-        draws = [request.draw for request in share.requests]
-        share.rollout = share.worker.actor.generate.remote(
-            share.prompts, draws, self._sampling, pending.version
-        )
-        if behind:
-            self._versions.load(share.worker, self._versions.newest)
-
-    def _send_to_score(self, share: Share, pending: Pending) -> None:
-        scorers = self._reward.wait()
-        share.scorer = scorers[(pending.step + share.index) % len(scorers)]
-        share.scored = share.scorer.actor.score_part.remote(
-            share.prompts, share.rollout, pending.df, max(0, SIMILARITY_GROUPS - share.first)
-        )
-
-    def _fetch_scored(self, pending: Pending) -> None:
-        """Fetch the parts that are scored by now: the last ones are then all that is waited for."""
-        waiting = {share.scored: share for share in pending.shares if share.result is None}
-        if not waiting:
-            return
-        there, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.0)
-        with suppress(*LOST):
-            # One call for all takes a fraction of the time of a call for each.
-            for ref, result in zip(there, ray.get(there), strict=True):
-                waiting[ref].result = result
-
-    def _all_scored(self, pending: Pending) -> list[Scored]:
-        limit_s = self._config.train.reward_timeout_s
-        waiting = [share for share in pending.shares if share.result is None]
-        late = late_ones([share.scored for share in waiting], limit_s) if waiting else []
-        self._fetch_scored(pending)
-        for i, share in enumerate(waiting):
-            if share.result is None:
-                share.result = self._scored(share, pending, 0.0 if i in late else limit_s)
-        return [share.result for share in pending.shares if share.result is not None]
-
-    def _scored(self, share: Share, pending: Pending, limit_s: float) -> Scored:
-        while True:
-            try:
-                scored: Scored = ray.get(share.scored, timeout=limit_s)
-                return scored
-            except LOST as error:
-                limit_s = self._config.train.reward_timeout_s
-                self._recover(share, pending, error)
-                # It may have been given to a worker that hangs.
-                self._wait_sampled(share, pending)
-
-    def _recover(self, share: Share, pending: Pending, error: Exception) -> None:
-        """Redo what was lost of a share: its groups, or only their scores."""
-        try:
-            ray.get(share.rollout, timeout=self._config.rollout.timeout_s)
-        except LOST as lost:
-            self._sample_again(share, pending, lost)
-        else:
-            self._reward.lost(share.scorer, error)
-            self._send_to_score(share, pending)
-
-    def _wait_sampled(self, share: Share, pending: Pending) -> None:
-        limit_s = self._config.rollout.timeout_s
-        while late_ones([share.rollout], limit_s):
-            self._sample_again(share, pending, no_answer(limit_s))
-
-    def _sample_again(self, share: Share, pending: Pending, cause: Exception) -> None:
-        self._rollout.lost(share.worker, cause)
-        self._send_to_sample(share, pending)
-        self._send_to_score(share, pending)

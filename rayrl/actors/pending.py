@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -49,26 +49,25 @@ def split(items: list[_Item], parts: int) -> list[list[_Item]]:
     return [items[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def arrivals(refs: list[Any], limit_s: float) -> Iterator[None]:
-    """Yields whenever further ones of ``refs`` are there or failed, until all did or the limit is
-    over."""
-    deadline, waiting = time.monotonic() + limit_s, refs
-    while waiting:
-        left = max(0.0, deadline - time.monotonic())
-        some, _ = ray.wait(waiting, num_returns=1, timeout=left, fetch_local=False)
-        if not some:
-            return
-        # With all that came at the same time.
-        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.0, fetch_local=False)
-        yield
-
-
-def late_ones(refs: list[Any], limit_s: float) -> list[int]:
+def late_ones(
+    refs: list[Any], limit_s: float, meanwhile: Callable[[], None] | None = None
+) -> list[int]:
     """Which of ``refs``, by place, are not there within the limit; those that failed are.
+    ``meanwhile`` is called whenever further ones are there.
 
     One call for all takes a fraction of the time of a call for each."""
-    there = set(ray.wait(refs, num_returns=len(refs), timeout=limit_s, fetch_local=False)[0])
-    return [i for i, ref in enumerate(refs) if ref not in there]
+    deadline, missing = time.monotonic() + limit_s, refs
+    while missing:
+        left, count = max(0.0, deadline - time.monotonic()), 1 if meanwhile else len(missing)
+        there, missing = ray.wait(missing, num_returns=count, timeout=left, fetch_local=False)
+        if meanwhile is None or not there:
+            break
+        if missing:
+            # Those that came at the same time.
+            _, missing = ray.wait(missing, num_returns=len(missing), timeout=0.0, fetch_local=False)
+        meanwhile()
+    late = set(missing)
+    return [i for i, ref in enumerate(refs) if ref in late]
 
 
 def no_answer(limit_s: float) -> TimeoutError:

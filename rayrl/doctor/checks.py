@@ -235,8 +235,7 @@ def check_bytecode(environment: Mapping[str, str], compiled: bool) -> Finding:
     if environment.get("PYTHONDONTWRITEBYTECODE"):
         return finding(
             level="note",
-            found="PYTHONDONTWRITEBYTECODE is set: every worker compiles all that it imports, "
-            "which takes as long again as importing it",
+            found="PYTHONDONTWRITEBYTECODE is set: every worker compiles all that it imports",
             do="unset it, or run python -m compileall -q on the site-packages folder once",
         )
     return finding(level="ok", found="compiled at the first import")

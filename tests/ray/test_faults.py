@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 
 from rayrl.actors import learner_group, pool
+from rayrl.actors.batches import Batches
 from rayrl.actors.fleet import Fleet
 from rayrl.actors.learner_group import LearnerGroup
 from rayrl.actors.pool import RestartBudget, TooFewWorkers
@@ -61,14 +62,14 @@ def test_the_fakes_notice_what_they_should(undisturbed):
 
 
 def test_workers_need_not_wait_for_the_prompts_of_a_step_that_was_expected(tmp_path, monkeypatch):
-    found, reference = [], Fleet._reference
+    found, reference = [], Batches._reference
 
     def noted(self, prompts):
         there = [ref for _, ref in self._staged.values()]
         found.append(reference(self, prompts) in there)
         return reference(self, prompts)
 
-    monkeypatch.setattr(Fleet, "_reference", noted)
+    monkeypatch.setattr(Batches, "_reference", noted)
     run(tmp_path, monkeypatch, staleness=1, steps=4)
     # In three parts each; nobody expected the two batches that are handed out at the start.
     assert found == [False] * 6 + [True] * 6
