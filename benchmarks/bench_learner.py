@@ -16,7 +16,8 @@ GPU at once runs in micro-batches, halved until they do.
 every position.  ``naive`` (``naive_logprobs``, the oracle) makes those of the captions alone.
 
 ``predicted`` is the ratio of the counted FLOPs; ``utilisation`` is counted FLOPs over the time and
-over the limit, which is what a large matrix product reaches here, or ``--limit-tflops``.
+over the limit: what a large matrix product reaches in the same rounds, for a shared machine is not
+as fast in every minute, or ``--limit-tflops``.
 ``useful_utilisation`` counts what the update needs and no copies nor repetitions of it
 (``rayrl/learner/flops.py``): the limit's share of the time that the update took.  Rows that
 want a GPU are written down as not measured where there is none.
@@ -36,7 +37,7 @@ from typing import Any
 
 import promises
 import torch
-from learner_cost import counted, matmul_flops, synchronize
+from learner_cost import LargeProduct, counted, timed
 from learner_models import IMAGE, MODELS, SMALL
 from learner_rows import SUITES, Row
 from record import RESULTS, write
@@ -229,8 +230,9 @@ def warm_optimizer(model: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def measure(row: Row, args: argparse.Namespace, limit: float) -> dict[str, Any]:
-    """One row: the first passes, then rounds in which every method runs once."""
+def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: the first passes, then rounds in which every method runs once, and the matrix
+    product that is the limit."""
     model, images = make_model(row, args.device, small=args.small)
     naive_tokens = row.group_size * (row.image_tokens + TEXT_TOKENS + CAPTION_TOKENS)
     room = row.prompts if row.gpu else args.tokens_at_once // naive_tokens
@@ -238,19 +240,24 @@ def measure(row: Row, args: argparse.Namespace, limit: float) -> dict[str, Any]:
     table = methods(row, model, batch)
     optimizer = warm_optimizer(model)
     entries = first_passes(row, table, model, batch, args.device)
+    product = LargeProduct(args.device, model.dtype)
+    timed(product, args.device)
+
+    def update(label: str, method: Method) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        backward(method, model, batch, entries[label]["captions_at_once"])
+        optimizer.step()
+
+    products: list[float] = []
     seconds: dict[str, list[float]] = {label: [] for label in table}
     started = time.perf_counter()
     for done in range(args.rounds):
         if done >= 2 and time.perf_counter() - started > args.seconds:
             break
         for label, method in table.items():
-            synchronize(args.device)
-            start = time.perf_counter()
-            optimizer.zero_grad(set_to_none=True)
-            backward(method, model, batch, entries[label]["captions_at_once"])
-            optimizer.step()
-            synchronize(args.device)
-            seconds[label].append(time.perf_counter() - start)
+            seconds[label].append(timed(partial(update, label, method), args.device))
+        products += [timed(product, args.device) for _ in range(3)]
+    limit = (args.limit_tflops or product.flops / statistics.median(products) / 1e12) * 1e12
     naive = statistics.median(seconds["naive"])
     for label, entry in entries.items():
         if PLAIN in seconds:
@@ -321,17 +328,13 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    limits: dict[str, float] = {}
     cases: list[dict[str, Any]] = []
     for row in rows_of(args):
         if row.gpu and args.device != "cuda" and not args.small:
             cases.append({**asdict(row), "not_measured": "no CUDA device at hand"})
         else:
-            if row.dtype not in limits:
-                measured = matmul_flops(args.device, getattr(torch, row.dtype))
-                limits[row.dtype] = (args.limit_tflops or measured / 1e12) * 1e12
             try:
-                cases.append(measure(row, args, limits[row.dtype]))
+                cases.append(measure(row, args))
             except torch.OutOfMemoryError:
                 cases.append({**asdict(row), "not_measured": "out of memory"})
         show(cases[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,15 +103,22 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def matmul_flops(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the most that this device gives in this type."""
-    n = 8192 if device == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+class LargeProduct:
+    """A large matrix product, which takes as good as all that a device gives in a type."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        n = 8192 if device == "cuda" else 1536
+        self.flops = 2 * n**3
+        self._factors = [torch.randn(n, n, device=device, dtype=dtype) for _ in range(2)]
+
+    def __call__(self) -> None:
+        torch.mm(*self._factors)
+
+
+def timed(work: Callable[[], object], device: str) -> float:
+    """Seconds that ``work`` takes on the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start

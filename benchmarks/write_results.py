@@ -57,7 +57,7 @@ SECTIONS = (
         "Plain transformers makes G copies of image and prompt and the logits of every position; "
         "the naive way, the oracle, makes those of the captions alone. "
         "Every gradient was compared with the naive one in the same run. Utilisation is counted "
-        "FLOPs over the time and over a large matrix product on the same device.",
+        "FLOPs over the time and over a large matrix product in the same rounds.",
         result_tables.learner,
     ),
     Section(
