@@ -24,8 +24,9 @@ setup: .venv/ready
 run: setup
 	$(PY) jobs/grpo_coco.py $(ARGS)
 
+# Tests that start a Ray in one process, all others beside it.
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 unit: setup
 	$(PY) -m pytest tests/unit $(ARGS)

@@ -32,6 +32,17 @@ def encoded_picture(colour: tuple[int, int, int], *, seed: int = 0, size: int = 
     return out.getvalue()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Tests that start a Ray come first, and where tests run in several processes all in one: a
+    machine has cores for one Ray, and its waits are room for the other tests."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.get_closest_marker("ray"):
+                item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def prompts():
     """Six prompts in three colours, with references that name the colour."""
