@@ -8,7 +8,7 @@ proves those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,23 +19,28 @@ from rayrl.weights import Loadable, sampled
 def differing(held: Mapping[str, Tensor], weights: Loadable) -> dict[str, str]:
     """By name, how samples of ``held`` (checkpoint name to the engine's values) differ from
     ``weights``, in the engine's type; empty where they do not."""
-    found = {}
+    return {name: how for name, how in _compared(held, weights) if how}
+
+
+def _compared(held: Mapping[str, Tensor], weights: Loadable) -> Iterator[tuple[str, str]]:
+    """Each tensor that both have, with how it differs, if it does."""
     for name, sent in weights.tensors():
-        if name not in held:
-            continue
-        got = held[name]
-        if got.shape != sent.shape:
-            found[name] = f"shape {tuple(got.shape)}, want {tuple(sent.shape)}"
-            continue
-        have, want = sampled(got).cpu(), sampled(sent).to(got.dtype).cpu()
-        different = have != want
-        if different.any():
-            place = int(different.nonzero()[0])
-            found[name] = (
-                f"{int(different.sum())} of {len(want)} values differ, the first is "
-                f"{float(have[place]):.6g}, want {float(want[place]):.6g}"
-            )
-    return found
+        if name in held:
+            yield name, _difference(held[name], sent)
+
+
+def _difference(got: Tensor, sent: Tensor) -> str:
+    if got.shape != sent.shape:
+        return f"shape {tuple(got.shape)}, want {tuple(sent.shape)}"
+    have, want = sampled(got).cpu(), sampled(sent).to(got.dtype).cpu()
+    different = have != want
+    if not different.any():
+        return ""
+    place = int(different.nonzero()[0])
+    return (
+        f"{int(different.sum())} of {len(want)} values differ, the first is "
+        f"{float(have[place]):.6g}, want {float(want[place]):.6g}"
+    )
 
 
 class ReadBack:
@@ -53,17 +58,16 @@ class ReadBack:
         """Returns how many tensors were compared.
 
         Raises RuntimeError naming the first that the engine holds with other values."""
-        found = differing(held, weights)
+        compared = dict(_compared(held, weights))
         if self._other_layout is None:
-            self._other_layout = frozenset(found)
-        for name, how in found.items():
-            if name not in self._other_layout:
+            self._other_layout = frozenset(name for name, how in compared.items() if how)
+        for name, how in compared.items():
+            if how and name not in self._other_layout:
                 raise RuntimeError(
                     f"weights of version {weights.version}: read back of {name}: {how}: the engine "
                     "does not hold what it was sent"
                 )
-        names = {name for name, _ in weights.tensors()}
-        return len(names & held.keys() - self._other_layout)
+        return len(compared.keys() - self._other_layout)
 
 
 def parts_of_fused(

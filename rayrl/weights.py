@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
-# Elements hashed of each tensor: strided, so that a change of any layer shows at a bounded cost.
-_SAMPLED_ELEMENTS = 4096
+# What is hashed of each tensor: this many blocks of as many values, so that a change of any layer
+# shows at a bounded cost.  Blocks, for single values would touch as many pages of shared memory.
+_BLOCKS = 64
 
 ModelFiles = Mapping[str, np.ndarray]
 
@@ -46,7 +47,7 @@ class Weights:
     """Parameters of one version.  ``arrays`` maps a checkpoint name to its values; ``bfloat16``
     names those that are bf16 bits in uint16.  ``tied`` maps a second name of a shared parameter
     to the one that carries its values: engines may hold such a matrix twice.  ``checksum`` covers
-    names, shapes, types and a strided sample of the values."""
+    names, shapes, types and a sample of the values."""
 
     version: int
     arrays: Mapping[str, np.ndarray]
@@ -70,14 +71,15 @@ class Weights:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) pairs, second names included, that share memory with the arrays: read
         them, never write."""
-        sources = {**{name: name for name in self.arrays}, **self.tied}
-        for name, source in sources.items():
-            array = self.arrays[source]
-            with warnings.catch_warnings():
-                # Arrays in Ray's shared memory are read-only, which torch cannot express.
-                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-                tensor = torch.from_numpy(array)
-            yield name, tensor.view(torch.bfloat16) if source in self.bfloat16 else tensor
+        with warnings.catch_warnings():
+            # Arrays in Ray's shared memory are read-only, which torch cannot express.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tensors = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
+        for name in self.bfloat16:
+            tensors[name] = tensors[name].view(torch.bfloat16)
+        yield from tensors.items()
+        for name, source in self.tied.items():
+            yield name, tensors[source]
 
 
 def pack(
@@ -158,24 +160,22 @@ def distinct(
 
 
 Sample = tuple[str, tuple[int, ...], np.ndarray]
-"""A tensor's name, its shape, and a strided sample of its values, in which bfloat16 is uint16."""
+"""A tensor's name, its shape, and a sample of its values, in which bfloat16 is uint16."""
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """Hex digest over names, shapes, types and a strided sample of every array."""
-    return digest(
-        (name, array.shape, array.reshape(-1)[:: _stride(array.size)])
-        for name, array in arrays.items()
-    )
+    """Hex digest over names, shapes, types and a sample of every array."""
+    return digest((name, array.shape, _blocks(array.reshape(-1))) for name, array in arrays.items())
 
 
 def digest(samples: Iterable[Sample]) -> str:
     """The :func:`checksum` of arrays of which there are samples alone."""
-    hashed = hashlib.blake2b(digest_size=16)
+    # Processors have instructions for SHA-256.
+    hashed = hashlib.sha256()
     for name, shape, sample in sorted(samples, key=lambda one: one[0]):
-        hashed.update(f"{name}|{shape}|{sample.dtype}|".encode())
+        hashed.update(f"{name}|{shape}|{sample.dtype.str}|".encode())
         hashed.update(sample.tobytes())
-    return hashed.hexdigest()
+    return hashed.hexdigest()[:32]
 
 
 def sample(name: str, tensor: torch.Tensor) -> Sample:
@@ -187,12 +187,20 @@ def sample(name: str, tensor: torch.Tensor) -> Sample:
 
 
 def sampled(tensor: torch.Tensor) -> torch.Tensor:
-    """The strided sample [n] of a tensor's values that checksums cover, where the tensor is."""
-    return tensor.detach().reshape(-1)[:: _stride(tensor.numel())]
+    """The sample [n] of a tensor's values that checksums cover, where the tensor is."""
+    return _blocks(tensor.detach().reshape(-1)).reshape(-1)
 
 
-def _stride(size: int) -> int:
-    return max(1, size // _SAMPLED_ELEMENTS)
+_Flat = TypeVar("_Flat", np.ndarray, torch.Tensor)
+
+
+def _blocks(flat: _Flat) -> _Flat:
+    """Of values [n] as many blocks as they are long, evenly spaced, the last one at the end; all
+    where they are few."""
+    step = len(flat) // _BLOCKS
+    if step <= _BLOCKS:
+        return flat
+    return flat[len(flat) - _BLOCKS * step :].reshape(_BLOCKS, step)[:, -_BLOCKS:]
 
 
 def load_into(model: torch.nn.Module, weights: Loadable) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayrl.weights import load_into, pack, read_model_files, write_model_files
+from rayrl.weights import load_into, pack, read_model_files, sampled, write_model_files
 
 
 class Tied(torch.nn.Module):
@@ -57,6 +57,19 @@ def test_damage_is_found_by_the_checksum():
     weights.arrays["body.bias"][0] += 1e-3
     with pytest.raises(ValueError, match=r"version 7: checksum \w+, want \w+"):
         weights.verify()
+
+
+def test_a_sample_is_spread_over_a_large_tensor_and_ends_with_it():
+    size = 100_003
+    places = sampled(torch.arange(size))
+    assert len(places) == len(set(places.tolist())) == 4096
+    assert places[-1] == size - 1
+    # Whatever is longer than two steps from block to block holds a sample, wherever it begins.
+    gaps = torch.diff(places, prepend=torch.tensor([-1]))
+    assert gaps.min() == 1 and gaps.max() <= 2 * (size // 64)
+    # Few pages of memory, of 512 such numbers each, are touched.
+    assert len(set((places // 512).tolist())) <= 2 * 64
+    assert torch.equal(sampled(torch.arange(4000)), torch.arange(4000))
 
 
 def test_a_parameter_that_is_not_finite_is_not_published():
