@@ -26,7 +26,7 @@ run: setup
 
 # Tests that start a Ray in one process, all others beside it.
 test: setup
-	$(PY) -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	$(PY) -m pytest --numprocesses 2 $(ARGS)
 
 unit: setup
 	$(PY) -m pytest tests/unit $(ARGS)

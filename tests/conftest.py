@@ -32,15 +32,18 @@ def encoded_picture(colour: tuple[int, int, int], *, seed: int = 0, size: int = 
     return out.getvalue()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    """Tests that start a Ray come first, and where tests run in several processes all in one: a
-    machine has cores for one Ray, and its waits are room for the other tests."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.get_closest_marker("ray"):
-                item.add_marker(pytest.mark.xdist_group("ray"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Where tests run in several processes: files as a whole, and those that start a Ray all in one
+    process.  A machine has cores for one Ray, and its waits are room for the other tests."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "ray" if file.startswith("tests/ray/") else file
+
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="session")
