@@ -11,7 +11,9 @@ samples ``--images`` images with 8 captions each: 64 workers make 4,096 a step. 
 Ideal is one step in ``--engine-seconds``.  ``share`` is the part of the ideal throughput that is
 reached, ``overhead`` what a step takes beyond the ideal, ``driver`` the processor time that the
 driver's process spends on a step.  All workers and the simulation itself share this machine's
-cores, so ``overhead`` is an upper bound on what a cluster would see; the driver's own time is not.
+cores, so ``overhead`` is an upper bound on what a cluster would see.  ``bare Ray`` are the same
+numbers of a loop, in the same run, that makes the same calls and does nothing else
+(``bare_ray.py``): what rayrl adds is the difference.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import bare_ray
 import promises
 from fleet_fakes import FOLDER_VARIABLE, SECONDS_VARIABLE, SHARES_FILE
 from local_ray import local_ray
 from record import RESULTS, write
 
 from rayrl.config import Config
+from rayrl.data import load_split
 from rayrl.grpo import run_job
 from rayrl.metrics import RunLog
 
@@ -107,8 +111,10 @@ def measure(
     (engines / SHARES_FILE).write_text(json.dumps(shares))
     with tempfile.TemporaryDirectory() as folder, Watch(args) as watch:
         started = time.perf_counter()
-        run_job(configure(Path(folder) / "run", workers, staleness, args), resume=False)
+        config = configure(Path(folder) / "run", workers, staleness, args)
+        run_job(config, resume=False)
         wall = time.perf_counter() - started
+        sizes = sizes_of(config, args.images)
     if args.profile:
         watch.profile.dump_stats(args.profile)
     marks = [mark for mark in watch.marks if WARM_UP <= mark[0] <= WARM_UP + args.steps]
@@ -117,6 +123,9 @@ def measure(
     driver = [b[2] - a[2] for a, b in pairs]
     captions = workers * args.images * GROUP_SIZE
     period = statistics.median(periods)
+    bare_period, bare_driver = bare_ray.measure(
+        [args.engine_seconds * share for share in shares], staleness, args.reward_workers, sizes
+    )
     return {
         "workers": workers,
         "max_staleness": staleness,
@@ -125,10 +134,23 @@ def measure(
         "share_of_ideal": args.engine_seconds / period,
         "overhead_seconds": period - args.engine_seconds,
         "driver_cpu_seconds": statistics.median(driver),
+        "bare_ray_overhead_seconds": bare_period - args.engine_seconds,
+        "bare_ray_driver_cpu_seconds": bare_driver,
         "all_step_seconds": periods,
         "all_driver_cpu_seconds": driver,
         "wall_seconds": wall,
     }
+
+
+def sizes_of(config: Config, images: int) -> bare_ray.Sizes:
+    """What the workers of a run that is done were given for ``images`` images."""
+    data = load_split(config.data, "train")
+    models = Path(config.run_folder).glob("**/*.safetensors")
+    return bare_ray.Sizes(
+        image_bytes=sum(len(data[i].image) for i in range(images)),
+        captions=images * GROUP_SIZE,
+        weight_bytes=min(file.stat().st_size for file in models),
+    )
 
 
 def show(row: dict[str, Any]) -> None:
@@ -136,7 +158,9 @@ def show(row: dict[str, Any]) -> None:
         f"{row['workers']:3} workers, staleness {row['max_staleness']}  "
         f"{row['captions_per_step']:5} captions  {row['captions_per_second']:6.0f} captions/s  "
         f"share {row['share_of_ideal']:6.1%}  overhead {row['overhead_seconds'] * 1e3:6.1f} ms  "
-        f"driver {row['driver_cpu_seconds'] * 1e3:6.1f} ms",
+        f"driver {row['driver_cpu_seconds'] * 1e3:6.1f} ms  "
+        f"bare Ray {row['bare_ray_overhead_seconds'] * 1e3:6.1f} and "
+        f"{row['bare_ray_driver_cpu_seconds'] * 1e3:6.1f} ms",
         flush=True,
     )
 

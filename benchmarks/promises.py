@@ -16,7 +16,7 @@ UPDATES = {
 UTILISATION = {("qwen2.5-vl-3b", 256, 16): 0.4}
 # (shape, G) of whole synchronous steps, with the faster engine: times TRL.
 STEPS = {("a", 8): 2.5, ("b", 8): 6.0}
-SHARE_OF_IDEAL, DRIVER_MS, LARGEST_FLEET = 0.95, 50.0, 64
+SHARE_OF_IDEAL, OVERHEAD_MS, LARGEST_FLEET = 0.95, 50.0, 64
 SYNC_SECONDS, COPIES = 2.0, 1.05
 
 Promises = dict[str, dict[str, Any]]
@@ -84,9 +84,12 @@ def of_fleet(rows: list[dict[str, Any]]) -> Promises:
         kept[f"{what}: share of the ideal, lowest"] = promise(">=", SHARE_OF_IDEAL, share)
         for row in same:
             if row["workers"] == LARGEST_FLEET:
-                milliseconds = row["driver_cpu_seconds"] * 1e3
-                name = f"{what}: driver at {LARGEST_FLEET} workers, ms a step"
-                kept[name] = promise("<=", DRIVER_MS, milliseconds)
+                name = f"{what}: at {LARGEST_FLEET} workers, ms a step"
+                for key, title in (
+                    ("overhead_seconds", "beyond the ideal"),
+                    ("driver_cpu_seconds", "driver's processor"),
+                ):
+                    kept[f"{name}, {title}"] = promise("<=", OVERHEAD_MS, row[key] * 1e3)
     return kept
 
 
