@@ -121,4 +121,6 @@ def _steps(
         loads = publish()
         walls.append(time.perf_counter() - wall)
         processor.append(time.process_time() - used)
+    for _, scored in pending:
+        ray.get(scored)
     return statistics.median(walls[WARM_UP:]), statistics.median(processor[WARM_UP:])

@@ -126,8 +126,15 @@ def fleet(result: Result) -> list[str]:
             str(row["captions_per_step"]),
             f"{row['captions_per_second']:.0f}",
             f"{row['share_of_ideal']:.1%}",
-            f"{row['overhead_seconds'] * 1e3:.0f}",
-            f"{row['driver_cpu_seconds'] * 1e3:.0f}",
+            *(
+                f"{row[key] * 1e3:.0f}"
+                for key in (
+                    "overhead_seconds",
+                    "bare_ray_overhead_seconds",
+                    "driver_cpu_seconds",
+                    "bare_ray_driver_cpu_seconds",
+                )
+            ),
         ]
         for row in result["rows"]
     ]
@@ -139,7 +146,9 @@ def fleet(result: Result) -> list[str]:
             "captions/s",
             f"of the ideal ({result['engine_seconds']} s a step)",
             "beyond it, ms a step",
+            "bare Ray beyond it",
             "driver's processor, ms a step",
+            "bare Ray's",
         ],
         rows,
     )

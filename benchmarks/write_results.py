@@ -87,7 +87,8 @@ SECTIONS = (
         "fleet",
         "The driver under load",
         "A whole job whose engines only take their time and whose learner takes none. All workers "
-        "share the cores of one machine, so what lies beyond the ideal is an upper bound.",
+        "share the cores of one machine, so what lies beyond the ideal is an upper bound. Bare Ray "
+        "is a loop that makes the same calls and does nothing else, in the same run.",
         result_tables.fleet,
     ),
     Section(

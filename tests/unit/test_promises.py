@@ -83,12 +83,19 @@ def test_whole_steps_gain_more_with_a_larger_group():
 
 def test_the_fleet_is_held_to_its_lowest_share_and_its_largest_size():
     rows = [
-        {"workers": w, "max_staleness": 0, "share_of_ideal": s, "driver_cpu_seconds": d}
-        for w, s, d in ((1, 0.99, 0.002), (64, 0.94, 0.049))
+        {
+            "workers": workers,
+            "max_staleness": 0,
+            "share_of_ideal": share,
+            "overhead_seconds": overhead,
+            "driver_cpu_seconds": driver,
+        }
+        for workers, share, overhead, driver in ((1, 0.99, 0.02, 0.002), (64, 0.94, 0.127, 0.049))
     ]
     kept = promises.of_fleet(rows)
     assert kept["max_staleness 0: share of the ideal, lowest"]["here"] == 0.94
-    assert [one["reached"] for one in kept.values()] == [False, True]
+    assert kept["max_staleness 0: at 64 workers, ms a step, beyond the ideal"]["here"] == 127
+    assert [one["reached"] for one in kept.values()] == [False, False, True]
 
 
 def test_a_sync_with_a_second_copy_breaks_its_promise():

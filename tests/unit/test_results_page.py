@@ -123,10 +123,12 @@ def test_tables_of_steps_fleet_and_sync_hold_the_numbers():
         "captions_per_second": 1990.0,
         "share_of_ideal": 0.9712,
         "overhead_seconds": 0.059,
+        "bare_ray_overhead_seconds": 0.032,
         "driver_cpu_seconds": 0.041,
+        "bare_ray_driver_cpu_seconds": 0.023,
     }
     assert result_tables.fleet({"engine_seconds": 2.0, "rows": [row]})[-1] == (
-        "| 64 | 1 | 4096 | 1990 | 97.1% | 59 | 41 |"
+        "| 64 | 1 | 4096 | 1990 | 97.1% | 59 | 32 | 41 | 23 |"
     )
     sync = {
         "bytes": 500_000_000,
