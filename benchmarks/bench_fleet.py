@@ -145,11 +145,11 @@ def measure(
 def sizes_of(config: Config, images: int) -> bare_ray.Sizes:
     """What the workers of a run that is done were given for ``images`` images."""
     data = load_split(config.data, "train")
-    models = Path(config.run_folder).glob("**/*.safetensors")
+    model = Path(config.run_folder) / "stage1" / "final" / "model.safetensors"
     return bare_ray.Sizes(
         image_bytes=sum(len(data[i].image) for i in range(images)),
         captions=images * GROUP_SIZE,
-        weight_bytes=min(file.stat().st_size for file in models),
+        weight_bytes=model.stat().st_size,
     )
 
 

@@ -127,7 +127,7 @@ def fleet(result: Result) -> list[str]:
             f"{row['captions_per_second']:.0f}",
             f"{row['share_of_ideal']:.1%}",
             *(
-                f"{row[key] * 1e3:.0f}"
+                f"{row[key] * 1e3:.0f}" if key in row else "not measured"
                 for key in (
                     "overhead_seconds",
                     "bare_ray_overhead_seconds",

@@ -13,10 +13,14 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_fleet  # noqa: E402
 import bench_learner  # noqa: E402
 import learner_cost  # noqa: E402
 import record  # noqa: E402
 from bench_learner import Row  # noqa: E402
+
+from rayrl.config import Config  # noqa: E402
+from rayrl.data import load_split  # noqa: E402
 
 
 def test_flops_and_peak_memory_of_a_product():
@@ -123,3 +127,15 @@ def test_a_result_is_named_after_its_hardware():
     )
     gpu = {**cpu, "gpu": "NVIDIA H200"}
     assert record.file_name("learner", "2026-01-02", gpu) == "learner-2026-01-02-nvidia-h200.json"
+
+
+def test_bare_ray_gets_objects_as_large_as_the_run_had(tmp_path):
+    for file, size in (("stage1/final/model", 1000), ("checkpoints/step_6/trainer", 88)):
+        path = tmp_path / f"{file}.safetensors"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(size))
+    config = Config.model_validate({"run_folder": str(tmp_path), "data": {"max_train": 8}})
+    sizes = bench_fleet.sizes_of(config, images=2)
+    assert (sizes.weight_bytes, sizes.captions) == (1000, 16)
+    data = load_split(config.data, "train")
+    assert sizes.image_bytes == len(data[0].image) + len(data[1].image)
