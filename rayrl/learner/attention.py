@@ -2,7 +2,8 @@
 
 The trunk is plain causal attention, for which kernels need no mask and skip half of the work; only
 the nodes above it need one.  With 1,000 prompt tokens below 200 nodes, that is a third of the
-work of one masked attention over the whole row.
+work of one masked attention over the whole row.  On the CPU nodes that share nothing but the trunk
+are not multiplied with each other either (``branches.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rayrl.learner.branches import BranchAttention, branches_of
+from rayrl.learner.tree import GroupTree
+
 NAME = "rayrl_tree"
+# Of a mask: its blocks.  Models hand the mask on as it is, and nothing else to all of them.
+_BRANCHES = "rayrl_branches"
+
+
+def mark_branches(mask: Tensor, tree: GroupTree) -> None:
+    """Have ``tree_attention`` under this mask, of ``tree.nodes``, use the tree's branches where
+    that saves work."""
+    if mask.device.type == "cpu":
+        setattr(mask, _BRANCHES, branches_of(tree, mask))
 
 
 def tree_attention(
@@ -32,6 +45,13 @@ def tree_attention(
         n, attention_mask = length, None
     if n == length:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    branches = getattr(attention_mask, _BRANCHES, None)
+    plain = not options.get("dropout") and options.get("position_bias") is None
+    if branches is not None and plain:
+        if torch.is_autocast_enabled("cpu"):
+            # As autocast does for sdpa, whose kernels are called here by their own names.
+            query, key, value = (each.to(attention_mask.dtype) for each in (query, key, value))
+        return BranchAttention.apply(query, key, value, options.get("scaling"), branches), None
     k = length - n
     trunk, _ = sdpa_attention_forward(
         module, query[:, :, :k], key[:, :, :k], value[:, :, :k], None, **options

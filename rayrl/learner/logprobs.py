@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayrl.learner.attention import use_tree_attention
+from rayrl.learner.attention import mark_branches, use_tree_attention
 from rayrl.learner.chunked import CHUNK_BYTES, Sampling
 from rayrl.learner.families import (
     FAMILIES,
@@ -189,7 +189,9 @@ def _masks(model: Any, inputs: Inputs, tree: GroupTree, embeds: Tensor) -> Any:
     both_ways = _both_ways(family, inputs, tree)
     window = attention_window(model, tree.source.shape[1])
     if both_ways is None and window is None and use_tree_attention(family.decoder(model)):
-        return layer_masks(model, tree.nodes, tree.nodes, embeds)
+        mask = layer_masks(model, tree.nodes, tree.nodes, embeds)
+        mark_branches(mask, tree)
+        return mask
     visible = tree.visible()
     near = visible
     if window is not None:
