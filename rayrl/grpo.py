@@ -88,6 +88,7 @@ def train(run: Run, start: int) -> int:
         started = time.perf_counter()
         while submitted < min(steps, version + ahead + 1):
             pending.append(run.fleet.submit(submitted, version, run.rounds.begin(submitted)))
+            run.learner.prepare(pending[-1])
             submitted += 1
         if submitted < steps:
             _read_ahead(run, submitted)

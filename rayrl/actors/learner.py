@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +70,12 @@ class LearnerActor(Traced):
         results = [result for part, some in pairs for result in part.unpacked(some)]
         with self._turns:
             return self._learner.update(make_batch(whole(results)))
+
+    @traced
+    def prepare(self, step: int, *prompts: Sequence[Prompt]) -> None:
+        """Decode the images of a step to come; one that cannot be is left to the step."""
+        with suppress(OSError, ValueError):
+            self._learner.prepare([prompt.image for some in prompts for prompt in some], step)
 
     def replay(self) -> Checkpoint | None:
         """What the last step skipped, if it did."""

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrl.actors.cluster import own_threads
 from rayrl.actors.learner import LearnerActor
+from rayrl.actors.pending import Pending
 from rayrl.actors.pool import RestartBudget
 from rayrl.canary import Canary
 from rayrl.checkpoint import Checkpoint, load_checkpoint
@@ -68,6 +69,13 @@ class LearnerGroup:
         self._store: Any = None
         self._built = False
         self._ranks = self._start()
+
+    def prepare(self, batch: Pending) -> None:
+        """Have the ranks decode a batch's images while it is sampled; does not wait, and nothing
+        is lost where they do not."""
+        prompts = [share.prompts for share in batch.shares]
+        for rank in self._ranks:
+            rank.prepare.options(num_returns=0).remote(batch.step, *prompts)
 
     def update(self, results: Results) -> StepReport:
         """One step on the groups that were not dropped; all ranks read one copy of them on each

@@ -26,9 +26,9 @@ from rayrl.learner.tree import GroupTree
 
 _LEAST = 16
 """Slots of a block at least: small products take as long as none."""
-_WORTH_IT = 64 * 64
-"""How many products of a node with a node blocks must save in a row: in rows of 80 nodes and a few
-branches, what they cost and what they save are about the same."""
+_WORTH_IT = 180 * 180
+"""How many products of a node with a node blocks must save in a row: with eight captions of 20
+tokens, they cost about what they save."""
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -60,6 +60,9 @@ class LearnerConfig(Section):
     compile: bool = False
     """Compile the layers with torch.compile; refused at the start, with the reason, where that does
     not work."""
+    input_cache_mb: PositiveInt = 512
+    """Host memory of a rank, in MiB, for decoded and normalized images, those of the next steps
+    first; with less than a step's images take they are decoded again at every pass."""
     feature_cache_mb: NonNegativeInt = 1024
     """Host memory, in MiB, for image features, which are computed once per image and run while
     vision tower and connector are frozen; 0 computes them at every pass."""

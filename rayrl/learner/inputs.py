@@ -17,9 +17,11 @@ from rayrl.vlm import prompt_inputs
 
 
 class InputCache:
-    """Processed prompts, least recently used out first, bounded in bytes.
+    """Processed prompts, least recently used out first, bounded in bytes: no more than the last
+    one is kept beyond the bound.
 
-    Decoding and normalizing a picture costs more than a small captioner's update on it.
+    Decoding and normalizing a picture costs more than a small captioner's update on it, so this
+    is also done ahead, for steps to come.
     """
 
     def __init__(self, processor: Any, *, max_bytes: int = 512 * 2**20) -> None:
@@ -27,6 +29,7 @@ class InputCache:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._entries: OrderedDict[bytes, dict[str, torch.Tensor]] = OrderedDict()
+        self._ahead: dict[bytes, int] = {}
 
     def batch(self, images: Sequence[bytes], instruction: str | Sequence[str]) -> BatchFeature:
         """Inputs of P prompts, with one instruction for all or one each: input_ids and
@@ -40,18 +43,45 @@ class InputCache:
             return prompt_inputs(self._processor, images, given)
         return _collate(entries, int(self._processor.tokenizer.pad_token_id))
 
+    def prepare(self, images: Sequence[bytes], instruction: str, *, step: int, now: int) -> None:
+        """Process prompts of a step to come, as many as there is room for beside those of the steps
+        from ``now`` on.  Nothing pushes them out until their step is over."""
+        self._ahead = {key: due for key, due in self._ahead.items() if due >= now}
+        waiting = sum(_num_bytes(self._entries[key]) for key in self._ahead)
+        for image in images:
+            if waiting >= self._max_bytes:
+                break
+            key = _key(image, instruction)
+            if key not in self._ahead:
+                waiting += _num_bytes(self._entry(image, instruction))
+            self._ahead[key] = step
+
     def _entry(self, image: bytes, instruction: str) -> dict[str, torch.Tensor]:
-        salt = hashlib.blake2b(instruction.encode(), digest_size=32).digest()
-        key = hashlib.blake2b(image, key=salt, digest_size=16).digest()
+        key = _key(image, instruction)
         entry = self._entries.get(key)
         if entry is None:
             entry = dict(prompt_inputs(self._processor, [image], [instruction]))
             self._entries[key] = entry
             self._bytes += _num_bytes(entry)
-            while self._bytes > self._max_bytes and len(self._entries) > 1:
-                self._bytes -= _num_bytes(self._entries.popitem(last=False)[1])
+            self._shrink()
         self._entries.move_to_end(key)
         return entry
+
+    def _shrink(self) -> None:
+        """Forget what is not awaited, the last entry excepted, until the rest is small enough."""
+        if self._bytes <= self._max_bytes:
+            return
+        *others, _ = self._entries
+        for key in others:
+            if self._bytes <= self._max_bytes:
+                break
+            if key not in self._ahead:
+                self._bytes -= _num_bytes(self._entries.pop(key))
+
+
+def _key(image: bytes, instruction: str) -> bytes:
+    salt = hashlib.blake2b(instruction.encode(), digest_size=32).digest()
+    return hashlib.blake2b(image, key=salt, digest_size=16).digest()
 
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")

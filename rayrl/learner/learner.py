@@ -198,6 +198,12 @@ class Learner:
         rank 0."""
         return self._replay if self._ranks.rank == 0 else None
 
+    def prepare(self, images: Sequence[bytes], step: int) -> None:
+        """Decode this rank's share of the images of a step to come (one that no caption is there
+        for yet), so that its update need not."""
+        mine = self._ranks.share(images)
+        self.policy.prepare(mine, self._instruction, step=step, now=self.step)
+
     @property
     def _updates_per_step(self) -> int:
         return self._config.inner_epochs * self._config.minibatches

@@ -76,7 +76,7 @@ class Policy:
             self.trainable = choose_trainable(self.model, model.trainable)
         self._publishes_adapters = config.lora.publish == "adapters"
         self.has_reference = with_reference
-        self._inputs = InputCache(self.processor)
+        self._inputs = InputCache(self.processor, max_bytes=config.input_cache_mb * 2**20)
         self.features = feature_cache(self.model, config)
         self.forward = Forward(
             config,
@@ -105,6 +105,10 @@ class Policy:
     def inputs(self, batch: TrainBatch, instruction: str) -> StepInputs:
         """The processor's output for a batch's prompts, on demand."""
         return StepInputs(self._inputs, self.model, batch, instruction)
+
+    def prepare(self, images: Sequence[bytes], instruction: str, *, step: int, now: int) -> None:
+        """Have the processor's output for images of a step to come; see :class:`InputCache`."""
+        self._inputs.prepare(images, instruction, step=step, now=now)
 
     def others(self, folders: Sequence[str]) -> list[Any]:
         """Models of these folders that do not train.  ValueError where one is missing or writes

@@ -28,11 +28,13 @@ IMAGES, IMAGES_PER_STEP = 60, 7  # to train on
 
 @dataclass
 class Done:
-    """What a run left behind."""
+    """What a run left behind; ``prepared`` says of each step whether the learner had been told its
+    prompts when it came."""
 
     weights: bytes
     trained: list[list[str]]
     rows: list[dict]
+    prepared: list[bool]
 
 
 class Watched(RunLog):
@@ -133,7 +135,12 @@ def run(
         fleet.confirm(start)
         assert grpo.train_or_save(job, start) == steps
         end = group.checkpoint()
-        return Done(end.arrays["values"].tobytes(), end.meta["trained"], job.log.history())
+        return Done(
+            weights=end.arrays["values"].tobytes(),
+            trained=end.meta["trained"],
+            rows=job.log.history(),
+            prepared=end.meta["prepared"],
+        )
     finally:
         fleet.shutdown()
         group.shutdown()

@@ -145,6 +145,11 @@ class FakeLearner:
         self._values = np.linspace(0.5, 1.5, 16)
         self._step = 0
         self.trained: list[list[str]] = []
+        self._prepared: dict[int, list[str]] = {}
+        self._found: list[bool] = []
+
+    def prepare(self, step, *prompts) -> None:
+        self._prepared[step] = [prompt.prompt_id for some in prompts for prompt in some]
 
     def update(self, parts, *prompts):
         from rayrl.outline import whole
@@ -160,8 +165,9 @@ class FakeLearner:
                 moved = completion.token_ids.sum() * (1 + g) + completion.weight_version
                 self._values = np.roll(self._values, 1)
                 self._values[0] += 1e-3 * (place + 1) * float(group.rewards[g] + moved)
-        self._step += 1
         self.trained.append([group.group.prompt.prompt_id for group in groups])
+        self._found.append(self._prepared.get(self._step) == self.trained[-1])
+        self._step += 1
         shape = (len(groups), max(group.group.group_size for group in groups))
         return StepReport(
             step=self._step,
@@ -188,7 +194,11 @@ class FakeLearner:
             step=self._step,
             model_files={"config.json": np.frombuffer(b"{}", np.uint8)},
             arrays={"values": self._values.copy()},
-            meta={"weight_version": self._step, "trained": self.trained},
+            meta={
+                "weight_version": self._step,
+                "trained": self.trained,
+                "prepared": self._found,
+            },
         )
 
     def restore(self, checkpoint) -> int:

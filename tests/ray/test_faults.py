@@ -75,6 +75,11 @@ def test_workers_need_not_wait_for_the_prompts_of_a_step_that_was_expected(tmp_p
     assert found == [False] * 6 + [True] * 6
 
 
+def test_the_learner_knows_the_images_of_a_step_before_their_captions_come(undisturbed):
+    for done in undisturbed.values():
+        assert done.prepared == [True] * len(done.trained)
+
+
 @pytest.mark.parametrize(
     ("name", "staleness"),
     [("FakeRollout", 0), ("FakeRollout", 1), ("RewardActor", 1), ("FakeLearner", 0)],

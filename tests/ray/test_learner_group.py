@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import ray
 
 from rayrl.actors.learner_group import LearnerGroup
+from rayrl.actors.pending import Pending, Share
 from rayrl.actors.pool import RestartBudget
 from rayrl.checkpoint import save_checkpoint
 from rayrl.config import Config
@@ -121,6 +123,29 @@ def test_a_killed_rank_is_rebuilt_from_the_checkpoint_and_repeats_the_steps_sinc
     os.kill(process_of(group._ranks[1]), signal.SIGKILL)
     after = weights(group)
     assert all(np.array_equal(after[name], undisturbed[name]) for name in undisturbed)
+
+
+def awaited(rank):
+    """For each picture that a rank decoded ahead, its step."""
+    return ray.get(
+        rank.__ray_call__.remote(lambda actor: [*actor._learner.policy._inputs._ahead.values()])
+    )
+
+
+def test_ranks_decode_their_images_ahead_and_leave_the_rest_to_the_step(start, scored, prompts):
+    def batch(step, *given):
+        shares = [Share(index=i, first=0, requests=[], prompts=p) for i, p in enumerate(given)]
+        return Pending(step=step, version=0, shares=shares)
+
+    group = start()
+    group.prepare(batch(0, ray.put(prompts[:3]), ray.put(prompts[3:5])))
+    assert [awaited(rank) for rank in group._ranks] == [[0] * 2, [0] * 3]
+    group.prepare(batch(1, ray.put([replace(prompts[0], image=b"no picture")] * 2)))
+    group.update(Here(scored))
+    # The one that cannot be decoded is nobody's business until captions of it come.
+    assert group.update(Here(scored)).weight_version == 2
+    group.prepare(batch(2, ray.put(prompts[3:5])))
+    assert [awaited(rank) for rank in group._ranks] == [[2], [2]]
 
 
 def test_a_rank_that_hangs_is_replaced_after_the_timeout(start, scored, undisturbed):

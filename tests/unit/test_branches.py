@@ -165,7 +165,7 @@ def test_models_compute_what_the_naive_way_does(case, recompute, always, applied
 
 
 @pytest.mark.parametrize(
-    ("size", "begin_alike", "layers"), [(40, False, 2), (40, True, 0), (8, False, 0)]
+    ("size", "begin_alike", "layers"), [(70, False, 2), (70, True, 0), (20, False, 0)]
 )
 def test_blocks_are_for_many_nodes_in_many_branches(applied, size, begin_alike, layers):
     model, (prompts, _, _) = build(CASES["idefics3"][0]()), make_batch("idefics3")

@@ -99,6 +99,73 @@ def test_the_input_cache_is_bounded_and_forgets_the_oldest(captioner):
     assert len(cache._entries) == 2 and cache._bytes == 2 * probe._bytes
 
 
+@pytest.fixture
+def processed(monkeypatch):
+    """How many pictures went through the processor, one entry a call."""
+    counts = []
+
+    def counting(processor, images, texts):
+        counts.append(len(images))
+        return prompt_inputs(processor, images, texts)
+
+    monkeypatch.setattr("rayrl.learner.inputs.prompt_inputs", counting)
+    return counts
+
+
+def room_for(captioner, pictures):
+    """An input cache that holds so many of the test's pictures."""
+    probe = InputCache(captioner.processor)
+    probe.batch([encoded_picture((0, 0, 200), seed=99)], INSTRUCTION)
+    return InputCache(captioner.processor, max_bytes=pictures * probe._bytes)
+
+
+def test_what_was_prepared_is_not_processed_again(captioner, processed):
+    pictures = [encoded_picture((200, 0, 0), seed=seed) for seed in range(4)]
+    cache = room_for(captioner, 10)
+    processed.clear()
+    cache.prepare(pictures, INSTRUCTION, step=3, now=3)
+    assert len(processed) == 4
+    got = cache.batch(pictures, INSTRUCTION)
+    assert len(processed) == 4
+    want = prompt_inputs(captioner.processor, pictures, [INSTRUCTION] * 4)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_what_a_step_to_come_waits_for_stays_until_the_step_is_over(captioner, processed):
+    first, second, third = (
+        [encoded_picture((200, 0, 0), seed=10 * step + seed) for seed in range(2)]
+        for step in range(3)
+    )
+    cache = room_for(captioner, 4)
+    cache.prepare(first, INSTRUCTION, step=0, now=0)
+    cache.prepare(second, INSTRUCTION, step=1, now=0)
+    # No room for more, and what is asked for meanwhile pushes nothing out.
+    cache.prepare(third, INSTRUCTION, step=2, now=0)
+    cache.batch(third, INSTRUCTION)
+    processed.clear()
+    cache.batch(first + second, INSTRUCTION)
+    assert not processed
+    # Step 0 is over: its pictures make room.
+    cache.prepare(third, INSTRUCTION, step=2, now=1)
+    processed.clear()
+    cache.batch(second + third, INSTRUCTION)
+    assert not processed
+    cache.batch(first, INSTRUCTION)
+    assert len(processed) == 2
+    # Beside what is awaited there is only what was asked for last.
+    assert len(cache._entries) == 5
+
+
+def test_no_more_is_prepared_than_fits(captioner, processed):
+    pictures = [encoded_picture((200, 0, 0), seed=seed) for seed in range(6)]
+    cache = room_for(captioner, 3)
+    processed.clear()
+    cache.prepare(pictures, INSTRUCTION, step=0, now=0)
+    assert len(processed) == 3
+    cache.batch(pictures, INSTRUCTION)
+    assert len(processed) == 6
+
+
 def test_a_folder_that_holds_no_model_is_named(tmp_path, tiny_folder):
     assert model_name(tiny_folder) == "Idefics3ForConditionalGeneration"
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
