@@ -38,8 +38,9 @@ class InputCache:
         given = [instruction] * len(images) if isinstance(instruction, str) else instruction
         entries = [self._entry(*prompt) for prompt in zip(images, given, strict=True)]
         shapes = {tuple((k, v.shape[1:]) for k, v in e.items() if k not in _TEXT) for e in entries}
-        if len(shapes) > 1:
-            # Pictures of different sizes: only the processor knows how its family pads them.
+        if len(shapes) > 1 and "pixel_attention_mask" not in entries[0]:
+            # Pictures of different sizes: only the processor knows how its family pads them, where
+            # no mask says so.
             return prompt_inputs(self._processor, images, given)
         return _collate(entries, int(self._processor.tokenizer.pad_token_id))
 
@@ -101,8 +102,22 @@ def _collate(entries: Sequence[dict[str, torch.Tensor]], pad_id: int) -> BatchFe
             rows = [
                 torch.nn.functional.pad(row, (width - row.shape[1], 0), value=fill) for row in rows
             ]
-        data[name] = torch.cat(rows)
+        data[name] = torch.cat(rows if name in _TEXT else _filled_up(rows))
     return BatchFeature(data)
+
+
+def _filled_up(pictures: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """All of them as large as the largest, along every axis but the first: zeros at the end, where
+    the mask of pixels, which is filled up alike, is 0."""
+    sizes = [max(axis) for axis in zip(*(each.shape[1:] for each in pictures), strict=True)]
+
+    def filled_up(each: torch.Tensor) -> torch.Tensor:
+        gaps = [size - have for size, have in zip(sizes, each.shape[1:], strict=True)]
+        # From the last axis to the second, before and after.
+        counts = [count for gap in reversed(gaps) for count in (0, gap)]
+        return torch.nn.functional.pad(each, counts) if any(gaps) else each
+
+    return [filled_up(each) for each in pictures]
 
 
 class PromptBatch(NamedTuple):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rayrl.config import TinyConfig
 from rayrl.learner.inputs import InputCache
@@ -164,6 +169,30 @@ def test_no_more_is_prepared_than_fits(captioner, processed):
     assert len(processed) == 3
     cache.batch(pictures, INSTRUCTION)
     assert len(processed) == 6
+
+
+def noise(width, height):
+    pixels = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_pictures_in_different_numbers_of_tiles_are_not_processed_again(captioner, processed):
+    processor = copy.deepcopy(captioner.processor)
+    processor.image_processor.do_image_splitting = True
+    processor.image_processor.size = {"longest_edge": 256}
+    pictures = [noise(64, 64), noise(96, 32), noise(40, 90)]
+    want = prompt_inputs(processor, pictures, [INSTRUCTION] * 3)
+    cache = InputCache(processor)
+    alone = [cache.batch([picture], INSTRUCTION)["pixel_values"].shape for picture in pictures]
+    assert len(set(alone)) > 1
+    processed.clear()
+    got = cache.batch(pictures, INSTRUCTION)
+    assert not processed
+    assert set(got) == set(want)
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
 
 
 def test_a_folder_that_holds_no_model_is_named(tmp_path, tiny_folder):
