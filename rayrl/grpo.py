@@ -86,17 +86,22 @@ def train(run: Run, start: int) -> int:
     version, submitted = start, start
     while version < steps and not run.stop.requested:
         started = time.perf_counter()
-        while submitted < min(steps, version + ahead + 1):
-            pending.append(run.fleet.submit(submitted, version, run.rounds.begin(submitted)))
-            run.learner.prepare(pending[-1])
-            submitted += 1
-        if submitted < steps:
-            _read_ahead(run, submitted)
+        begun = [
+            run.fleet.submit(step, version, run.rounds.begin(step))
+            for step in range(submitted, min(steps, version + ahead + 1))
+        ]
+        pending += begun
+        submitted += len(begun)
         if ahead == 0:
             # After the batch was sent: it waits behind the weights in each worker, and in none
             # for the others.
             with run.phases("sync"):
                 run.fleet.confirm(version)
+        # Not before workers sample: what is waited for last comes first where cores are shared.
+        for batch in begun:
+            run.learner.prepare(batch)
+        if submitted < steps:
+            _read_ahead(run, submitted)
         drawn = _all_rounds(run, pending.pop(0), version)
         with run.phases("learner"):
             run.fleet.sleep()
