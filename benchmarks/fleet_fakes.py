@@ -95,6 +95,9 @@ def install() -> None:
     class IdleLearner(rayrl.learner.learner.Learner):
         """A learner whose steps are free and leave the weights as they are."""
 
+        def prepare(self, images: Sequence[bytes]) -> None:
+            pass
+
         def update(self, batch: TrainBatch, *_: Any) -> StepReport:
             self.step += 1
             return StepReport(

@@ -86,20 +86,16 @@ def train(run: Run, start: int) -> int:
     version, submitted = start, start
     while version < steps and not run.stop.requested:
         started = time.perf_counter()
-        begun = [
-            run.fleet.submit(step, version, run.rounds.begin(step))
-            for step in range(submitted, min(steps, version + ahead + 1))
-        ]
-        pending += begun
-        submitted += len(begun)
+        while submitted < min(steps, version + ahead + 1):
+            pending.append(run.fleet.submit(submitted, version, run.rounds.begin(submitted)))
+            submitted += 1
         if ahead == 0:
             # After the batch was sent: it waits behind the weights in each worker, and in none
             # for the others.
             with run.phases("sync"):
                 run.fleet.confirm(version)
-        # Not before workers sample: what is waited for last comes first where cores are shared.
-        for batch in begun:
-            run.learner.prepare(batch)
+        # Where cores are shared this keeps workers from them, so not before they have begun.
+        run.learner.prepare(pending[0])
         if submitted < steps:
             _read_ahead(run, submitted)
         drawn = _all_rounds(run, pending.pop(0), version)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,10 +72,9 @@ class LearnerActor(Traced):
             return self._learner.update(make_batch(whole(results)))
 
     @traced
-    def prepare(self, step: int, *prompts: Sequence[Prompt]) -> None:
-        """Decode the images of a step to come; one that cannot be is left to the step."""
-        with suppress(OSError, ValueError):
-            self._learner.prepare([prompt.image for some in prompts for prompt in some], step)
+    def prepare(self, *prompts: Sequence[Prompt]) -> None:
+        """Decode the images of the next step, which :meth:`update` else does."""
+        self._learner.prepare([prompt.image for some in prompts for prompt in some])
 
     def replay(self) -> Checkpoint | None:
         """What the last step skipped, if it did."""

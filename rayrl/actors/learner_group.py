@@ -71,11 +71,11 @@ class LearnerGroup:
         self._ranks = self._start()
 
     def prepare(self, batch: Pending) -> None:
-        """Have the ranks decode a batch's images while it is sampled; does not wait, and nothing
-        is lost where they do not."""
+        """Have the ranks decode the images of the batch that is next, until its captions are there;
+        does not wait, and nothing is lost where they do not."""
         prompts = [share.prompts for share in batch.shares]
         for rank in self._ranks:
-            rank.prepare.options(num_returns=0).remote(batch.step, *prompts)
+            rank.prepare.options(num_returns=0).remote(*prompts)
 
     def update(self, results: Results) -> StepReport:
         """One step on the groups that were not dropped; all ranks read one copy of them on each

@@ -1,4 +1,4 @@
-"""Attention of the nodes of a tree (``tree.py``) that grows with the group and not with its square.
+"""Attention of the nodes of a tree (``tree.py``) that grows with its branches, not their square.
 
 A node sees the trunk and the nodes of its own branch: those that begin with the same token.  One
 masked attention over a row makes it multiply with the nodes of all other branches too.  Here nodes

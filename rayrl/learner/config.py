@@ -61,8 +61,9 @@ class LearnerConfig(Section):
     """Compile the layers with torch.compile; refused at the start, with the reason, where that does
     not work."""
     input_cache_mb: PositiveInt = 512
-    """Host memory of a rank, in MiB, for decoded and normalized images, those of the next steps
-    first; with less than a step's images take they are decoded again at every pass."""
+    """Host memory of a rank, in MiB, for decoded and normalized images, those of the next step
+    first; of its share of a step, what does not fit is decoded again at every pass.  An image, or a
+    tile of it, of 512 x 512 pixels takes 3 to 5 MiB."""
     feature_cache_mb: NonNegativeInt = 1024
     """Host memory, in MiB, for image features, which are computed once per image and run while
     vision tower and connector are frozen; 0 computes them at every pass."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ class InputCache:
     one is kept beyond the bound.
 
     Decoding and normalizing a picture costs more than a small captioner's update on it, so this
-    is also done ahead, for steps to come.
+    is also done ahead, for the next step.
     """
 
     def __init__(self, processor: Any, *, max_bytes: int = 512 * 2**20) -> None:
@@ -29,7 +30,7 @@ class InputCache:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._entries: OrderedDict[bytes, dict[str, torch.Tensor]] = OrderedDict()
-        self._ahead: dict[bytes, int] = {}
+        self._ahead: set[bytes] = set()
 
     def batch(self, images: Sequence[bytes], instruction: str | Sequence[str]) -> BatchFeature:
         """Inputs of P prompts, with one instruction for all or one each: input_ids and
@@ -44,18 +45,17 @@ class InputCache:
             return prompt_inputs(self._processor, images, given)
         return _collate(entries, int(self._processor.tokenizer.pad_token_id))
 
-    def prepare(self, images: Sequence[bytes], instruction: str, *, step: int, now: int) -> None:
-        """Process prompts of a step to come, as many as there is room for beside those of the steps
-        from ``now`` on.  Nothing pushes them out until their step is over."""
-        self._ahead = {key: due for key, due in self._ahead.items() if due >= now}
-        waiting = sum(_num_bytes(self._entries[key]) for key in self._ahead)
+    def prepare(self, images: Sequence[bytes], instruction: str) -> None:
+        """Process prompts of the next step, as many as there is room for.  Nothing pushes them out
+        until others are prepared.  One that cannot be processed is left out."""
+        self._ahead, waiting = set(), 0
         for image in images:
-            if waiting >= self._max_bytes:
-                break
-            key = _key(image, instruction)
-            if key not in self._ahead:
-                waiting += _num_bytes(self._entry(image, instruction))
-            self._ahead[key] = step
+            with suppress(OSError, ValueError):
+                size = _num_bytes(self._entry(image, instruction))
+                if self._ahead and waiting + size > self._max_bytes:
+                    break
+                self._ahead.add(_key(image, instruction))
+                waiting += size
 
     def _entry(self, image: bytes, instruction: str) -> dict[str, torch.Tensor]:
         key = _key(image, instruction)

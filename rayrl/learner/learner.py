@@ -198,11 +198,9 @@ class Learner:
         rank 0."""
         return self._replay if self._ranks.rank == 0 else None
 
-    def prepare(self, images: Sequence[bytes], step: int) -> None:
-        """Decode this rank's share of the images of a step to come (one that no caption is there
-        for yet), so that its update need not."""
-        mine = self._ranks.share(images)
-        self.policy.prepare(mine, self._instruction, step=step, now=self.step)
+    def prepare(self, images: Sequence[bytes]) -> None:
+        """Decode this rank's share of the next step's images, before their captions are there."""
+        self.policy.prepare(self._ranks.share(images), self._instruction)
 
     @property
     def _updates_per_step(self) -> int:

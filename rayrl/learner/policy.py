@@ -106,9 +106,9 @@ class Policy:
         """The processor's output for a batch's prompts, on demand."""
         return StepInputs(self._inputs, self.model, batch, instruction)
 
-    def prepare(self, images: Sequence[bytes], instruction: str, *, step: int, now: int) -> None:
-        """Have the processor's output for images of a step to come; see :class:`InputCache`."""
-        self._inputs.prepare(images, instruction, step=step, now=now)
+    def prepare(self, images: Sequence[bytes], instruction: str) -> None:
+        """Have the processor's output for images of the next step; see :class:`InputCache`."""
+        self._inputs.prepare(images, instruction)
 
     def others(self, folders: Sequence[str]) -> list[Any]:
         """Models of these folders that do not train.  ValueError where one is missing or writes

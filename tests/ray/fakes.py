@@ -145,11 +145,11 @@ class FakeLearner:
         self._values = np.linspace(0.5, 1.5, 16)
         self._step = 0
         self.trained: list[list[str]] = []
-        self._prepared: dict[int, list[str]] = {}
+        self._prepared: list[str] = []
         self._found: list[bool] = []
 
-    def prepare(self, step, *prompts) -> None:
-        self._prepared[step] = [prompt.prompt_id for some in prompts for prompt in some]
+    def prepare(self, *prompts) -> None:
+        self._prepared = [prompt.prompt_id for some in prompts for prompt in some]
 
     def update(self, parts, *prompts):
         from rayrl.outline import whole
@@ -166,7 +166,7 @@ class FakeLearner:
                 self._values = np.roll(self._values, 1)
                 self._values[0] += 1e-3 * (place + 1) * float(group.rewards[g] + moved)
         self.trained.append([group.group.prompt.prompt_id for group in groups])
-        self._found.append(self._prepared.get(self._step) == self.trained[-1])
+        self._found.append(self._prepared == self.trained[-1])
         self._step += 1
         shape = (len(groups), max(group.group.group_size for group in groups))
         return StepReport(

@@ -128,47 +128,44 @@ def test_what_was_prepared_is_not_processed_again(captioner, processed):
     pictures = [encoded_picture((200, 0, 0), seed=seed) for seed in range(4)]
     cache = room_for(captioner, 10)
     processed.clear()
-    cache.prepare(pictures, INSTRUCTION, step=3, now=3)
-    assert len(processed) == 4
+    cache.prepare([pictures[0], b"no picture", *pictures[1:]], INSTRUCTION)
+    processed.clear()
     got = cache.batch(pictures, INSTRUCTION)
-    assert len(processed) == 4
+    assert not processed
     want = prompt_inputs(captioner.processor, pictures, [INSTRUCTION] * 4)
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_what_a_step_to_come_waits_for_stays_until_the_step_is_over(captioner, processed):
-    first, second, third = (
-        [encoded_picture((200, 0, 0), seed=10 * step + seed) for seed in range(2)]
+def test_what_the_next_step_waits_for_is_not_pushed_out(captioner, processed):
+    first, others, second = (
+        [encoded_picture((200, 0, 0), seed=10 * step + seed) for seed in range(3)]
         for step in range(3)
     )
-    cache = room_for(captioner, 4)
-    cache.prepare(first, INSTRUCTION, step=0, now=0)
-    cache.prepare(second, INSTRUCTION, step=1, now=0)
-    # No room for more, and what is asked for meanwhile pushes nothing out.
-    cache.prepare(third, INSTRUCTION, step=2, now=0)
-    cache.batch(third, INSTRUCTION)
+    cache = room_for(captioner, 3)
+    cache.prepare(first, INSTRUCTION)
+    cache.batch(others, INSTRUCTION)
     processed.clear()
-    cache.batch(first + second, INSTRUCTION)
+    cache.batch(first, INSTRUCTION)
     assert not processed
-    # Step 0 is over: its pictures make room.
-    cache.prepare(third, INSTRUCTION, step=2, now=1)
+    # Its step is over: it makes room.
+    cache.prepare(second, INSTRUCTION)
     processed.clear()
-    cache.batch(second + third, INSTRUCTION)
+    cache.batch(second, INSTRUCTION)
     assert not processed
     cache.batch(first, INSTRUCTION)
-    assert len(processed) == 2
+    assert len(processed) == 3
     # Beside what is awaited there is only what was asked for last.
-    assert len(cache._entries) == 5
+    assert len(cache._entries) == 4
 
 
 def test_no_more_is_prepared_than_fits(captioner, processed):
     pictures = [encoded_picture((200, 0, 0), seed=seed) for seed in range(6)]
     cache = room_for(captioner, 3)
+    cache.prepare(pictures, INSTRUCTION)
+    assert len(cache._ahead) == 3
     processed.clear()
-    cache.prepare(pictures, INSTRUCTION, step=0, now=0)
-    assert len(processed) == 3
-    cache.batch(pictures, INSTRUCTION)
-    assert len(processed) == 6
+    cache.batch(pictures[:3], INSTRUCTION)
+    assert not processed
 
 
 def noise(width, height):
