@@ -93,7 +93,8 @@ def branches_of(tree: GroupTree, mask: Tensor) -> Branches | None:
     within.masked_fill_(~seen, torch.finfo(mask.dtype).min)
     return Branches(
         trunk=trunk,
-        below=None if bool((tree.trunk == trunk).all()) else mask[..., :trunk],
+        # A copy, for a view would hold the mask, which holds this.
+        below=None if bool((tree.trunk == trunk).all()) else mask[..., :trunk].contiguous(),
         within=within[:, None],
         fold=(rows * length + trunk + nodes).flatten(),
         unfold=torch.from_numpy(unfold),
