@@ -70,7 +70,7 @@ def branches_of(tree: GroupTree, mask: Tensor) -> Branches | None:
     mask: additive [P, 1, L - K, L], of ``tree.nodes``
     """
     p, count, length = tree.nodes.shape
-    if count <= _LEAST:
+    if count <= _LEAST or count**2 < _WORTH_IT:
         return None
     trunk = tree.trunk_slots
     own = tree.nodes[:, :, trunk:]
