@@ -142,5 +142,6 @@ def _join(config: Config, rank: int, store: tuple[str, int]) -> Ranks:
         rank=rank,
         size=learner.num_workers,
         mode=learner.parallel,
+        start_timeout_s=config.rollout.start_timeout_s,
         timeout_s=learner.timeout_s,
     )

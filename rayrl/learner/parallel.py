@@ -154,13 +154,19 @@ def join(
     rank: int,
     size: int,
     mode: Literal["data", "fsdp"],
+    start_timeout_s: float,
     timeout_s: float,
 ) -> Ranks:
-    """Become ``rank`` of the ``size`` that meet at an open store.  From then on a rank that misses
-    a collective for longer than ``timeout_s`` fails it on the others."""
+    """Become ``rank`` of the ``size`` that meet at an open store, where they wait for each other
+    for up to ``start_timeout_s``.  From then on a rank that misses a collective for longer than
+    ``timeout_s`` fails it on the others."""
     store = dist.TCPStore(
         address, port, size, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
     )
+    # PyTorch waits for the others as long as for a collective, and they may start on machines that
+    # are slow, or not there yet.
+    store.set(f"rank {rank}", "here")
+    store.wait([f"rank {i}" for i in range(size)], timedelta(seconds=start_timeout_s))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -40,6 +41,17 @@ class RankProcesses:
             ]
         return [future.result(timeout=2 * TIMEOUT_S) for future in futures]
 
+    def arrive(self, late_s: float, *, timeout_s: float) -> list[float]:
+        """Have rank 1 come to the others so late; what ranks that wait for ``timeout_s`` in a
+        collective then make of the sum of 1, 2 and so on."""
+        size = len(self._pools)
+        store = open_store("127.0.0.1", size, timeout_s=TIMEOUT_S)
+        futures = [
+            pool.submit(_arrive, store.port, rank, size, late_s if rank == 1 else 0.0, timeout_s)
+            for rank, pool in enumerate(self._pools)
+        ]
+        return [future.result(timeout=2 * TIMEOUT_S) for future in futures]
+
     def close(self) -> None:
         self._stack.close()
 
@@ -48,8 +60,33 @@ def _on_rank(
     port: int, rank: int, size: int, mode: Any, function: Callable[..., Any], arguments: Any
 ) -> Any:
     torch.set_num_threads(1)
-    ranks = join("127.0.0.1", port, rank=rank, size=size, mode=mode, timeout_s=TIMEOUT_S)
+    ranks = join(
+        "127.0.0.1",
+        port,
+        rank=rank,
+        size=size,
+        mode=mode,
+        start_timeout_s=TIMEOUT_S,
+        timeout_s=TIMEOUT_S,
+    )
     try:
         return function(ranks, *arguments)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _arrive(port: int, rank: int, size: int, late_s: float, timeout_s: float) -> float:
+    time.sleep(late_s)
+    ranks = join(
+        "127.0.0.1",
+        port,
+        rank=rank,
+        size=size,
+        mode="data",
+        start_timeout_s=TIMEOUT_S,
+        timeout_s=timeout_s,
+    )
+    try:
+        return ranks.total(torch.tensor(1.0 + rank)).item()
     finally:
         torch.distributed.destroy_process_group()

@@ -40,6 +40,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def test_ranks_wait_longer_for_one_that_starts_than_in_a_step(two):
+    assert two.arrive(9.0, timeout_s=5.0) == [3.0, 3.0]
+
+
 def first_images(batch, count):
     """The groups of the first ``count`` images."""
     changes = {}
