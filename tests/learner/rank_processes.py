@@ -29,64 +29,47 @@ class RankProcesses:
             for _ in range(size)
         ]
 
-    def run(self, mode: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(
+        self,
+        mode: str,
+        function: Callable[..., Any],
+        *arguments: Any,
+        late_s: float = 0.0,
+        timeout_s: float = TIMEOUT_S,
+    ) -> list[Any]:
+        """``late_s``: how much later than the one before it each rank comes."""
         store = open_store("127.0.0.1", len(self._pools), timeout_s=TIMEOUT_S)
         # The processes start here.  vLLM on a CPU turns the compiler off where it was loaded, and
         # what starts from there would have it off as well.
         with mock.patch.dict(os.environ):
             os.environ.pop("TORCHDYNAMO_DISABLE", None)
             futures = [
-                pool.submit(_on_rank, store.port, rank, len(self._pools), mode, function, arguments)
+                pool.submit(
+                    _on_rank,
+                    function,
+                    arguments,
+                    late_s=rank * late_s,
+                    address="127.0.0.1",
+                    port=store.port,
+                    rank=rank,
+                    size=len(self._pools),
+                    mode=mode,
+                    start_timeout_s=TIMEOUT_S,
+                    timeout_s=timeout_s,
+                )
                 for rank, pool in enumerate(self._pools)
             ]
-        return [future.result(timeout=2 * TIMEOUT_S) for future in futures]
-
-    def arrive(self, late_s: float, *, timeout_s: float) -> list[float]:
-        """Have rank 1 come to the others so late; what ranks that wait for ``timeout_s`` in a
-        collective then make of the sum of 1, 2 and so on."""
-        size = len(self._pools)
-        store = open_store("127.0.0.1", size, timeout_s=TIMEOUT_S)
-        futures = [
-            pool.submit(_arrive, store.port, rank, size, late_s if rank == 1 else 0.0, timeout_s)
-            for rank, pool in enumerate(self._pools)
-        ]
         return [future.result(timeout=2 * TIMEOUT_S) for future in futures]
 
     def close(self) -> None:
         self._stack.close()
 
 
-def _on_rank(
-    port: int, rank: int, size: int, mode: Any, function: Callable[..., Any], arguments: Any
-) -> Any:
+def _on_rank(function: Callable[..., Any], arguments: Any, *, late_s: float, **meeting: Any) -> Any:
     torch.set_num_threads(1)
-    ranks = join(
-        "127.0.0.1",
-        port,
-        rank=rank,
-        size=size,
-        mode=mode,
-        start_timeout_s=TIMEOUT_S,
-        timeout_s=TIMEOUT_S,
-    )
+    time.sleep(late_s)
+    ranks = join(**meeting)
     try:
         return function(ranks, *arguments)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def _arrive(port: int, rank: int, size: int, late_s: float, timeout_s: float) -> float:
-    time.sleep(late_s)
-    ranks = join(
-        "127.0.0.1",
-        port,
-        rank=rank,
-        size=size,
-        mode="data",
-        start_timeout_s=TIMEOUT_S,
-        timeout_s=timeout_s,
-    )
-    try:
-        return ranks.total(torch.tensor(1.0 + rank)).item()
     finally:
         torch.distributed.destroy_process_group()

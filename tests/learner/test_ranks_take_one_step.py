@@ -40,8 +40,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def sum_of_numbers(ranks):
+    return ranks.total(torch.tensor(1.0 + ranks.rank)).item()
+
+
 def test_ranks_wait_longer_for_one_that_starts_than_in_a_step(two):
-    assert two.arrive(9.0, timeout_s=5.0) == [3.0, 3.0]
+    assert two.run("data", sum_of_numbers, late_s=9.0, timeout_s=5.0) == [3.0, 3.0]
 
 
 def first_images(batch, count):
