@@ -102,7 +102,9 @@ def _collate(entries: Sequence[dict[str, torch.Tensor]], pad_id: int) -> BatchFe
             rows = [
                 torch.nn.functional.pad(row, (width - row.shape[1], 0), value=fill) for row in rows
             ]
-        data[name] = torch.cat(rows if name in _TEXT else _filled_up(rows))
+        else:
+            rows = _filled_up(rows)
+        data[name] = torch.cat(rows)
     return BatchFeature(data)
 
 
