@@ -58,11 +58,11 @@ def examine(learner: Learner, replay: Checkpoint) -> Iterator[str]:
     normalizer = prepared.select(images).normalizer()
     whole = "whole_minibatch" in learner.objective.needs
     bad = 0
-    inputs = learner.inputs(batch)
+    inputs = learner.policy.inputs(batch)
     for part in [images] if whole else [[i] for i in images]:
         learner.policy.model.zero_grad(set_to_none=True)
         with _FirstBad(learner.policy.model) as first:
-            loss = learner.loss(prepared, part, inputs, normalizer)
+            loss = learner.losses(learner.objective, prepared, part, inputs, normalizer)
             loss.loss.backward()
         if line := _verdict(loss, first):
             bad += 1

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +19,12 @@ import numpy as np
 from rayrl.adapters import AdapterWeights
 from rayrl.checkpoint import Checkpoint, join_state, split_state
 from rayrl.config import LearnerConfig, ModelConfig
-from rayrl.learner.batches import group_batch, minibatches, rank_micro_batches
+from rayrl.learner.batches import group_batch, minibatches
 from rayrl.learner.decisions import Decisions
 from rayrl.learner.earlier import EarlierCaptions
 from rayrl.learner.finite import Part, problem
 from rayrl.learner.inputs import StepInputs
+from rayrl.learner.losses import Losses, updates_per_step
 from rayrl.learner.means import Means, short_names
 from rayrl.learner.measure import StepMeter
 from rayrl.learner.optimizer import (
@@ -36,15 +36,13 @@ from rayrl.learner.optimizer import (
 )
 from rayrl.learner.parallel import SOLO, Ranks
 from rayrl.learner.policy import Policy
-from rayrl.learner.providers import MicroBatch
 from rayrl.learner.replay import make_replay
 from rayrl.learner.sources import FROM_REFERENCE, make_providers
 from rayrl.learner.spans import with_token_fields
 from rayrl.objectives.batch import GroupBatch
 from rayrl.objectives.compile import CONFIGURED, PROVIDED
 from rayrl.objectives.config import NO_SOURCES, SourcesConfig
-from rayrl.objectives.objective import LossOutput, Objective, Prepared, State
-from rayrl.objectives.reduce import Normalizer
+from rayrl.objectives.objective import Objective, Prepared, State
 from rayrl.types import FloatArray, StepReport, TrainBatch
 from rayrl.weights import Weights
 
@@ -77,7 +75,6 @@ class Learner:
         objective.check({*PROVIDED, *CONFIGURED, "whole_minibatch"})
         self.objective = objective
         self._objective_state = objective.initial_state()
-        self._instruction = instruction
         self._total_steps = total_steps
         self._seed = seed
         self.policy = Policy(
@@ -86,6 +83,7 @@ class Learner:
             config=config,
             with_reference=bool(objective.needs & FROM_REFERENCE),
             temperature=temperature,
+            instruction=instruction,
             ranks=ranks,
             seed=seed,
         )
@@ -96,10 +94,11 @@ class Learner:
             objective.needs,
             sources,
             self.policy,
-            updates_per_step=self._updates_per_step,
+            updates_per_step=updates_per_step(config),
             num_terms=num_terms,
             ranks=ranks,
         )
+        self.losses = Losses(self.policy, self.providers, config, ranks)
         self._earlier = EarlierCaptions() if "earlier" in objective.needs else None
         self._replay: Checkpoint | None = None
         self._skipped_in_a_row = 0
@@ -125,8 +124,8 @@ class Learner:
         self._replay = None
         group_size = batch.shape[1]
         batch = self._completed(batch)
-        inputs = self.inputs(batch)
-        groups = self._with_start_fields(group_batch(batch, policy.device), inputs)
+        inputs = policy.inputs(batch)
+        groups = self.losses.with_start_fields(group_batch(batch, policy.device), inputs)
         before = self._objective_state
         self._objective_state, prepared = self.objective.prepare(before, groups)
         rate = learning_rate(self.step, self._total_steps, self._config)
@@ -200,46 +199,7 @@ class Learner:
 
     def prepare(self, images: Sequence[bytes]) -> None:
         """Decode this rank's share of the next step's images, before their captions are there."""
-        self.policy.prepare(self._ranks.share(images), self._instruction)
-
-    @property
-    def _updates_per_step(self) -> int:
-        return self._config.inner_epochs * self._config.minibatches
-
-    def _with_start_fields(self, groups: GroupBatch, inputs: StepInputs) -> GroupBatch:
-        """Add what does not change during the step: log-probs under the reference model, and what
-        the providers bring."""
-        if self.policy.has_reference:
-            groups = replace(groups, ref_logprobs=self.policy.ref_logprobs(groups, inputs))
-        images = len(groups.image_ids)
-        parts = (
-            (self._micro_batch(groups.select(rows), rows, inputs), counts)
-            for rows, counts in self._parts(range(images), inputs)
-        )
-        filled = replace(groups, **self.providers.at_start(images, parts))
-        return filled.with_old_logprobs(filled.old_logprobs)
-
-    def _parts(self, indices: Sequence[int], inputs: StepInputs) -> list[tuple[list[int], bool]]:
-        """This rank's micro-batches of some images, each with whether it counts."""
-        return rank_micro_batches(indices, inputs.tokens, self._config, self._ranks)
-
-    def _micro_batch(
-        self, groups: GroupBatch, rows: list[int], inputs: StepInputs, *, with_entropy: bool = False
-    ) -> MicroBatch:
-        return MicroBatch(
-            groups=groups,
-            rows=rows,
-            inputs=inputs,
-            forward=self.policy.forward,
-            model=self.policy.model,
-            step=self.step,
-            with_entropy=with_entropy,
-            with_states=self.providers.reads_states,
-        )
-
-    def inputs(self, batch: TrainBatch) -> StepInputs:
-        """The processor's output for a batch's prompts, on demand."""
-        return self.policy.inputs(batch, self._instruction)
+        self.policy.prepare(images)
 
     def _minibatch(
         self, prepared: Prepared, inputs: StepInputs, indices: list[int], sums: Means
@@ -249,8 +209,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.providers.before_update()
         parts, mine = [], Means()
-        for images, counts in self._parts(indices, inputs):
-            loss = self.loss(prepared, images, inputs, normalizer, counts=counts)
+        for images, counts in self.losses.parts(indices, inputs):
+            loss = self.losses(self.objective, prepared, images, inputs, normalizer, counts=counts)
             loss.loss.backward()
             self.policy.masters.collect()
             names = tuple(prepared.batch.image_ids[i] for i in images)
@@ -268,42 +228,10 @@ class Learner:
         sums.add({"learner/loss": (0.0, 1.0), "learner/grad_norm": (norm, 1.0)})
         return ""
 
-    def loss(
-        self,
-        prepared: Prepared,
-        images: list[int],
-        inputs: StepInputs,
-        normalizer: Normalizer,
-        *,
-        counts: bool = True,
-    ) -> LossOutput:
-        """The loss of some of a step's images as one micro-batch, with gradient.  One that does
-        not count (a rank had no images left) has loss and gradients of 0."""
-        micro = prepared.select(images)
-        with_entropy = "entropy" in self.objective.needs
-        seen = self._micro_batch(micro.batch, images, inputs, with_entropy=with_entropy)
-        out = seen.policy
-        if self._updates_per_step == 1:
-            # The first and only update starts at the policy itself: no second forward pass.
-            micro = micro.with_old_logprobs(out.logprobs.detach())
-        loss = self.objective.loss(
-            micro if counts else micro.weightless(),
-            out.logprobs,
-            normalizer,
-            total=self._ranks.total,
-            entropy=out.entropy,
-            **self.providers.in_update(seen),
-        )
-        if counts:
-            return loss
-        # Every parameter gets a gradient on every rank, be it 0.
-        nothing = loss.loss + 0 * out.logprobs.sum()
-        return LossOutput(nothing, dict.fromkeys(loss.metrics, (nothing.detach(), 0.0)))
-
     def score(self, image: bytes, token_ids: Sequence[int]) -> FloatArray:
         """Log-probs [T] of a caption under the current weights, at temperature 1 with nothing
         banned: what engines must agree with.  Every rank must call it."""
-        return self.policy.score(image, self._instruction, token_ids)
+        return self.policy.score(image, token_ids)
 
     def weights(self, *, trained_only: bool) -> Weights | AdapterWeights | None:
         """The current version: all parameters, or those that train.  On rank 0; the others, on

@@ -49,11 +49,13 @@ class Policy:
         config: LearnerConfig,
         with_reference: bool,
         temperature: float,
+        instruction: str,
         ranks: Ranks,
         seed: int,
     ) -> None:
         self._config = model
         self._ranks = ranks
+        self._instruction = instruction
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         captioner = load_captioner(
             folder,
@@ -102,13 +104,13 @@ class Policy:
     def _same_outputs(self) -> AbstractContextManager[None]:
         return same_outputs(bare_model(self.model), self.processor, self.forward, self.eos_id)
 
-    def inputs(self, batch: TrainBatch, instruction: str) -> StepInputs:
+    def inputs(self, batch: TrainBatch) -> StepInputs:
         """The processor's output for a batch's prompts, on demand."""
-        return StepInputs(self._inputs, self.model, batch, instruction)
+        return StepInputs(self._inputs, self.model, batch, self._instruction)
 
-    def prepare(self, images: Sequence[bytes], instruction: str) -> None:
-        """Have the processor's output for images of the next step; see :class:`InputCache`."""
-        self._inputs.prepare(images, instruction)
+    def prepare(self, images: Sequence[bytes]) -> None:
+        """Decode this rank's share of the next step's images, before their captions are there."""
+        self._inputs.prepare(self._ranks.share(images), self._instruction)
 
     def others(self, folders: Sequence[str]) -> list[Any]:
         """Models of these folders that do not train.  ValueError where one is missing or writes
@@ -141,9 +143,9 @@ class Policy:
             yield self.model if self.adapters else self.reference
 
     @torch.no_grad()
-    def score(self, image: bytes, instruction: str, token_ids: Sequence[int]) -> FloatArray:
+    def score(self, image: bytes, token_ids: Sequence[int]) -> FloatArray:
         """Log-probs [T] of a caption, at temperature 1 with nothing banned; on every rank."""
-        inputs = self._inputs.batch([image], instruction).to(self.model.device)
+        inputs = self._inputs.batch([image], self._instruction).to(self.model.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         ids = torch.tensor([[list(token_ids)]], device=self.model.device)

@@ -28,7 +28,6 @@ class MicroBatch:
     """Groups that go through the model at once.
 
     groups: P of the step's groups; rows: which ones; inputs: those of all prompts of the step
-    step: steps before this one
     """
 
     groups: GroupBatch
@@ -36,7 +35,6 @@ class MicroBatch:
     inputs: StepInputs
     forward: Forward
     model: Any
-    step: int = 0
     with_entropy: bool = False
     with_states: bool = False
 

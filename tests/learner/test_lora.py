@@ -49,11 +49,11 @@ def test_the_reference_is_the_policy_with_adapters_off(tiny_folder, batch):
     from rayrl.learner.batches import group_batch
 
     subject, plain = adapted(tiny_folder, lr=1e-2), learner(tiny_folder)
-    groups, inputs = group_batch(batch, "cpu"), subject.inputs(batch)
+    groups, inputs = group_batch(batch, "cpu"), subject.policy.inputs(batch)
     for _ in range(2):
         subject.update(batch)
     got = subject.policy.ref_logprobs(groups, inputs)
-    want = plain.policy.ref_logprobs(groups, plain.inputs(batch))
+    want = plain.policy.ref_logprobs(groups, plain.policy.inputs(batch))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     policy = subject.policy.forward.frozen(subject.policy.model, groups, inputs)
     assert (policy - want).abs().max() > 1e-2

@@ -124,7 +124,7 @@ def test_the_step_raises_the_probability_of_what_was_rewarded(tiny_folder, batch
     subject = learner(tiny_folder, objective="nsc", lr=3e-4)
 
     def mean_logprob(good):
-        inputs = subject.inputs(batch)
+        inputs = subject.policy.inputs(batch)
         out = subject.policy.forward.frozen(
             subject.policy.model, group_batch(batch, "cpu"), inputs
         ).numpy()

@@ -59,7 +59,7 @@ def test_gradients_add_up_to_the_full_batchs(tiny_folder, batch, config, objecti
     options = {"objective": objective, "grad_clip": 1e9}
     want = gradient(learner(tiny_folder, **options), batch)
     subject = learner(tiny_folder, **options, **config)
-    tokens = subject.inputs(batch).tokens
+    tokens = subject.policy.inputs(batch).tokens
     assert len(set(tokens)) > 3
     assert 1 < len(parts(tokens, **config)) < 6
     assert (gradient(subject, batch) - want).norm() / want.norm() < 1e-6

@@ -33,7 +33,7 @@ def other_folder(tmp_path_factory, prompts):
 
 
 def start_fields(subject, batch):
-    return subject._with_start_fields(group_batch(batch, "cpu"), subject.inputs(batch))
+    return subject.losses.with_start_fields(group_batch(batch, "cpu"), subject.policy.inputs(batch))
 
 
 def test_a_guide_scores_the_captions_with_its_own_weights(tiny_folder, other_folder, batch):

@@ -95,7 +95,7 @@ def test_a_replay_names_the_prompt_the_term_and_the_first_bad_tensor(tiny_folder
     handle = connector.register_forward_hook(lambda m, args, out: size.append(args[0].abs().sum()))
     with torch.no_grad():
         subject.policy.model.get_image_features(
-            subject.inputs(batch).select([4]).inputs["pixel_values"]
+            subject.policy.inputs(batch).select([4]).inputs["pixel_values"]
         )
     handle.remove()
 
@@ -128,7 +128,9 @@ def loss_of(subject, replay, images):
     given, groups, state = read_replay(replay)
     _, prepared = subject.objective.prepare(state, groups)
     normalizer = prepared.select(images).normalizer()
-    out = subject.loss(prepared, images, subject.inputs(given), normalizer).detach()
+    out = subject.losses(
+        subject.objective, prepared, images, subject.policy.inputs(given), normalizer
+    ).detach()
     return float(out.loss), {name: float(value) for name, (value, _) in out.metrics.items()}
 
 
