@@ -83,12 +83,9 @@ def train(run: Run, start: int) -> int:
     """
     steps, ahead = run.config.train.steps, run.config.train.max_staleness
     pending: list[Pending] = []
-    version, submitted = start, start
+    version, started = start, time.perf_counter()
+    _send(run, pending, version)
     while version < steps and not run.stop.requested:
-        started = time.perf_counter()
-        while submitted < min(steps, version + ahead + 1):
-            pending.append(run.fleet.submit(submitted, version, run.rounds.begin(submitted)))
-            submitted += 1
         if ahead == 0:
             # After the batch was sent: it waits behind the weights in each worker, and in none
             # for the others.
@@ -96,8 +93,7 @@ def train(run: Run, start: int) -> int:
                 run.fleet.confirm(version)
         # Where cores are shared this keeps workers from them, so not before they have begun.
         run.learner.prepare(pending[0])
-        if submitted < steps:
-            _read_ahead(run, submitted)
+        _read_ahead(run, version + len(pending))
         drawn = _all_rounds(run, pending.pop(0), version)
         with run.phases("learner"):
             run.fleet.sleep()
@@ -110,7 +106,14 @@ def train(run: Run, start: int) -> int:
         metrics.update(run.fleet.reward_seconds() | run.fleet.gauges(pending))
         run.fleet.adapt()
         metrics["captions_per_second"] = drawn.num_captions / (time.perf_counter() - started)
-        _after_step(run, report, metrics, drawn.results)
+        last = version == steps or run.stop.requested
+        _log(run, report, metrics, drawn.results, last=last)
+        started = time.perf_counter()
+        # Before the checkpoint is written, which then keeps no worker waiting.
+        _send(run, pending, version)
+        run.skipped.check(report, run.learner.replay)
+        if last or version % run.config.train.checkpoint_every == 0:
+            save(run, last=last)
     if run.saved_step != version > start:
         # The request to stop came after the step had decided that it was not the last.
         save(run, last=True)
@@ -118,8 +121,20 @@ def train(run: Run, start: int) -> int:
     return version
 
 
+def _send(run: Run, pending: list[Pending], version: int) -> None:
+    """Send workers the batches up to the last one that may be sampled with ``version``;
+    ``pending`` holds those from batch ``version`` on that are on their way."""
+    steps, ahead = run.config.train.steps, run.config.train.max_staleness
+    while not run.stop.requested and len(pending) <= ahead and version + len(pending) < steps:
+        step = version + len(pending)
+        pending.append(run.fleet.submit(step, version, run.rounds.begin(step)))
+
+
 def _read_ahead(run: Run, step: int) -> None:
-    """Have the images of the next step at hand, while workers sample: they wait for it then."""
+    """Have the images of ``step``, the next one, if there is one, at hand, while workers sample:
+    they wait for it then."""
+    if step >= run.config.train.steps:
+        return
     try:
         prompts = run.rounds.read_ahead(step)
     except (OSError, ValueError):
@@ -162,20 +177,18 @@ def publish(run: Run, version: int, *, first: bool = False) -> None:
         run.fleet.probe(version, run.canary, run.learner.score(run.canary))
 
 
-def _after_step(run: Run, report: StepReport, metrics: dict[str, float], results: Results) -> None:
-    """Evaluate, log and save when they are due."""
+def _log(
+    run: Run, report: StepReport, metrics: dict[str, float], results: Results, *, last: bool
+) -> None:
+    """Log a step, with an evaluation and examples where they are due."""
     train, version = run.config.train, report.weight_version
-    last = version == train.steps or run.stop.requested
-    if version % train.eval_every == 0 or last:
+    if last or version % train.eval_every == 0:
         metrics["eval/cider_d"] = evaluate(run, version)
     metrics.update(run.phases.take())
     if version % train.samples_every == 0 or version == 1:
         groups = results.first(SAMPLED_GROUPS)
         run.log.samples(sample_records(groups, report.advantages, version))
     run.log.step(version, metrics)
-    run.skipped.check(report, run.learner.replay)
-    if version % train.checkpoint_every == 0 or last:
-        save(run, last=last)
 
 
 def evaluate(run: Run, version: int) -> float:

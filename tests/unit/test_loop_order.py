@@ -1,0 +1,90 @@
+"""In which order the driver's loop does things: what workers wait for comes first."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+
+from rayrl import grpo
+from rayrl.config import Config
+from rayrl.metrics import Phases
+from rayrl.types import StepReport
+
+STEPS, EVERY = 4, 2
+
+
+class Recorded:
+    """A run whose parts only say what they were asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, staleness: int) -> None:
+        self.said: list[str] = []
+        self.version = 0
+        self.run = MagicMock()
+        self.run.config = Config.model_validate(
+            {"train": {"steps": STEPS, "max_staleness": staleness, "checkpoint_every": EVERY}}
+        )
+        self.run.phases = Phases()
+        self.run.stop = SimpleNamespace(requested=False)
+        self.run.saved_step = -1
+        self.run.fleet.submit.side_effect = self._submit
+        self.run.fleet.gauges.side_effect = lambda pending: {"waiting": float(len(pending))}
+        self.run.fleet.reward_seconds.return_value = {}
+        self.run.learner.update.side_effect = self._update
+        results = SimpleNamespace(outline=None)
+        drawn = SimpleNamespace(results=results, num_captions=1, metrics=lambda: {})
+        monkeypatch.setattr(grpo, "_all_rounds", lambda run, batch, version: drawn)
+        monkeypatch.setattr(grpo, "group_metrics", lambda outline, version: {})
+        monkeypatch.setattr(grpo, "publish", lambda run, version: self._say("publish", version))
+        monkeypatch.setattr(grpo, "save", self._save)
+        monkeypatch.setattr(grpo, "_log", self._log)
+        self.stop_at = STEPS + 1
+
+    def _say(self, what: str, number: int) -> None:
+        self.said.append(f"{what} {number}")
+
+    def _submit(self, step: int, version: int, requests: object) -> SimpleNamespace:
+        self.said.append(f"send {step} for {version}")
+        return SimpleNamespace(step=step)
+
+    def _update(self, results: object) -> StepReport:
+        self.version += 1
+        return MagicMock(weight_version=self.version)
+
+    def _save(self, run: MagicMock, *, last: bool) -> None:
+        self._say("save the last," if last else "save", self.version)
+        run.saved_step = self.version
+
+    def _log(self, run: MagicMock, report: StepReport, *_: object, last: bool) -> None:
+        self._say("log", report.weight_version)
+        run.stop.requested = self.version == self.stop_at
+
+
+def test_the_next_batch_is_sent_before_the_step_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch, staleness=0)
+    assert grpo.train(recorded.run, 0) == STEPS
+    assert recorded.said == [
+        *("send 0 for 0", "publish 1", "log 1"),
+        *("send 1 for 1", "publish 2", "log 2"),
+        *("send 2 for 2", "save 2", "publish 3", "log 3"),
+        *("send 3 for 3", "publish 4", "log 4", "save the last, 4"),
+    ]
+
+
+def test_with_staleness_as_many_more_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch, staleness=2)
+    assert grpo.train(recorded.run, 0) == STEPS
+    sent = [what for what in recorded.said if what.startswith("send")]
+    assert sent == ["send 0 for 0", "send 1 for 0", "send 2 for 0", "send 3 for 1"]
+    assert recorded.said.index("send 3 for 1") < recorded.said.index("publish 2")
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_after_a_request_to_stop_nothing_is_sent(
+    monkeypatch: pytest.MonkeyPatch, staleness: int
+) -> None:
+    recorded = Recorded(monkeypatch, staleness=staleness)
+    recorded.stop_at = 1
+    assert grpo.train(recorded.run, 0) == 1
+    assert recorded.said[-3:] == ["publish 1", "log 1", "save the last, 1"]
