@@ -113,7 +113,8 @@ def train(run: Run, start: int) -> int:
         _send(run, pending, version)
         run.skipped.check(report, run.learner.replay)
         if last or version % run.config.train.checkpoint_every == 0:
-            save(run, last=last)
+            with run.phases("save"):
+                save(run, last=last)
     if run.saved_step != version > start:
         # The request to stop came after the step had decided that it was not the last.
         save(run, last=True)
