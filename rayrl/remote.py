@@ -22,6 +22,9 @@ import pyarrow.fs as pafs
 MANIFEST = "manifest.json"
 _CHUNK = 8 << 20
 _MAX_MANIFEST = 16 << 20
+_WITHOUT_FOLDERS = {"s3", "gcs"}
+"""Where folders are empty objects, made for each part of a path up to the bucket: nothing needs
+them, and who may write below a prefix alone may not make them."""
 
 STORAGE_ERRORS = (OSError, pa.ArrowException)
 """What pyarrow's filesystems raise when storage does not answer or refuses."""
@@ -39,10 +42,16 @@ class RemoteCopies:
 
     def names(self) -> list[str]:
         """The names of the whole copies, sorted."""
-        entries = self._filesystem.get_file_info(
-            pafs.FileSelector(self._root, allow_not_found=True)
-        )
-        found = [entry.base_name for entry in entries if entry.type == pafs.FileType.Directory]
+        # All files, for what is no object is no folder to Google's storage, unless somebody made an
+        # empty object of its name; a copy that other tools brought there has none.
+        selector = pafs.FileSelector(self._root, allow_not_found=True, recursive=True)
+        paths = (PurePosixPath(entry.path) for entry in self._filesystem.get_file_info(selector))
+        root = PurePosixPath(self._root)
+        found = [
+            path.parent.name
+            for path in paths
+            if path.name == MANIFEST and path.parent.parent == root
+        ]
         return sorted(name for name in found if self._is_whole(name))
 
     def put(self, name: str, folder: Path, files: Iterable[str]) -> None:
@@ -51,7 +60,8 @@ class RemoteCopies:
         listed = {}
         for file in sorted(files):
             target = self._path(name, file)
-            self._filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+            if self._filesystem.type_name not in _WITHOUT_FOLDERS:
+                self._filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             with (folder / file).open("rb") as source:
                 listed[file] = self._write(target, _chunks(source))
         manifest = json.dumps({"files": listed}, indent=1).encode()
@@ -82,7 +92,11 @@ class RemoteCopies:
             self._filesystem.delete_file(manifest)
         place = self._path(name)
         if self._filesystem.get_file_info(place).type == pafs.FileType.Directory:
-            self._filesystem.delete_dir(place)
+            if self._filesystem.type_name == "gcs":
+                # It fails to remove a folder that is no object, after all that is in it is gone.
+                self._filesystem.delete_dir_contents(place, missing_dir_ok=True)
+            else:
+                self._filesystem.delete_dir(place)
 
     def _is_whole(self, name: str) -> bool:
         try:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pyarrow.fs as pafs
 import pytest
+from gcp_storage_emulator.server import create_server
+from moto.server import ThreadedMotoServer
 
-from rayrl.remote import RemoteCopies, open_copies
+from rayrl.remote import STORAGE_ERRORS, RemoteCopies, open_copies
 
 FILES = {"checkpoints/step_4/model.safetensors": b"\x00\x01" * 40_000, "metrics.jsonl": b"{}\n"}
 
@@ -28,6 +33,93 @@ def filesystem(kind: str, folder: Path) -> tuple[pafs.FileSystem, str]:
     if kind == "subtree":
         return pafs.SubTreeFileSystem(str(folder), pafs.LocalFileSystem()), "run"
     return pafs.LocalFileSystem(), f"{folder}/run"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of a server that speaks S3, whose one bucket is called captions."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "{}:{}".format(*server.get_host_and_port())
+    urlopen(Request(f"http://{address}/captions", method="PUT")).close()
+    yield address
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def gcs() -> Iterator[str]:
+    """The same for Google Cloud Storage."""
+    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="captions")
+    server.start()
+    yield "{}:{}".format(*server._api._httpd.server_address)
+    server.stop()
+
+
+@pytest.fixture(params=["s3", "gcs"])
+def store(request, monkeypatch) -> tuple[RemoteCopies, Callable[[], list[str]]]:
+    """Copies in an object store, and the names of all objects in its bucket."""
+    address = request.getfixturevalue(request.param)
+    if request.param == "s3":
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nobody's")
+        uri, rest = "s3://captions/runs/one", "&region=us-east-1"
+        listing, pattern = f"http://{address}/captions?list-type=2", r"<Key>(.*?)</Key>"
+    else:
+        # Without a login, which an address in a configuration may not ask for.
+        uri, rest = "gs://anonymous@captions/runs/one", "&retry_limit_seconds=5"
+        listing, pattern = f"http://{address}/storage/v1/b/captions/o", r'"name": "(.*?)"'
+
+    def objects() -> list[str]:
+        with urlopen(listing) as answer:
+            return re.findall(pattern, answer.read().decode())
+
+    copies = open_copies(f"{uri}?endpoint_override={address}&scheme=http{rest}")
+    for name in copies.names():
+        copies.remove(name)
+    return copies, objects
+
+
+def test_what_is_put_is_fetched_from_object_stores(store, tmp_path):
+    copies, objects = store
+    assert copies.names() == []
+    source = run_folder(tmp_path / "source")
+    copies.put("step_4", source, FILES)
+    copies.put("step_10", source, ["metrics.jsonl"])
+    assert copies.names() == ["step_10", "step_4"]
+    assert sorted(copies.fetch("step_4", tmp_path / "back")) == sorted(FILES)
+    assert {name: (tmp_path / "back" / name).read_bytes() for name in FILES} == FILES
+    # Again, and with less in it.
+    copies.put("step_4", source, ["metrics.jsonl"])
+    assert copies.fetch("step_4", tmp_path / "again") == ["metrics.jsonl"]
+    copies.remove("step_10")
+    copies.remove("step_10")
+    assert copies.names() == ["step_4"]
+    left = {"step_4/manifest.json", "step_4/metrics.jsonl"}
+    # Nothing above the prefix, where others may forbid it.
+    assert {f"runs/one/{name}" for name in left} == set(objects()) - {"runs/one/"}
+
+
+def test_a_copy_without_its_manifest_is_not_whole_in_object_stores(store, tmp_path):
+    copies, objects = store
+    source = run_folder(tmp_path / "source")
+    copies.put("step_4", source, FILES)
+    copies.put("step_6", source, FILES)
+    copies._filesystem.delete_file("captions/runs/one/step_6/manifest.json")
+    assert "runs/one/step_6/metrics.jsonl" in objects()
+    assert copies.names() == ["step_4"]
+    # What is left of it goes when it is made again.
+    copies.put("step_6", source, ["metrics.jsonl"])
+    assert copies.fetch("step_6", tmp_path / "back") == ["metrics.jsonl"]
+    assert not [name for name in objects() if "step_6/checkpoints" in name]
+
+
+def test_a_bucket_that_is_not_there_is_named(s3, monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nobody's")
+    copies = open_copies(f"s3://nowhere/run?endpoint_override={s3}&scheme=http&region=us-east-1")
+    assert copies.names() == []
+    with pytest.raises(STORAGE_ERRORS, match="nowhere"):
+        copies.put("step_4", run_folder(tmp_path / "source"), FILES)
 
 
 @pytest.mark.parametrize("kind", ["local", "subtree", "mock"])
