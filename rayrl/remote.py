@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 MANIFEST = "manifest.json"
 _CHUNK = 8 << 20
 _MAX_MANIFEST = 16 << 20
+_TRIAL = "writable"
 _WITHOUT_FOLDERS = {"s3", "gcs"}
 """Where folders are empty objects, made for each part of a path up to the bucket: nothing needs
 them, and who may write below a prefix alone may not make them."""
@@ -54,16 +55,20 @@ class RemoteCopies:
         ]
         return sorted(name for name in found if self._is_whole(name))
 
+    def check(self) -> None:
+        """Write a small file and remove it: what will be refused is to be known before a run's
+        work, not after."""
+        place = self._path(_TRIAL)
+        self._write(place, [b"rayrl"])
+        self._filesystem.delete_file(place)
+
     def put(self, name: str, folder: Path, files: Iterable[str]) -> None:
         """Copy ``files``, paths relative to ``folder``, as ``name``; what it held before goes."""
         self.remove(name)
         listed = {}
         for file in sorted(files):
-            target = self._path(name, file)
-            if self._filesystem.type_name not in _WITHOUT_FOLDERS:
-                self._filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             with (folder / file).open("rb") as source:
-                listed[file] = self._write(target, _chunks(source))
+                listed[file] = self._write(self._path(name, file), _chunks(source))
         manifest = json.dumps({"files": listed}, indent=1).encode()
         self._write(self._path(name, MANIFEST), [manifest])
 
@@ -118,6 +123,8 @@ class RemoteCopies:
             raise ValueError(f"{name}/{MANIFEST}: not a manifest: {error}") from None
 
     def _write(self, path: str, chunks: Iterable[bytes]) -> dict[str, Any]:
+        if self._filesystem.type_name not in _WITHOUT_FOLDERS:
+            self._filesystem.create_dir(path.rpartition("/")[0], recursive=True)
         with self._filesystem.open_output_stream(path) as out:
             return _copied(out, chunks)
 

@@ -13,7 +13,7 @@ from rayrl.backup import Say, fetch_newest, remote_steps
 from rayrl.checkpoint import Checkpoint, list_checkpoints
 from rayrl.config import Config
 from rayrl.jsonl import write_atomically
-from rayrl.remote import RemoteCopies, open_copies
+from rayrl.remote import STORAGE_ERRORS, RemoteCopies, open_copies
 
 
 def goes_on(config: Config, resume: cli.Resume) -> bool:
@@ -31,7 +31,7 @@ def open_run_folder(folder: Path, config: Config, *, resume: bool, say: Say) -> 
     if it is later than what is here; save the resolved configuration.  Returns the remote place.
 
     FileNotFoundError where there is nothing to resume, ValueError where a run would be
-    overwritten.
+    overwritten, OSError where nothing can be written to the remote place.
     """
     copies = open_copies(config.train.checkpoint_uri)
     checkpoints = folder / "checkpoints"
@@ -50,6 +50,8 @@ def open_run_folder(folder: Path, config: Config, *, resume: bool, say: Say) -> 
     if resume and not list_checkpoints(checkpoints):
         also = f" or {config.train.checkpoint_uri}" if copies is not None else ""
         raise FileNotFoundError(f"--resume: no checkpoint in {checkpoints}{also}")
+    if copies is not None:
+        _check_writable(copies, config.train.checkpoint_uri)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.yaml"
     text = cli.dump(config)
@@ -76,6 +78,13 @@ def _refuse_to_mix(place: str, done: list[int], flag: str) -> None:
             f"{place} holds a run of {done[-1]} steps: continue it with --resume, or choose "
             f"another {flag}"
         )
+
+
+def _check_writable(copies: RemoteCopies, uri: str) -> None:
+    try:
+        copies.check()
+    except STORAGE_ERRORS as error:
+        raise OSError(f"--train.checkpoint_uri {uri}: nothing can be written: {error}") from error
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -172,6 +172,14 @@ def test_a_command_that_is_tried_again_starts_the_run_once_and_then_continues_it
     assert load_checkpoint(tmp_path / "fresh/checkpoints/latest").step == 6
 
 
+def test_a_place_that_takes_nothing_is_said_before_the_run_begins(tmp_path):
+    (tmp_path / "remote").write_text("not a folder")
+    config = with_uri(tmp_path, checkpoint_uri=f"file://{tmp_path}/remote/run")
+    with pytest.raises(OSError, match=r"--train\.checkpoint_uri file://.*nothing can be written"):
+        open_run_folder(tmp_path / "run", config, resume=False, say=print)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("here", "there", "wanted"), [(4, 2, 4), (2, 4, 4), (4, 4, 4)])
 def test_the_later_checkpoint_wins(tmp_path, copies, here, there, wanted):
     remote = Machine(tmp_path / "other", copies)

@@ -81,7 +81,9 @@ def store(request, monkeypatch) -> tuple[RemoteCopies, Callable[[], list[str]]]:
 
 def test_what_is_put_is_fetched_from_object_stores(store, tmp_path):
     copies, objects = store
+    copies.check()
     assert copies.names() == []
+    assert set(objects()) <= {"runs/one/"}
     source = run_folder(tmp_path / "source")
     copies.put("step_4", source, FILES)
     copies.put("step_10", source, ["metrics.jsonl"])
@@ -118,6 +120,8 @@ def test_a_bucket_that_is_not_there_is_named(s3, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nobody's")
     copies = open_copies(f"s3://nowhere/run?endpoint_override={s3}&scheme=http&region=us-east-1")
     assert copies.names() == []
+    with pytest.raises(STORAGE_ERRORS, match="nowhere"):
+        copies.check()
     with pytest.raises(STORAGE_ERRORS, match="nowhere"):
         copies.put("step_4", run_folder(tmp_path / "source"), FILES)
 
