@@ -17,7 +17,7 @@ from rayrl.actors.cluster import connect, cpus_of, failing_in_one_line, gpus_of
 from rayrl.actors.fleet import Fleet
 from rayrl.actors.learner_group import LearnerGroup
 from rayrl.actors.pending import Pending
-from rayrl.actors.pool import RestartBudget, TooFewWorkers
+from rayrl.actors.pool import RestartBudget, TooFewWorkers, TooManyLost
 from rayrl.actors.reward import check_terms
 from rayrl.actors.telemetry import RayMetrics
 from rayrl.actors.tracing import Tracer
@@ -158,12 +158,14 @@ def _all_rounds(run: Run, batch: Pending, version: int) -> Drawn:
 
 
 def train_or_save(run: Run, start: int) -> int:
-    """:func:`train`; where workers do not come back in time the run is saved before it fails."""
+    """:func:`train`; where workers do not come back in time, or too many were lost, the run is
+    saved before it fails."""
     try:
         return train(run, start)
-    except TooFewWorkers:
-        save(run, last=True)
-        run.log.message(f"saved step {run.saved_step}: go on with --resume when there are workers")
+    except (TooFewWorkers, TooManyLost):
+        if not run.learner.lost:
+            save(run, last=True)
+            run.log.message(f"saved step {run.saved_step}: go on with --resume")
         raise
 
 

@@ -30,7 +30,7 @@ class RolloutConfig(Section):
     timeout_s: PositiveFloat = 600.0
     """A worker that has not answered for this long counts as dead."""
     max_restarts: NonNegativeInt = 3
-    """Workers that may be replaced in a run before it fails with the first cause."""
+    """Workers that may be replaced in a run before it is saved and fails with the first cause."""
     sync: Literal["pull", "gloo", "nccl", "ipc"] = "pull"
     """How engines get the learner's weights: `pull` them from Ray's object store; by a broadcast,
     over `nccl` between GPUs or `gloo` between CPUs; or, by `ipc`, out of the learner's memory where

@@ -50,6 +50,8 @@ class LearnerGroup:
     """``learner.num_workers`` learner actors, on one node where there is room.
 
     ``files`` are those of the stage-1 model; lost ranks are counted against ``budget``.
+
+    lost: whether a rank was lost and the group could not be built anew since
     """
 
     def __init__(self, config: Config, files: ModelFiles, budget: RestartBudget) -> None:
@@ -68,6 +70,7 @@ class LearnerGroup:
         self._since: list[list[Any]] = []
         self._store: Any = None
         self._built = False
+        self.lost = False
         self._ranks = self._start()
 
     def prepare(self, batch: Pending) -> None:
@@ -164,14 +167,14 @@ class LearnerGroup:
 
     def _surely(self, call: Callable[[], Any]) -> Any:
         """The result of ``call``, on a rebuilt group where one was lost, while the budget lasts."""
-        lost: RankLost | None = None
         while True:
             try:
-                if lost is not None:
+                if self.lost:
                     self._rebuild()
+                    self.lost = False
                 return call()
             except RankLost as error:
-                lost = error
+                self.lost = True
                 self._budget.spend("the learner is rebuilt", error)
 
     def _rebuild(self) -> None:

@@ -32,6 +32,10 @@ class TooFewWorkers(RuntimeError):
     """A pool stayed below its minimum for longer than it may."""
 
 
+class TooManyLost(RuntimeError):
+    """A run has lost more workers than it may."""
+
+
 class RestartBudget:
     """Counts the workers that a run has replaced; past ``limit`` the first cause is raised."""
 
@@ -41,12 +45,12 @@ class RestartBudget:
         self.spent = 0
 
     def spend(self, what: str, cause: Exception) -> None:
-        """Count one loss; RuntimeError, from the first cause, when there were too many."""
+        """Count one loss; TooManyLost, from the first cause, when there were too many."""
         self._first_cause = self._first_cause or cause
         self.spent += 1
         log.warning("%s: %s", what, _first_line(cause))
         if self.spent > self._limit:
-            raise RuntimeError(
+            raise TooManyLost(
                 f"{self.spent} workers were lost, rollout.max_restarts allows {self._limit}; "
                 f"the first cause: {_first_line(self._first_cause)}"
             ) from self._first_cause
@@ -133,7 +137,7 @@ class Pool:
     def lost(self, worker: Worker, cause: Exception) -> None:
         """Replace a worker, once, however many of its results were lost with it.
 
-        Raises what replacing it would not mend, and RuntimeError when the budget is spent.
+        Raises what replacing it would not mend, and TooManyLost when the budget is spent.
         """
         raise_unless_lost(worker.actor, cause)
         if isinstance(cause, ObjectLostError):

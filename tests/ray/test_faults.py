@@ -210,7 +210,9 @@ def test_a_run_whose_workers_do_not_come_back_is_saved_and_goes_on_later(
     assert_same(run(tmp_path, monkeypatch), undisturbed[0])
 
 
-def test_the_first_cause_is_the_one_that_is_shown(faults, tmp_path, monkeypatch):
+def test_a_run_that_lost_too_many_workers_is_saved_and_says_the_first_cause(
+    faults, undisturbed, tmp_path, monkeypatch
+):
     def after(step: int, metrics) -> None:
         if step in (2, 4):
             (faults / f"{HANG}.generate").touch()
@@ -219,3 +221,17 @@ def test_the_first_cause_is_the_one_that_is_shown(faults, tmp_path, monkeypatch)
         run(tmp_path, monkeypatch, after=after, timeout_s=2.0, max_restarts=1)
     assert "no answer within 2 s" in str(e.value)
     assert isinstance(e.value.__cause__, TimeoutError)
+    assert list_checkpoints(tmp_path / "checkpoints") == [4]
+    assert_same(run(tmp_path, monkeypatch), undisturbed[0])
+
+
+def test_a_run_that_lost_its_learner_for_good_ends_with_the_checkpoint_before(
+    faults, tmp_path, monkeypatch
+):
+    def after(step: int, metrics) -> None:
+        if step == 3:
+            assert kill("FakeLearner")(random.Random(0))
+
+    with pytest.raises(RuntimeError, match=r"1 workers were lost, .* allows 0; the first cause"):
+        run(tmp_path, monkeypatch, after=after, save_every=2, max_restarts=0)
+    assert list_checkpoints(tmp_path / "checkpoints")[-1] == 2
