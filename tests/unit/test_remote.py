@@ -26,6 +26,20 @@ def run_folder(folder: Path, files=FILES) -> Path:
     return folder
 
 
+def assert_put_and_fetched(copies: RemoteCopies, folder: Path) -> None:
+    """Two copies in an empty place, of which the second stays, with one file."""
+    assert copies.names() == []
+    source = run_folder(folder / "source")
+    copies.put("step_4", source, FILES)
+    copies.put("step_10", source, ["metrics.jsonl"])
+    assert copies.names() == ["step_10", "step_4"]
+    assert sorted(copies.fetch("step_4", folder / "back")) == sorted(FILES)
+    assert {name: (folder / "back" / name).read_bytes() for name in FILES} == FILES
+    copies.remove("step_4")
+    copies.remove("step_4")
+    assert copies.names() == ["step_10"]
+
+
 def filesystem(kind: str, folder: Path) -> tuple[pafs.FileSystem, str]:
     folder.mkdir(exist_ok=True)
     if kind == "mock":
@@ -82,21 +96,9 @@ def store(request, monkeypatch) -> tuple[RemoteCopies, Callable[[], list[str]]]:
 def test_what_is_put_is_fetched_from_object_stores(store, tmp_path):
     copies, objects = store
     copies.check()
-    assert copies.names() == []
     assert set(objects()) <= {"runs/one/"}
-    source = run_folder(tmp_path / "source")
-    copies.put("step_4", source, FILES)
-    copies.put("step_10", source, ["metrics.jsonl"])
-    assert copies.names() == ["step_10", "step_4"]
-    assert sorted(copies.fetch("step_4", tmp_path / "back")) == sorted(FILES)
-    assert {name: (tmp_path / "back" / name).read_bytes() for name in FILES} == FILES
-    # Again, and with less in it.
-    copies.put("step_4", source, ["metrics.jsonl"])
-    assert copies.fetch("step_4", tmp_path / "again") == ["metrics.jsonl"]
-    copies.remove("step_10")
-    copies.remove("step_10")
-    assert copies.names() == ["step_4"]
-    left = {"step_4/manifest.json", "step_4/metrics.jsonl"}
+    assert_put_and_fetched(copies, tmp_path)
+    left = {"step_10/manifest.json", "step_10/metrics.jsonl"}
     # Nothing above the prefix, where others may forbid it.
     assert {f"runs/one/{name}" for name in left} == set(objects()) - {"runs/one/"}
 
@@ -128,17 +130,7 @@ def test_a_bucket_that_is_not_there_is_named(s3, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", ["local", "subtree", "mock"])
 def test_what_is_put_is_fetched_on_every_filesystem(tmp_path, kind):
-    copies = RemoteCopies(*filesystem(kind, tmp_path / "remote"))
-    assert copies.names() == []
-    source = run_folder(tmp_path / "source")
-    copies.put("step_4", source, FILES)
-    copies.put("step_10", source, ["metrics.jsonl"])
-    assert copies.names() == ["step_10", "step_4"]
-    assert sorted(copies.fetch("step_4", tmp_path / "back")) == sorted(FILES)
-    assert {name: (tmp_path / "back" / name).read_bytes() for name in FILES} == FILES
-    copies.remove("step_4")
-    copies.remove("step_4")
-    assert copies.names() == ["step_10"]
+    assert_put_and_fetched(RemoteCopies(*filesystem(kind, tmp_path / "remote")), tmp_path)
 
 
 def test_putting_again_leaves_nothing_of_before(tmp_path):
