@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import boto3
 import pytest
 import yaml
-from moto.server import ThreadedMotoServer
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.aws import config as aws_config
 from ray.autoscaler._private.aws.utils import client_cache, resource_cache
@@ -19,6 +18,8 @@ from ray.autoscaler._private.command_runner import set_using_login_shells
 from ray.autoscaler._private.providers import _clear_provider_cache, _get_node_provider
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
+
+from tests.aws_server import aws_server, log_in
 
 FILE = Path(__file__).resolve().parents[2] / "cluster/aws.yaml"
 
@@ -59,22 +60,20 @@ class Shell:
         return place
 
 
+@pytest.fixture(scope="module")
+def cloud() -> Iterator[str]:
+    with aws_server(MOTO_IAM_LOAD_MANAGED_POLICIES="true") as address:
+        yield address
+
+
 @pytest.fixture
-def region(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """The region of the file, empty, with a login to it; its name."""
+def region(cloud: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The name of the file's region, with a login to the cloud."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".ray-auth").mkdir()
     (tmp_path / ".ray-auth/token").write_text("0" * 64)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    for name, value in {
-        "AWS_ENDPOINT_URL": address,
-        "AWS_ACCESS_KEY_ID": "somebody",
-        "AWS_SECRET_ACCESS_KEY": "nobody's",
-        "MOTO_IAM_LOAD_MANAGED_POLICIES": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
+    log_in(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{cloud}")
     # Ray waits half a minute for the real IAM.
     monkeypatch.setattr(aws_config.time, "sleep", lambda seconds: None)
     set_using_login_shells(False)
@@ -82,7 +81,6 @@ def region(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     yield yaml.safe_load(FILE.read_text())["provider"]["region"]
     _forget()
     set_using_login_shells(True)
-    server.stop()
 
 
 def _forget() -> None:

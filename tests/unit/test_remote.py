@@ -12,9 +12,9 @@ from urllib.request import Request, urlopen
 import pyarrow.fs as pafs
 import pytest
 from gcp_storage_emulator.server import create_server
-from moto.server import ThreadedMotoServer
 
 from rayrl.remote import STORAGE_ERRORS, RemoteCopies, open_copies
+from tests.aws_server import aws_server, log_in
 
 FILES = {"checkpoints/step_4/model.safetensors": b"\x00\x01" * 40_000, "metrics.jsonl": b"{}\n"}
 
@@ -52,12 +52,9 @@ def filesystem(kind: str, folder: Path) -> tuple[pafs.FileSystem, str]:
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """The address of a server that speaks S3, whose one bucket is called captions."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    address = "{}:{}".format(*server.get_host_and_port())
-    urlopen(Request(f"http://{address}/captions", method="PUT")).close()
-    yield address
-    server.stop()
+    with aws_server() as address:
+        urlopen(Request(f"http://{address}/captions", method="PUT")).close()
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +71,7 @@ def store(request, monkeypatch) -> tuple[RemoteCopies, Callable[[], list[str]]]:
     """Copies in an object store, and the names of all objects in its bucket."""
     address = request.getfixturevalue(request.param)
     if request.param == "s3":
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nobody's")
+        log_in(monkeypatch)
         uri, rest = "s3://captions/runs/one", "&region=us-east-1"
         listing, pattern = f"http://{address}/captions?list-type=2", r"<Key>(.*?)</Key>"
     else:
@@ -118,8 +114,7 @@ def test_a_copy_without_its_manifest_is_not_whole_in_object_stores(store, tmp_pa
 
 
 def test_a_bucket_that_is_not_there_is_named(s3, monkeypatch, tmp_path):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nobody's")
+    log_in(monkeypatch)
     copies = open_copies(f"s3://nowhere/run?endpoint_override={s3}&scheme=http&region=us-east-1")
     assert copies.names() == []
     with pytest.raises(STORAGE_ERRORS, match="nowhere"):
