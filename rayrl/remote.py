@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 MANIFEST = "manifest.json"
 _CHUNK = 8 << 20
 _MAX_MANIFEST = 16 << 20
-_TRIAL = "writable"
+_TRIAL = ".rayrl-writable"
 _WITHOUT_FOLDERS = {"s3", "gcs"}
 """Where folders are empty objects, made for each part of a path up to the bucket: nothing needs
 them, and who may write below a prefix alone may not make them."""
