@@ -18,6 +18,9 @@ from ray.autoscaler._private.command_runner import set_using_login_shells
 from ray.autoscaler._private.providers import _clear_provider_cache, _get_node_provider
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.instance_manager.ray_installer import RayInstaller
+from ray.core.generated.instance_manager_pb2 import Instance
 
 from tests.aws_server import aws_server, log_in
 
@@ -90,7 +93,7 @@ def _forget() -> None:
         cached.cache_clear()
 
 
-def test_ray_up_starts_a_head_that_can_start_spot_workers(region: str) -> None:
+def test_ray_up_starts_a_head_that_can_start_spot_workers(region: str, tmp_path: Path) -> None:
     shell, written = Shell(), yaml.safe_load(FILE.read_text())
     config = prepare_config(copy.deepcopy(written))
     validate_config(config)
@@ -110,12 +113,25 @@ def test_ray_up_starts_a_head_that_can_start_spot_workers(region: str) -> None:
     assert shell.place("/.ray-auth/ ubuntu@") < started
     assert "ray start --head" in shell.commands[ray_start]
     # As the head does when work waits.
-    given = shell.bootstrap
+    given, on_worker = shell.bootstrap, Shell()
     provider = _get_node_provider(given["provider"], given["cluster_name"])
     machine = copy.deepcopy(given["available_node_types"]["gpu"]["node_config"])
     tags = {TAG_RAY_NODE_KIND: NODE_KIND_WORKER, TAG_RAY_USER_NODE_TYPE: "gpu"}
     provider.create_node(machine, tags, 1)
+    assert len(provider.non_terminated_nodes({})) == 2
     (worker,) = [one for one in instances(ec2) if one["InstanceId"] != head["InstanceId"]]
+    # This machine is not the head, where the token lies elsewhere.
+    given["file_mounts"] = dict.fromkeys(given["file_mounts"], f"{tmp_path}/.ray-auth")
+    autoscaling = AutoscalingConfig(given, skip_content_hash=True)
+    RayInstaller(provider, autoscaling, process_runner=on_worker).install_ray(
+        Instance(instance_type="gpu", cloud_instance_id=worker["InstanceId"]), "10.0.0.1"
+    )
+    started, ray_start = on_worker.place("docker run"), on_worker.place("ray start")
+    assert on_worker.place("mount -t nfs4") < started < ray_start
+    assert written["docker"]["image"] in on_worker.commands[started]
+    assert "--env=RAY_AUTH_MODE=token" in on_worker.commands[started]
+    assert "RAY_HEAD_IP=10.0.0.1" in on_worker.commands[ray_start]
+    assert "ray start --address=$RAY_HEAD_IP:6379" in on_worker.commands[ray_start]
     assert worker["InstanceType"] == "g6.2xlarge" and worker["InstanceLifecycle"] == "spot"
     assert "IamInstanceProfile" not in worker
     for one in (head, worker):

@@ -16,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
 import rayrl
 from rayrl import cli
@@ -112,6 +113,13 @@ def test_every_process_asks_for_the_token_and_the_dashboard_stays_at_home(name):
     head = start_options(config["head_start_ray_commands"][-1])
     assert head["dashboard_host"] == "127.0.0.1"
     assert "IpPermissions" not in config["provider"].get("security_group", {})
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_the_autoscaler_finds_an_image_for_every_machine(name):
+    config = AutoscalingConfig(prepare_config(load(name)), skip_content_hash=True)
+    images = {kind: config.get_docker_config(kind)["image"] for kind in ("head", "gpu")}
+    assert images["head"].endswith("-cpu") and images["gpu"].endswith("-gpu")
 
 
 @pytest.mark.parametrize("name", LAUNCHER_FILES)
@@ -213,7 +221,7 @@ def images() -> set[str]:
     found: set[str] = set()
     for name in LAUNCHER_FILES:
         docker = load(name)["docker"]
-        found |= {docker["head_image"], docker["worker_image"]}
+        found |= {docker["head_image"], docker["image"]}
     for name in KUBERAY_FILES:
         spec = cluster_spec(load(name))
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
