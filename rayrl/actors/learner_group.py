@@ -71,7 +71,9 @@ class LearnerGroup:
         self._store: Any = None
         self._built = False
         self.lost = False
-        self._ranks = self._start()
+        # Ray tells whoever watches a growing cluster that no machine it knows could ever take a
+        # rank whose place is not there yet.
+        self._ranks = self._start() if self._placed else []
 
     def prepare(self, batch: Pending) -> None:
         """Have the ranks decode the images of the batch that is next, until its captions are there;
@@ -140,9 +142,10 @@ class LearnerGroup:
 
     def shutdown(self) -> None:
         """End every rank and give the resources back; a second time does nothing."""
-        if self._ranks:
+        if self._place is not None:
             self._kill()
             remove_placement_group(self._place)
+            self._place = None
 
     def _start(self) -> list[Any]:
         learner = self._config.learner
@@ -182,7 +185,6 @@ class LearnerGroup:
         self._kill()
         # Ray looks for another place itself where a machine went with the rank.
         self._placed = False
-        self._ranks = self._start()
         if self._origin is not None:
             self._call("restore", ray.put(load_checkpoint(self._origin)))
         for parts in self._since:
@@ -207,6 +209,7 @@ class LearnerGroup:
         if self._built:
             return
         self._wait_for_place()
+        self._ranks = self._ranks or self._start()
         ranks = {actor.__ray_ready__.remote(): rank for rank, actor in enumerate(self._ranks)}
         limit_s = self._config.rollout.start_timeout_s
         self._check(ranks, "its construction", limit_s, "rollout.start_timeout_s")

@@ -11,6 +11,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from ray.util.placement_group import placement_group_table
 
 from rayrl.actors import learner_group, pool
 from rayrl.actors.batches import Batches
@@ -182,7 +183,11 @@ def test_without_room_for_its_learner_a_run_says_what_is_missing_and_stops(monke
     with pytest.raises(RuntimeError, match=f"gave up waiting for {missing}"):
         learner.checkpoint()
     assert any("waiting for room" in message for message in caplog.messages)
+    # None was asked for that has no place, which Ray would report as impossible.
+    assert learner.workers() == {}
+    place = learner._place
     learner.shutdown()
+    assert placement_group_table(place)["state"] == "REMOVED"
 
 
 def test_a_run_whose_workers_do_not_come_back_is_saved_and_goes_on_later(
