@@ -132,8 +132,8 @@ def _send(run: Run, pending: list[Pending], version: int) -> None:
 
 
 def _read_ahead(run: Run, step: int) -> None:
-    """Have the images of ``step``, the next one, if there is one, at hand, while workers sample:
-    they wait for it then."""
+    """Have the images of the next step, if the run has one, at hand while workers sample: they
+    would wait for that later."""
     if step >= run.config.train.steps:
         return
     try:

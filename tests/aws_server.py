@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LOGIN = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "nobody's"}
-START_S = 60.0
+_START_S = 60.0
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def log_in(monkeypatch) -> None:
 
 
 def _wait(port: int) -> None:
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + _START_S
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1.0).close()

@@ -28,8 +28,8 @@ FILE = Path(__file__).resolve().parents[2] / "cluster/aws.yaml"
 
 
 class Shell:
-    """In the place of ``subprocess`` in Ray's launcher: remembers what is to run on the head, and
-    answers where the output is read, as a fresh machine with Docker and no GPU would.
+    """In the place of ``subprocess`` in Ray's launcher: remembers what is to run on a machine, and
+    answers where the output is read, as a fresh one with Docker and no GPU would.
 
     bootstrap: the configuration that is copied to the head, from which it starts workers"""
 
