@@ -96,7 +96,6 @@ def train(run: Run, start: int) -> int:
         _read_ahead(run, version + len(pending))
         drawn = _all_rounds(run, pending.pop(0), version)
         with run.phases("learner"):
-            run.fleet.sleep()
             report = run.learner.update(drawn.results)
         version = report.weight_version
         with run.phases("sync"):
@@ -145,7 +144,8 @@ def _read_ahead(run: Run, step: int) -> None:
 
 
 def _all_rounds(run: Run, batch: Pending, version: int) -> Drawn:
-    """Wait for a batch, and sample and score what its rewards make the objective ask for."""
+    """Wait for a batch, and sample and score what its rewards make the objective ask for; an engine
+    that shares the learner's GPU has left it then."""
     while True:
         with run.phases("rollout"):
             run.fleet.wait_rollouts(batch)
@@ -153,6 +153,9 @@ def _all_rounds(run: Run, batch: Pending, version: int) -> Drawn:
             results = run.reference.joined(run.fleet.collect(batch))
         requests = run.rounds.go_on(batch.step, results)
         if not requests:
+            with run.phases("learner"):
+                # Not after: a run that ends here is saved, with this step's prompts to be drawn.
+                run.fleet.sleep()
             return run.rounds.finish(batch.step)
         batch = run.fleet.submit(batch.step, version, requests, before=batch)
 

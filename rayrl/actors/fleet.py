@@ -16,7 +16,7 @@ from rayrl.actors.direct import direct_transfer
 from rayrl.actors.learner_group import LearnerGroup
 from rayrl.actors.pending import Pending, late_ones, split
 from rayrl.actors.pool import LOST, RestartBudget, Worker
-from rayrl.actors.versions import Versions
+from rayrl.actors.versions import Call, Versions
 from rayrl.actors.workers import reward_pool, rollout_pool
 from rayrl.canary import Canary
 from rayrl.config import Config
@@ -102,8 +102,9 @@ class Fleet:
         if not self._config.rollout.colocate:
             return
         level = self._config.sleep_level
-        for worker in self._rollout.constructed:
-            self._versions.answer(self._rollout, worker, worker.actor.sleep.remote(level))
+        workers = self._rollout.constructed
+        calls = [Call(worker, worker.actor.sleep.remote(level)) for worker in workers]
+        self._versions.answers(self._rollout, calls)
         self._pull_whole = level == 2
 
     def send(self, version: int, publish: Callable[[], Any]) -> bool:

@@ -12,6 +12,13 @@ from rayrl.canary import Canary, check_agreement
 from rayrl.config import Config
 
 
+class Call(NamedTuple):
+    """Something that a worker was asked to do."""
+
+    worker: Worker
+    ref: Any
+
+
 class _Load(NamedTuple):
     """A version on its way to a worker."""
 
@@ -35,7 +42,7 @@ class _Probe(NamedTuple):
     learner: Any
 
 
-_Sent = TypeVar("_Sent", _Load, _Probe)
+_Sent = TypeVar("_Sent", Call, _Load, _Probe)
 
 
 class Versions:
@@ -118,14 +125,14 @@ class Versions:
         scored the canary as the learner does; one that does not answer is replaced."""
         loads = [load for load in self._loads if load.version <= version]
         self._loads = [load for load in self._loads if load.version > version]
-        for load, held in self._answers(pool, loads):
+        for load, held in self.answers(pool, loads):
             if held not in (None, load.version):
                 raise RuntimeError(
                     f"rollout worker {load.worker.number} holds version {held}, want {load.version}"
                 )
         probes = [probe for probe in self._probes if probe.version <= version]
         self._probes = [probe for probe in self._probes if probe.version > version]
-        for probe, scored in self._answers(pool, probes):
+        for probe, scored in self.answers(pool, probes):
             if scored is not None:
                 check_agreement(
                     scored,
@@ -135,9 +142,9 @@ class Versions:
                     tolerance=self._tolerance,
                 )
 
-    def _answers(self, pool: Pool, sent: Sequence[_Sent]) -> list[tuple[_Sent, Any]]:
-        """What workers that were not replaced by now answer; None for one that does not, which is
-        replaced for it."""
+    def answers(self, pool: Pool, sent: Sequence[_Sent]) -> list[tuple[_Sent, Any]]:
+        """What workers that were not replaced by now answer within ``rollout.timeout_s``; None for
+        one that does not, which is replaced for it."""
         there = set(map(id, pool.constructed))
         sent = [one for one in sent if id(one.worker) in there]
         refs = [one.ref for one in sent]
@@ -150,10 +157,11 @@ class Versions:
                 return list(zip(sent, ray.get(refs), strict=True))
             except LOST:
                 pass
-        return [(one, self.answer(pool, one.worker, one.ref)) for one in sent]
+        return [(one, self._answer(pool, one.worker, one.ref)) for one in sent]
 
-    def answer(self, pool: Pool, worker: Worker, ref: Any) -> Any:
-        """What a worker answers; None where it was replaced by now, or is for not answering."""
+    def _answer(self, pool: Pool, worker: Worker, ref: Any) -> Any:
+        """What a worker has answered; None where it was replaced by now, or is for not
+        answering."""
         if worker not in pool.constructed:
             return None
         try:

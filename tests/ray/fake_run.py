@@ -74,6 +74,7 @@ def run(
         {
             "run_folder": str(folder),
             "objective": objective or {},
+            "xe": {"control": False},
             "data": {"scenes": {"num_train": IMAGES, "num_val": 8}},
             "rollout": {
                 "num_workers": 3,
@@ -108,7 +109,7 @@ def run(
     log.after, log.said = after or log.after, said or log.said
     budget = RestartBudget(config.rollout.max_restarts)
     group = learner_group.LearnerGroup(config, {}, budget)
-    fleet = Fleet(config, {}, statistics, budget, greedy_baseline=False)
+    fleet = Fleet(config, {}, statistics, budget, greedy_baseline=False, learner=group)
     heldout = Heldout([val[i] for i in range(4)], folder)
     canary = Canary(prompt=val[0], token_ids=[1, 2, 3])
     job = grpo.Run(

@@ -91,6 +91,13 @@ class FakeRollout:
             self._weights = FakeWeights(weights.version, np.array(weights.values))
         return self._weights.version
 
+    def sleep(self, level) -> None:
+        """Takes as long as an engine takes for it, and forgets its weights as that does."""
+        maybe_hang("sleep")
+        time.sleep(0.3)
+        kept = self._weights.values if level == 1 else np.zeros(1)
+        self._weights = FakeWeights(-1, kept)
+
     def generate(self, prompts, draws, sampling, version):
         started = time.perf_counter()
         assert version == self._weights.version, (version, self._weights.version)
