@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from rayrl.learner.parallel import Ranks
 from rayrl.objectives.objective import LossOutput
 
 _TERM = "objective/loss_"
@@ -22,16 +24,34 @@ class Part(NamedTuple):
     loss: LossOutput
 
 
-def problem(parts: Sequence[Part], gradients: Mapping[str, Tensor | None], norm: float) -> str:
+def problem(
+    parts: Sequence[Part], parameters: Mapping[str, Tensor], norm: float, ranks: Ranks
+) -> str:
     """The first thing that is not finite: a loss term with its prompts, else the gradient of a
-    parameter (after the sum over ranks), else the norm of all gradients, which overflowed."""
+    parameter (after the sum over ranks), else the norm of all gradients, which overflowed.  Every
+    rank must call it; each speaks of its own prompts."""
+    bad = _bad_gradients(parameters, ranks)
     for part in parts:
         if not math.isfinite(float(part.loss.loss.detach())):
             return f"{bad_terms(part.loss)} for {_listed(part.prompt_ids)}"
-    for name, gradient in gradients.items():
-        if gradient is not None and not torch.isfinite(gradient).all():
-            return f"the loss is finite here, the gradient of {name} is not ({count(gradient)})"
+    for name, (nan, infinite) in bad.items():
+        if nan or infinite:
+            how = _counted(parameters[name].numel(), nan, infinite)
+            return f"the loss is finite here, the gradient of {name} is not ({how})"
     return f"loss and gradients are finite, their norm is {norm}"
+
+
+def _bad_gradients(parameters: Mapping[str, Tensor], ranks: Ranks) -> dict[str, list[int]]:
+    """How many values of each parameter's gradient are NaN, and infinite; of all its shards."""
+    counts = torch.zeros(len(parameters), 2, dtype=torch.float64)
+    for row, parameter in zip(counts, parameters.values(), strict=True):
+        gradient = parameter.grad
+        if gradient is not None:
+            own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            row[0], row[1] = torch.isnan(own).sum(), torch.isinf(own).sum()
+    if ranks.sharded:
+        counts = ranks.total(counts)
+    return dict(zip(parameters, counts.long().tolist(), strict=True))
 
 
 def bad_terms(loss: LossOutput) -> str:
@@ -46,11 +66,14 @@ def bad_terms(loss: LossOutput) -> str:
 
 
 def count(tensor: Tensor) -> str:
-    """``3 of 64 values nan, 1 infinite``."""
-    nan = int(torch.isnan(tensor).sum())
-    infinite = int(torch.isinf(tensor).sum())
+    """``of 64 values 3 nan, 1 infinite``."""
+    nan, infinite = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
+    return _counted(tensor.numel(), nan, infinite)
+
+
+def _counted(numel: int, nan: int, infinite: int) -> str:
     parts = [f"{n} {word}" for n, word in ((nan, "nan"), (infinite, "infinite")) if n]
-    return f"of {tensor.numel()} values {', '.join(parts) or 'all finite'}"
+    return f"of {numel} values {', '.join(parts) or 'all finite'}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -220,7 +220,7 @@ class Learner:
         pairs = self._ranks.total_metrics(mine.pairs())
         norm = clip_gradients(self._named.values(), self._config.grad_clip, self._ranks)
         if not math.isfinite(pairs["learner/loss"][0] + norm):
-            return problem(parts, {name: p.grad for name, p in self._named.items()}, norm)
+            return problem(parts, self._named, norm, self._ranks)
         self.optimizer.step()
         self.policy.masters.publish()
         sums.add(pairs)

@@ -23,9 +23,9 @@ def make_optimizer(
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    # On a GPU torch's own choice is a fused one already; on a CPU it steps tensor by tensor.
-    whole = not any(isinstance(p, DTensor) for p in named.values())
-    fused = whole and all(p.device.type == "cpu" for p in named.values())
+    # By itself torch steps tensor by tensor on a CPU, and on a GPU it takes as much memory again as
+    # the parameters have.
+    fused = not any(isinstance(p, DTensor) for p in named.values())
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
@@ -41,7 +41,9 @@ def clip_gradients(
     parameters = list(gradients_of)
     ranks.total_gradients(parameters)
     norm = ranks.gradient_norm(parameters)
-    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    # Else one value that is not a number would make all of them so, and nobody could tell which.
+    if torch.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return float(norm)
 
 
@@ -64,10 +66,13 @@ def optimizer_arrays(
     ranks: Ranks = SOLO,
     prefix: str = "optimizer",
 ) -> dict[str, np.ndarray]:
-    """The state of every parameter as ``<prefix>/<name>/<field>`` arrays, on rank 0."""
+    """The state of every parameter as ``<prefix>/<name>/<field>`` arrays, on rank 0; of one that
+    never had a gradient (as the last layer of a vision tower of which another is read), a ``step``
+    of 0."""
     arrays = {}
     for name, parameter in named.items():
-        for field, value in optimizer.state.get(parameter, {}).items():
+        state = optimizer.state.get(parameter) or {"step": 0.0}
+        for field, value in state.items():
             tensor = ranks.gathered(torch.as_tensor(value))
             arrays[f"{prefix}/{name}/{field}"] = np.array(tensor.float().numpy())
     return arrays
@@ -97,7 +102,9 @@ def restore_optimizer(
                 continue
             tensor = torch.from_numpy(np.array(array))
             if field == "step":
-                state[field] = tensor.reshape(())
+                # A fused optimizer counts where the parameter is.
+                fused = optimizer.defaults["fused"]
+                state[field] = tensor.reshape(()).to(parameter.device if fused else "cpu")
             elif tensor.shape == parameter.shape:
                 state[field] = like(tensor, parameter)
             else:
@@ -105,5 +112,5 @@ def restore_optimizer(
                     f"checkpoint of another model: {name} of shape {tuple(tensor.shape)}, "
                     f"want {tuple(parameter.shape)}"
                 )
-        if state:
+        if "exp_avg" in state:
             optimizer.state[parameter] = state

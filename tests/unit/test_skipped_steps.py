@@ -80,12 +80,14 @@ def test_only_the_minibatch_with_the_bad_prompt_is_skipped(tiny_folder, batch):
     assert report.metrics["learner/update_ratio"] > 0
 
 
-def test_a_gradient_that_overflows_is_named(tiny_folder, batch):
+@pytest.mark.parametrize(("factor", "word"), [(math.inf, "infinite"), (math.nan, "nan")])
+def test_the_gradient_that_is_not_finite_is_named(tiny_folder, batch, factor, word):
     subject = learner(tiny_folder)
     name = "model.connector.modality_projection.proj.weight"
-    subject._named[name].register_hook(lambda gradient: gradient * math.inf)
+    subject._named[name].register_hook(lambda gradient: gradient * factor)
     report = subject.update(batch)
     assert report.problem.startswith(f"the loss is finite here, the gradient of {name} is not (of ")
+    assert word in report.problem
 
 
 def test_a_replay_names_the_prompt_the_term_and_the_first_bad_tensor(tiny_folder, batch, tmp_path):
