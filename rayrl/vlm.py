@@ -22,6 +22,9 @@ from rayrl.parts import Part, part_of
 from rayrl.weights import ADAPTER_CONFIG
 
 IMAGE_TOKEN = "<image>"
+# Prompts of processors without a chat template that do not read "<image> instruction": BLIP-2's
+# puts the image before the prompt itself, PaliGemma's wants no space.
+_LAYOUTS = {"Blip2Processor": "{instruction}", "PaliGemmaProcessor": "{image}{instruction}"}
 CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
     "{% for part in message['content'] %}"
@@ -54,13 +57,17 @@ def quiet_transformers() -> None:
 
 def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The processor of a model folder, with left padding (prompts end where captions start)."""
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
 
     quiet_transformers()
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    if getattr(processor, "num_query_tokens", 0) is None:
+        # Older folders of BLIP-2, whose processor would put no image into the prompt.
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        processor.num_query_tokens = config.num_query_tokens
     return processor
 
 
@@ -112,14 +119,23 @@ def base_folder(path: str | Path) -> str | Path:
 
 
 def eos_ids(model: Any, processor: Any) -> tuple[int, ...]:
-    """Ids that end a caption: the generation configuration's, else the tokenizer's."""
+    """Ids that end a caption: the generation configuration's, else the tokenizer's.  The first is
+    the one that captions are taught to end with: the tokenizer's, where it is among them.
+
+    Banned ids are left out: Qwen's models name their padding as an end too."""
+    own = processor.tokenizer.eos_token_id
     given = getattr(model.generation_config, "eos_token_id", None)
     if given is None:
-        given = processor.tokenizer.eos_token_id
-    ids = given if isinstance(given, list | tuple) else [given]
-    if ids == [None]:
-        raise ValueError("the model names no end-of-sequence token, so captions could never end")
-    return tuple(sorted({int(i) for i in ids}))
+        given = own
+    named = given if isinstance(given, list | tuple) else [given]
+    banned = banned_ids(model.config, processor)
+    ids = {int(i) for i in named if i is not None} - set(banned)
+    if not ids:
+        raise ValueError(
+            f"the model names no end-of-sequence token that may be sampled (named: {given}, "
+            f"banned: {list(banned)}), so captions could never end"
+        )
+    return tuple(sorted(ids, key=lambda i: (i != own, i)))
 
 
 def banned_ids(config: Any, processor: Any) -> tuple[int, ...]:
@@ -152,7 +168,15 @@ def prompt_text(processor: Any, instruction: str) -> str:
         text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         return str(text)
     token = getattr(processor, "image_token", IMAGE_TOKEN)
-    return f"{token} {instruction}"
+    layout = _LAYOUTS.get(type(processor).__name__, "{image} {instruction}")
+    return layout.format(image=token, instruction=instruction)
+
+
+def adds_special_tokens(processor: Any, text: str) -> bool:
+    """Whether tokenizing a prompt adds what its tokenizer begins texts with: a chat template may
+    have done that already."""
+    begin = processor.tokenizer.bos_token
+    return begin is None or not text.startswith(begin)
 
 
 def decode_image(image: bytes) -> Image.Image:
@@ -165,9 +189,16 @@ def prompt_inputs(processor: Any, images: Sequence[bytes], instructions: Sequenc
     expanded), attention_mask [P, S], pixel_values and whatever else the family needs."""
     pictures = [[decode_image(image)] for image in images]
     texts = [prompt_text(processor, instruction) for instruction in instructions]
-    return processor(
-        images=pictures, text=texts, return_tensors="pt", padding=True, add_special_tokens=False
+    inputs = processor(
+        images=pictures,
+        text=texts,
+        return_tensors="pt",
+        padding=True,
+        add_special_tokens=adds_special_tokens(processor, texts[0]),
     )
+    # PaliGemma's processor makes some, with which the model would compute a loss of its own.
+    inputs.pop("labels", None)
+    return inputs
 
 
 def choose_trainable(model: torch.nn.Module, trainable: Iterable[Part]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,17 +107,32 @@ def request_seed(run_seed: int, step: int, prompt_id: str, round: int = 0) -> in
 
 
 def make_engine(setup: EngineSetup) -> RolloutEngine:
-    """The engine that the configuration asks for."""
-    backend = setup.config.backend
+    """The engine that the configuration asks for.  ValueError where that is vLLM, and vLLM computes
+    another model than the learner."""
+    backend, other = setup.config.backend, _differs_in_vllm(setup.folder)
     if backend == "auto":
-        backend = "vllm" if vllm_importable() else "hf"
+        backend = "vllm" if vllm_importable() and not other else "hf"
     if backend == "vllm":
+        if other:
+            raise ValueError(f"engine.backend vllm: {other}; want engine.backend hf")
         from rayrl.engine.vllm import VllmEngine
 
         return VllmEngine(setup)
     from rayrl.engine.hf import HfEngine
 
     return HfEngine(setup)
+
+
+def _differs_in_vllm(folder: Path) -> str:
+    """Why captions of a model folder may not be sampled with vLLM; empty where they may."""
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    return _DIFFERS_IN_VLLM.get(kind, "")
+
+
+_DIFFERS_IN_VLLM = {
+    "paligemma": "PaliGemma attends to its whole prompt in both directions, and vLLM 0.32 does to "
+    "the image alone"
+}
 
 
 def vllm_importable() -> bool:

@@ -9,16 +9,26 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from rayrl.checkpoint_names import Renamed, checkpoint_names
 from rayrl.config import Part
 from rayrl.engine.base import EngineSetup, Sampling, forced_tokens
 from rayrl.engine.vllm_process import TRANSFER_BACKEND, import_vllm, silence_thread_warnings
 from rayrl.readback import parts_of_fused
 from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
-from rayrl.vlm import banned_ids, decode_image, load_processor, prompt_text
+from rayrl.vlm import (
+    adds_special_tokens,
+    banned_ids,
+    decode_image,
+    load_processor,
+    prompt_text,
+)
 from rayrl.weights import Loadable
 
 # The learner masks banned tokens outright; after softmax a bias of -100 is the same to 1e-40.
 _BAN_BIAS = -100.0
+# vLLM puts the image before the prompt itself for these families' processors, and so must be given
+# what follows it.
+_WITHOUT_PLACEHOLDER = {"Blip2Processor": "{}", "PaliGemmaProcessor": "{}\n"}
 # Log-probs of the sampled tokens alone, and no text: vLLM would decode token by token, twice.
 _OUTPUT = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
 
@@ -58,6 +68,7 @@ class VllmEngine:
             **(_shared_gpu_arguments() if setup.shares_gpu else {}),
         )
         silence_thread_warnings()
+        self._names = checkpoint_names(model_config, trust_remote_code=setup.trust_remote_code)
         self._prompt_ids: dict[str, list[int]] = {}
 
     @property
@@ -127,7 +138,8 @@ class VllmEngine:
         # A failed update leaves the model unusable, so the version goes first and returns last.
         self._version = -1
         self._llm.start_weight_update()
-        self._llm.update_weights({"update_info": {"weights": weights}})
+        renamed = Renamed(weights, self._names)
+        self._llm.update_weights({"update_info": {"weights": renamed}})
         self._llm.finish_weight_update(str(weights.version))
         self._drop_stale_caches(changed)
         self._version = weights.version
@@ -138,7 +150,7 @@ class VllmEngine:
         def read(model: Any) -> Mapping[str, Tensor]:
             fused = getattr(model, "packed_modules_mapping", {})
             mapper = getattr(model, "hf_to_vllm_mapper", None)
-            theirs = {name: _mapped(mapper, name) for name in shapes}
+            theirs = {name: _mapped(mapper, self._names.get(name, name)) for name in shapes}
             renamed = {theirs[name]: shape for name, shape in shapes.items()}
             found = parts_of_fused(dict(model.named_parameters()), renamed, fused)
             return {name: found[their] for name, their in theirs.items() if their in found}
@@ -186,9 +198,13 @@ class VllmEngine:
         """Prompt ids with one placeholder for the image: vLLM expands it, and would expand
         expanded ones again."""
         if instruction not in self._prompt_ids:
-            text = prompt_text(self._processor, instruction)
+            kind = type(self._processor).__name__
+            layout = _WITHOUT_PLACEHOLDER.get(kind)
+            text = (
+                layout.format(instruction) if layout else prompt_text(self._processor, instruction)
+            )
             self._prompt_ids[instruction] = self._processor.tokenizer(
-                text, add_special_tokens=False
+                text, add_special_tokens=adds_special_tokens(self._processor, text)
             )["input_ids"]
         return self._prompt_ids[instruction]
 

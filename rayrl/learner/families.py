@@ -112,6 +112,18 @@ class Family:
     take_images: Callable[[Inputs, Sequence[str], Sequence[int]], dict[str, Tensor]] = _take_rows
 
 
+def _take_own(inputs: Inputs, names: Sequence[str], prompts: Sequence[int]) -> dict[str, Tensor]:
+    """As ``_take_rows`` where nothing says which rows are whose."""
+    p, rows = len(inputs["input_ids"]), inputs.get("pixel_values")
+    if rows is not None and p > 1 and len(rows) != p:
+        raise ValueError(
+            f"pixel_values: {len(rows)} rows for {p} prompts, and nothing says which are whose in "
+            "this family of models; want one row each, or one prompt at a time "
+            "(learner.micro_batch_images 1)"
+        )
+    return _take_rows(inputs, names, prompts)
+
+
 _IDEFICS3 = Family(image_inputs=("pixel_values", "pixel_attention_mask"))
 _QWEN = Family(
     image_inputs=("pixel_values", "image_grid_thw"),
@@ -128,6 +140,16 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": replace(_QWEN, deepstack=True),
 }
+
+
+_UNKNOWN = Family(take_images=_take_own)
+_UNKNOWN_GRID = Family(image_inputs=_QWEN.image_inputs, take_images=_take_patches)
+
+
+def family_of(model: Any, inputs: Inputs) -> Family:
+    """The row of a bare model; of one that is not in the table what its inputs tell."""
+    unknown = _UNKNOWN if inputs.get("image_grid_thw") is None else _UNKNOWN_GRID
+    return FAMILIES.get(model.config.model_type, unknown)
 
 
 def bare_model(model: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rayrl.learner.chunked import Sampling
-from rayrl.learner.families import FAMILIES, Family, Inputs, bare_model
+from rayrl.learner.families import FAMILIES, Family, Inputs, bare_model, family_of
 from rayrl.learner.states import TokenStates
 
 
@@ -64,7 +64,7 @@ def naive_outputs(
     filler = int(getattr(bare.config, "image_token_id", None) == 0)
     ids = completion_ids.to(device).long().masked_fill(~mask, filler)
     p, g, t = ids.shape
-    family = FAMILIES.get(bare.config.model_type, Family())
+    family = family_of(bare, prompt_inputs)
     inputs = _copies(bare, family, prompt_inputs, ids, mask)
     if "logits_to_keep" in inspect.signature(bare.forward).parameters:
         inputs["logits_to_keep"] = t + 1

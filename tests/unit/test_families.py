@@ -4,13 +4,16 @@ against G full copies."""
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from tiny_families import CASES, IMAGE, PAD, TEXT, VISION, build, gradients, make_batch
+from safetensors.torch import save_file
+from tiny_families import CASES, IMAGE, PAD, ROPE, TEXT, VISION, build, gradients, make_batch
 
-from rayrl.learner.families import refusal
+from rayrl.checkpoint_names import checkpoint_names
+from rayrl.learner.families import family_of, refusal
 from rayrl.learner.logprobs import naive_outputs, prefix_shared_outputs
 
 
@@ -107,6 +110,56 @@ def test_another_family_is_computed_naively_with_one_warning():
     assert len(caught) == 1
     assert "qwen2_5_vl" in str(caught[0].message)
     torch.testing.assert_close(got, one_by_one(model, prompts, ids, mask), rtol=0, atol=1e-5)
+
+
+def test_images_of_an_unknown_family_are_not_mixed_up():
+    """Qwen2-VL glues the patches of all images together, of a different number each."""
+    config = transformers.Qwen2VLConfig(
+        image_token_id=IMAGE,
+        video_token_id=4,
+        vision_start_token_id=5,
+        vision_config={
+            "depth": 1,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        text_config={**TEXT, "rope_scaling": ROPE},
+    )
+    model = build(config)
+    batch = make_batch("qwen2.5-vl")
+    with torch.no_grad():
+        got = naive_outputs(model, *batch).logprobs
+    torch.testing.assert_close(got, one_by_one(model, *batch), rtol=0, atol=1e-5)
+
+
+def test_images_that_nobody_can_tell_apart_are_refused():
+    rows = {"input_ids": torch.zeros(2, 4), "pixel_values": torch.zeros(6, 3, 8, 8)}
+    model = SimpleNamespace(config=SimpleNamespace(model_type="unheard_of"))
+    family = family_of(model, rows)
+    with pytest.raises(ValueError, match=r"6 rows for 2 prompts.*micro_batch_images 1"):
+        family.take_images(rows, family.image_inputs, [0, 0, 1, 1])
+    alone = {**rows, "input_ids": torch.zeros(1, 4)}
+    taken = family.take_images(alone, family.image_inputs, [0, 0])
+    assert taken["pixel_values"].shape == (12, 3, 8, 8)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_under_its_published_names_is_read(case, tmp_path):
+    model = build(CASES[case][0]())
+    model.save_pretrained(tmp_path)
+    names = checkpoint_names(model.config)
+    # A matrix under two names is written once.
+    tensors = {names.get(name, name): p.detach().clone() for name, p in model.named_parameters()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    got = dict(again.named_parameters())
+    assert all(torch.equal(got[name], p) for name, p in model.named_parameters())
+    if case in ("llava", "paligemma"):
+        assert "vision_tower.vision_model.embeddings.patch_embedding.weight" in tensors
 
 
 def test_attention_without_a_mask_is_refused_with_the_remedy():

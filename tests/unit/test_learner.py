@@ -49,7 +49,12 @@ def learner(
 
 @pytest.fixture(scope="module")
 def batch(tiny_folder, prompts):
-    captioner = load_captioner(tiny_folder)
+    return make_batch(tiny_folder, prompts)
+
+
+def make_batch(folder, prompts):
+    """Random captions of the six prompts for the captioner of a folder."""
+    captioner = load_captioner(folder)
     rng = np.random.default_rng(0)
     vocabulary = len(captioner.processor.tokenizer)
     allowed = [i for i in range(vocabulary) if i not in captioner.banned_ids]

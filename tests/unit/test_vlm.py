@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from rayrl.vlm import (
     build_tiny_captioner,
     caption_token_ids,
     choose_trainable,
+    eos_ids,
     load_captioner,
     model_name,
     part_of,
@@ -45,6 +47,29 @@ def test_a_prompt_has_one_placeholder_an_image_feature(captioner, prompts):
     assert image_token in captioner.banned_ids
     assert captioner.pad_id in captioner.banned_ids
     assert not set(captioner.eos_ids) & set(captioner.banned_ids)
+
+
+def ends(given, *, eos, pad):
+    """What ends a caption of a model whose generation configuration names ``given``."""
+    tokenizer = SimpleNamespace(eos_token_id=eos, pad_token_id=pad, get_added_vocab=dict)
+    model = SimpleNamespace(
+        generation_config=SimpleNamespace(eos_token_id=given), config=SimpleNamespace()
+    )
+    return eos_ids(model, SimpleNamespace(tokenizer=tokenizer))
+
+
+def test_captions_are_taught_the_end_that_may_be_sampled():
+    # Qwen2.5-VL's ids: padding is named as an end as well, and never sampled.
+    assert ends([151645, 151643], eos=151645, pad=151643) == (151645,)
+    assert ends([3, 9, 5], eos=9, pad=0) == (9, 3, 5)
+    assert ends(None, eos=9, pad=9) == (9,)
+    assert ends(4, eos=9, pad=0) == (4,)
+
+
+@pytest.mark.parametrize(("given", "eos", "pad"), [(None, None, 0), ([0], 9, 0)])
+def test_captions_that_could_never_end_are_refused(given, eos, pad):
+    with pytest.raises(ValueError, match="names no end-of-sequence token that may be sampled"):
+        ends(given, eos=eos, pad=pad)
 
 
 def test_a_caption_decodes_to_itself_and_ends_with_the_end_token(captioner):
