@@ -76,7 +76,8 @@ def evaluate_checkpoint(options: Options, config: Config) -> None:
     )
     config = _with_backend(config, decoding)
     data = _at_least_two(load_split(config.data, options.split))
-    local = connect(config.rollout.num_workers * config.rollout.cpus + 1)
+    workers, rollout = config.rollout.num_workers, config.rollout
+    local = connect(workers * rollout.cpus + 1, workers * rollout.gpus)
     try:
         captions = caption_split(config, options.split, len(data), options.subject, decoding)
     finally:

@@ -26,7 +26,7 @@ class RolloutConfig(Section):
     cpus: PositiveFloat = 2.0
     """CPUs of a worker, and its threads."""
     gpus: float = Field(default=0.0, ge=0)
-    """GPUs of a worker."""
+    """GPUs of a worker; with 0 it computes on CPUs, whatever the machine has."""
     timeout_s: PositiveFloat = 600.0
     """A worker that has not answered for this long counts as dead."""
     max_restarts: NonNegativeInt = 3

@@ -18,7 +18,7 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from rayrl.actors.cluster import connect, failing_in_one_line, own_threads
+from rayrl.actors.cluster import connect, failing_in_one_line, worker_environment
 from rayrl.config import Config
 from rayrl.data import load_split
 from rayrl.data.order import prompt_indices
@@ -54,7 +54,7 @@ def train_xe(
             name=name,
             storage_path=str(out.resolve()),
             failure_config=ray.train.FailureConfig(max_failures=1),
-            worker_runtime_env=own_threads(config.learner.cpus),
+            worker_runtime_env=worker_environment(config.learner.cpus, config.learner.gpus),
         ),
     )
     result = trainer.fit()
@@ -155,6 +155,7 @@ def _report(trainer: Any, steps: int, seconds: float, loss: float, rank: int) ->
 def main(config: Config) -> None:
     """`jobs/xe_coco.py`: train stage 1 alone and leave the model in RUN_FOLDER/stage1/final."""
     with failing_in_one_line("xe_coco.py"):
-        connect(config.learner.cpus * config.xe.num_workers + 2)
+        workers, learner = config.xe.num_workers, config.learner
+        connect(learner.cpus * workers + 2, learner.gpus * workers)
         final = run_stage1(config, Path(config.run_folder))[-1]
     print(f"{final.steps} steps in {final.seconds:.0f} s; model: {final.folder}")

@@ -13,7 +13,7 @@ import ray
 import ray.data
 from safetensors import SafetensorError
 
-from rayrl.actors.cluster import own_threads
+from rayrl.actors.cluster import worker_environment
 from rayrl.config import Config, Part
 from rayrl.data import load_split
 from rayrl.data.config import DataConfig, Split
@@ -52,7 +52,7 @@ def caption_split(
             num_cpus=rollout.cpus,
             num_gpus=rollout.gpus,
             compute=ray.data.ActorPoolStrategy(size=rollout.num_workers),
-            runtime_env=own_threads(rollout.cpus),
+            runtime_env=worker_environment(rollout.cpus, rollout.gpus),
         )
         .iter_batches(batch_size=None, batch_format="pyarrow")
     )

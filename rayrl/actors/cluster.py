@@ -16,22 +16,26 @@ from ray.exceptions import RayError
 from rayrl.actors.reward import placements
 from rayrl.config import Config
 
+log = logging.getLogger(__name__)
+
 _SPIN = "GOMP_SPINCOUNT"
 
 
-def connect(num_cpus: float, num_gpus: float = 0.0) -> bool:
+def connect(num_cpus: float, num_gpus: float | None = None) -> bool:
     """Connect this driver to Ray; returns whether a local Ray was started.
 
     Inside a Ray job (or wherever RAY_ADDRESS is set) the driver joins that cluster.  Elsewhere it
     starts a Ray of its own, and never joins one that somebody else left on this machine.
     ``num_cpus`` is what the actors will ask for together: a local Ray offers at least that, for
     its workers take turns on a small machine, where a cluster would have to grow.  ValueError where
-    it lacks some of ``num_gpus``, for which the run would wait for ever.
+    it lacks some of ``num_gpus``, for which the run would wait for ever; None is for what never
+    computes on one.
     """
     if ray.is_initialized():
         return False
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
+        _say_what_is_unused(num_gpus)
         return False
     package_root = str(Path(__file__).resolve().parents[2])
     # Else Ray starts a worker for every CPU beforehand, without the environment that ours ask for.
@@ -47,24 +51,39 @@ def connect(num_cpus: float, num_gpus: float = 0.0) -> bool:
         runtime_env={"env_vars": {"PYTHONPATH": package_root}},
     )
     found = ray.cluster_resources().get("GPU", 0.0)
-    if num_gpus > found:
+    if num_gpus and num_gpus > found:
         ray.shutdown()
         raise ValueError(
             f"learner.gpus and rollout.gpus ask for {num_gpus:g} GPUs together, and this machine "
             f"has {found:g}"
         )
+    _say_what_is_unused(num_gpus)
     return True
 
 
-def own_threads(cpus: float) -> dict[str, Any]:
+def _say_what_is_unused(num_gpus: float | None) -> None:
+    found = ray.cluster_resources().get("GPU", 0.0)
+    if found and num_gpus == 0:
+        log.warning(
+            "Ray has %g GPUs here, and the run asks for none, so everything runs on CPUs; "
+            "learner.gpus and rollout.gpus ask for them, rollout.colocate shares a single one",
+            found,
+        )
+
+
+def worker_environment(cpus: float, gpus: float) -> dict[str, Any]:
     """The runtime environment of a worker that computes on ``cpus`` cores: as many threads, which
-    wait for each other awake for microseconds and then sleep.
+    wait for each other awake for microseconds and then sleep; and no GPU where it asks for none,
+    which Ray would leave in its sight.
 
     By default they stay awake for milliseconds.  Where two workers want the same cores, each then
     keeps the other's thread from the core while its own waits, at every operation: on two cores an
     update took six times as long as alone, and not twice (``benchmarks/bench_threads.py``)."""
     threads = str(max(1, int(cpus)))
-    return {"env_vars": {"OMP_NUM_THREADS": threads, _SPIN: os.environ.get(_SPIN, "2000")}}
+    variables = {"OMP_NUM_THREADS": threads, _SPIN: os.environ.get(_SPIN, "2000")}
+    if not gpus:
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    return {"env_vars": variables}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayrl.actors.cluster import own_threads
+from rayrl.actors.cluster import worker_environment
 from rayrl.actors.learner import LearnerActor
 from rayrl.actors.pending import Pending
 from rayrl.actors.pool import RestartBudget
@@ -160,7 +160,7 @@ class LearnerGroup:
             LearnerActor.options(  # type: ignore[attr-defined]
                 num_cpus=learner.cpus,
                 num_gpus=learner.gpus,
-                runtime_env=own_threads(learner.cpus),
+                runtime_env=worker_environment(learner.cpus, learner.gpus),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self._place, placement_group_bundle_index=rank
                 ),

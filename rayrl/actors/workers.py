@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rayrl.actors.cluster import own_threads
+from rayrl.actors.cluster import worker_environment
 from rayrl.actors.pool import Pool, PoolSize, RestartBudget
 from rayrl.actors.reward import RewardActor
 from rayrl.actors.rollout import RolloutActor
@@ -29,7 +29,7 @@ def rollout_pool(
         return RolloutActor.options(  # type: ignore[attr-defined]
             num_cpus=rollout.cpus,
             num_gpus=rollout.gpus,
-            runtime_env=own_threads(rollout.cpus),
+            runtime_env=worker_environment(rollout.cpus, rollout.gpus),
             scheduling_strategy=place or "DEFAULT",
         ).remote(
             files,

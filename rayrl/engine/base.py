@@ -108,13 +108,13 @@ def request_seed(run_seed: int, step: int, prompt_id: str, round: int = 0) -> in
 
 def make_engine(setup: EngineSetup) -> RolloutEngine:
     """The engine that the configuration asks for.  ValueError where that is vLLM, and vLLM computes
-    another model than the learner."""
-    backend, other = setup.config.backend, _differs_in_vllm(setup.folder)
+    another model than the learner, or is built for GPUs and sees none."""
+    backend, why_not = setup.config.backend, _no_vllm(setup.folder)
     if backend == "auto":
-        backend = "vllm" if vllm_importable() and not other else "hf"
+        backend = "vllm" if vllm_importable() and not why_not else "hf"
     if backend == "vllm":
-        if other:
-            raise ValueError(f"engine.backend vllm: {other}; want engine.backend hf")
+        if why_not:
+            raise ValueError(f"engine.backend vllm: {why_not}")
         from rayrl.engine.vllm import VllmEngine
 
         return VllmEngine(setup)
@@ -123,16 +123,19 @@ def make_engine(setup: EngineSetup) -> RolloutEngine:
     return HfEngine(setup)
 
 
-def _differs_in_vllm(folder: Path) -> str:
-    """Why captions of a model folder may not be sampled with vLLM; empty where they may."""
+def _no_vllm(folder: Path) -> str:
+    """Why captions of a model folder cannot be sampled with vLLM here; empty where they can."""
+    import torch
+
+    if torch.version.cuda and not torch.cuda.is_available():
+        return "its build is for GPUs and this worker has none; want rollout.gpus, or backend hf"
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    return _DIFFERS_IN_VLLM.get(kind, "")
-
-
-_DIFFERS_IN_VLLM = {
-    "paligemma": "PaliGemma attends to its whole prompt in both directions, and vLLM 0.32 does to "
-    "the image alone"
-}
+    if kind == "paligemma":
+        return (
+            "PaliGemma attends to its whole prompt in both directions, and vLLM 0.32 to the image "
+            "alone; want engine.backend hf"
+        )
+    return ""
 
 
 def vllm_importable() -> bool:

@@ -65,7 +65,7 @@ class VllmEngine:
             weight_transfer_config=WeightTransferConfig(backend=TRANSFER_BACKEND),
             disable_log_stats=True,
             **_platform_arguments(),
-            **(_shared_gpu_arguments() if setup.shares_gpu else {}),
+            enable_sleep_mode=setup.shares_gpu,
         )
         silence_thread_warnings()
         self._names = checkpoint_names(model_config, trust_remote_code=setup.trust_remote_code)
@@ -250,7 +250,9 @@ def _platform_arguments() -> dict[str, Any]:
     import torch
 
     if torch.cuda.is_available():
-        return {}
+        # What must be free at the start: the cache's size is given in bytes, and a learner or
+        # another engine may be there already.
+        return {"gpu_memory_utilization": 0.05}
     return {
         # Smaller blocks let short prompts share their key-values; 32 is the smallest on CPU.
         "block_size": 32,
@@ -258,9 +260,3 @@ def _platform_arguments() -> dict[str, Any]:
         # it is not possible on CPU.
         "enable_chunked_prefill": False,
     }
-
-
-def _shared_gpu_arguments() -> dict[str, Any]:
-    """Memory that can be given back; and no share of the GPU that must be free at the start, since
-    the cache's size is given in bytes and the learner may be there already."""
-    return {"enable_sleep_mode": True, "gpu_memory_utilization": 0.05}

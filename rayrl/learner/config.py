@@ -77,7 +77,7 @@ class LearnerConfig(Section):
     cpus: PositiveFloat = 2.0
     """CPUs of a rank, and its threads."""
     gpus: float = Field(default=0.0, ge=0)
-    """GPUs of a rank."""
+    """GPUs of a rank; with 0 it computes on CPUs, whatever the machine has."""
     timeout_s: PositiveFloat = 600.0
     """A rank that keeps the others waiting for this long counts as dead, and so does one alone that
     has not answered a call, a step for example."""

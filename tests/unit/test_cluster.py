@@ -8,11 +8,17 @@ import sys
 
 import pytest
 
-from rayrl.actors.cluster import own_threads
+from rayrl.actors.cluster import worker_environment
 
 
-def variables(cpus: float) -> dict[str, str]:
-    return own_threads(cpus)["env_vars"]
+def variables(cpus: float, gpus: float = 0.0) -> dict[str, str]:
+    return worker_environment(cpus, gpus)["env_vars"]
+
+
+def test_a_worker_that_asks_for_no_gpu_sees_none():
+    assert variables(1.0)["CUDA_VISIBLE_DEVICES"] == ""
+    # Ray says which ones where it asks for some.
+    assert "CUDA_VISIBLE_DEVICES" not in variables(1.0, 0.5)
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.25, "1"), (1.0, "1"), (2.5, "2"), (8.0, "8")])
