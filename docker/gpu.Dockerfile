@@ -22,8 +22,10 @@ RUN pip install --no-cache-dir --disable-pip-version-check --no-deps --no-build-
         /opt/rayrl \
     && useradd --create-home --uid 1000 --shell /bin/bash ray
 
-# HOME must be in the image: Ray's launcher reads it there to place files.
+# HOME must be in the image: Ray's launcher reads it there to place files.  A job that is stopped
+# has 15 minutes to finish its step and save it, and not three seconds.
 ENV HOME=/home/ray \
+    RAY_JOB_STOP_WAIT_TIME_S=900 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONUNBUFFERED=1

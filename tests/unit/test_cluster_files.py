@@ -257,6 +257,8 @@ def test_images_run_as_nobody_special(name):
     assert set(after) <= {"WORKDIR", "CMD"}
     environment = " ".join(rest for word, rest in parsed if word == "ENV")
     assert "HOME=/home/ray" in environment
+    # What Ray's job supervisor reads before it kills a job that was told to stop.
+    assert "RAY_JOB_STOP_WAIT_TIME_S=900" in environment
     assert not re.search(r"TOKEN|SECRET|PASSWORD|KEY", environment)
     created = " ".join(rest for word, rest in parsed if word == "RUN")
     assert "useradd --create-home --uid 1000" in created
