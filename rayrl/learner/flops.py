@@ -50,6 +50,7 @@ class FlopCounter:
         self._text = _attention_shape(config.get_text_config())
         self._vision = _attention_shape(getattr(config, "vision_config", None))
         self._patch = int(getattr(getattr(config, "vision_config", None), "patch_size", 1))
+        self._window, self._windowed = _windows(getattr(config, "vision_config", None))
         self._image_id = getattr(config, "image_token_id", None)
 
     def count(self, inputs: Inputs, mask: Tensor, *, backward: bool, encoded: float = 1.0) -> float:
@@ -75,10 +76,12 @@ class FlopCounter:
         images, patches = self._patches(inputs)
         image_tokens = float((inputs["input_ids"] == self._image_id).sum())
         depth, breadth = self._vision
+        far, near = depth - self._windowed, self._windowed
+        seen_patches = far * patches + near * min(patches, self._window)
         return {
             "vision": Work(
                 2.0 * self._weights["vision"] * images * patches,
-                4.0 * depth * breadth * images * patches**2,
+                4.0 * breadth * images * patches * seen_patches,
             ),
             "connector": Work(2.0 * self._weights["connector"] * image_tokens, 0.0),
             "language": Work(
@@ -114,6 +117,14 @@ def _backward_factors(
         share = training[part] / weights[part] if weights[part] else 0.0
         factors[part] = (1.0 + upstream + share, 1.0 + 2.0 * upstream)
     return factors
+
+
+def _windows(vision: Any) -> tuple[int, int]:
+    """Patches of a window, and how many layers attend within windows alone (Qwen2.5-VL's)."""
+    far, size = (getattr(vision, name, None) for name in ("fullatt_block_indexes", "window_size"))
+    if far is None or not size:
+        return 0, 0
+    return (size // vision.patch_size) ** 2, _attention_shape(vision)[0] - len(far)
 
 
 def _attention_shape(config: Any) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import sys
 import time
@@ -23,9 +24,11 @@ _PEAK_TFLOPS = {
     # Dense peaks of the vendors' data sheets, without sparsity: device name, (bf16, fp32).
     "H200": (989.0, 67.0),
     "H100 PCIe": (756.0, 51.0),
+    "H100 NVL": (835.0, 60.0),
     "H100": (989.0, 67.0),
     "A100": (312.0, 19.5),
     "L40S": (362.0, 91.6),
+    "L40": (181.0, 90.5),
     "L4": (121.0, 30.3),
     "A10G": (125.0, 31.2),
     "B200": (2250.0, 75.0),
@@ -125,6 +128,6 @@ def device_peak_tflops(device: str, dtype: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name()
     for known, (bf16, fp32) in _PEAK_TFLOPS.items():
-        if known in name:
+        if re.search(rf"\b{known}\b", name):
             return bf16 if dtype == torch.bfloat16 else fp32
     return None

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rayrl.learner.flops import FlopCounter
 from rayrl.learner.logprobs import prefix_shared_outputs
-from rayrl.learner.measure import UpdateSize
+from rayrl.learner.measure import UpdateSize, device_peak_tflops
 
 
 def test_the_update_is_measured_against_the_weights():
@@ -60,3 +60,28 @@ def test_frozen_parts_cost_no_weight_gradients():
     kept = FlopCounter(model).count(prompts, mask, backward=True, encoded=0.0)
     assert kept == pytest.approx(3 * total["language"])
     assert all(math.isfinite(value) and value > 0 for value in total.values())
+
+
+def test_layers_that_attend_within_windows_cost_less():
+    # Windows of 4 x 4 patches in one of two layers, and 24 patches an image on average.
+    model, (prompts, _, mask) = build(CASES["qwen2.5-vl"][0]()), make_batch("qwen2.5-vl")
+    attention = FlopCounter(model).forward(prompts, mask)["vision"].attention
+    assert attention == pytest.approx(4 * 32 * 3 * 24 * (24 + 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA H100 NVL", 835.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_device_is_known_by_its_whole_name(monkeypatch, name, bf16):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert device_peak_tflops("cuda", torch.bfloat16) == bf16
+    assert device_peak_tflops("cpu", torch.bfloat16) is None
