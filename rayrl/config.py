@@ -6,7 +6,7 @@ The defaults are a complete run: the tiny captioner on generated pictures, two c
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import (
     Field,
@@ -79,6 +79,10 @@ class ModelConfig(Section):
     """`tiny` (built from `tiny`), a local folder, or a hub name; all load with from_pretrained."""
     tiny: TinyConfig = TinyConfig()
     """Sizes of the tiny captioner."""
+    image_processor: dict[str, Any] = Field(default={})
+    """Settings of a given model's image processor that differ from its own, as
+    `{"do_image_splitting": false}` (Idefics3, SmolVLM) or `{"max_pixels": 200704}` (Qwen): fewer
+    image tokens make every step cheaper."""
     trainable: tuple[Part, ...] = ("vision", "connector", "language")
     """Parts that train; a frozen vision tower keeps its cached image features valid."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -90,6 +94,11 @@ class ModelConfig(Section):
     def _something_trains(self) -> ModelConfig:
         if not self.trainable:
             raise ValueError("trainable is empty: name at least one of vision, connector, language")
+        if self.image_processor and self.path == "tiny":
+            raise ValueError(
+                f"image_processor {self.image_processor} with path tiny: want model.tiny, from "
+                "which its image processor is made"
+            )
         return self
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayrl.config import Config
+from rayrl.config import Config, ModelConfig
 from rayrl.data import load_split
-from rayrl.vlm import build_tiny_captioner
+from rayrl.vlm import build_tiny_captioner, load_processor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +30,34 @@ def start_folder(config: Config, folder: Path, captions: Sequence[str]) -> Path:
             config.model.tiny, captions, config.data.instruction, folder, seed=config.seed
         )
     path = Path(config.model.path)
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
+    if not path.is_dir():
+        from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(config.model.path))
+        path = Path(snapshot_download(config.model.path))
+    if not config.model.image_processor:
+        return path
+    return _with_image_processor(config.model, path, folder)
+
+
+def _with_image_processor(model: ModelConfig, source: Path, folder: Path) -> Path:
+    """The model of ``source``, by links, with these settings of its image processor."""
+    processor = load_processor(source, trust_remote_code=model.trust_remote_code)
+    images = processor.image_processor
+    known = {*images.to_dict(), *getattr(images.valid_kwargs, "__annotations__", ())}
+    if strange := sorted(set(model.image_processor) - known):
+        raise ValueError(
+            f"model.image_processor: {type(images).__name__} has no setting {strange[0]!r}, want "
+            f"some of {', '.join(sorted(known))}"
+        )
+    processor.image_processor = type(images).from_dict(images.to_dict(), **model.image_processor)
+    shutil.rmtree(folder, ignore_errors=True)
+    processor.save_pretrained(folder)
+    written = {file.name for file in folder.iterdir()}
+    # What it replaces; older folders keep the image processor's settings in a file of its own.
+    for file in source.iterdir():
+        if file.name not in {*written, "preprocessor_config.json"}:
+            (folder / file.name).symlink_to(file.resolve())
+    return folder
 
 
 def run_stage1(config: Config, run_folder: Path) -> list[Snapshot]:

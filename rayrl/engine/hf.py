@@ -45,7 +45,9 @@ class HfEngine:
         self._processor = load_processor(setup.folder, trust_remote_code=trust)
         self._eos = eos_ids(self._model, self._processor)
         self._banned = banned_ids(config, self._processor)
-        self._prepared = InputCache(self._processor, max_bytes=_INPUT_BYTES)
+        self._prepared = InputCache(
+            self._processor, max_bytes=_INPUT_BYTES, dtype=self._model.dtype
+        )
         self._features: FeatureCache | None = None
         self._rows = max(1, setup.config.max_concurrency)
         self._version = -1
@@ -196,10 +198,7 @@ class HfEngine:
         if self._version < 0:
             raise RuntimeError("the engine holds no weights yet: load a version before sampling")
         images, texts = [p.image for p in prompts], [p.text for p in prompts]
-        inputs = self._prepared.batch(images, texts).to(self._device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
-        return inputs
+        return self._prepared.batch(images, texts).to(self._device)
 
     def _completions(
         self, ids: np.ndarray, logprobs: np.ndarray, num_forced: Sequence[int]

@@ -78,7 +78,11 @@ class Policy:
             self.trainable = choose_trainable(self.model, model.trainable)
         self._publishes_adapters = config.lora.publish == "adapters"
         self.has_reference = with_reference
-        self._inputs = InputCache(self.processor, max_bytes=config.input_cache_mb * 2**20)
+        self._inputs = InputCache(
+            self.processor,
+            max_bytes=config.input_cache_mb * 2**20,
+            dtype=getattr(torch, model.dtype),
+        )
         self.features = feature_cache(self.model, config)
         self.forward = Forward(
             config,

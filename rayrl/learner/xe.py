@@ -60,7 +60,7 @@ class XeTrainer:
         self._max_tokens = max_tokens
         self._world_size = world_size
         self._rng = np.random.default_rng((seed, 2))
-        self._cache = InputCache(self.captioner.processor)
+        self._cache = InputCache(self.captioner.processor, dtype=self.captioner.model.dtype)
         names = choose_trainable(self.captioner.model, model.trainable)
         parameters = dict(self.captioner.model.named_parameters())
         self._masters = Masters({name: parameters[name] for name in names})
@@ -78,8 +78,6 @@ class XeTrainer:
             group["lr"] = xe_learning_rate(progress, self._config.lr)
         ids, mask = self._targets(references)
         inputs = self._cache.batch(images, self._instruction).to(ids.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.captioner.model.dtype)
         logprobs = prefix_shared_logprobs(
             self.captioner.model, inputs, ids, mask, banned_ids=self.captioner.banned_ids
         )

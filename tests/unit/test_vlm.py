@@ -214,7 +214,17 @@ def test_pictures_in_different_numbers_of_tiles_are_not_processed_again(captione
     assert not processed
     assert set(got) == set(want)
     for name in want:
-        assert torch.equal(got[name], want[name]), name
+        assert torch.equal(got[name], want[name].to(got[name].dtype)), name
+
+
+def test_pictures_are_kept_in_few_bytes(captioner):
+    whole, half = (
+        InputCache(captioner.processor, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    one, other = (cache.batch([noise(64, 64)], INSTRUCTION) for cache in (whole, half))
+    assert other["pixel_attention_mask"].dtype == torch.bool
+    assert torch.equal(one["pixel_values"].bfloat16(), other["pixel_values"])
+    assert half._bytes < 0.6 * whole._bytes
 
 
 def test_a_folder_that_holds_no_model_is_named(tmp_path, tiny_folder):
