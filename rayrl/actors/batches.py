@@ -15,8 +15,9 @@ from typing import Any
 
 import ray
 
+from rayrl.actors.losses import LOST
 from rayrl.actors.pending import Pending, Share, late_ones, no_answer, split
-from rayrl.actors.pool import LOST, Pool
+from rayrl.actors.pool import Pool
 from rayrl.actors.versions import Versions
 from rayrl.config import Config
 from rayrl.engine.base import Sampling

@@ -14,8 +14,9 @@ import ray
 from rayrl.actors.batches import Batches
 from rayrl.actors.direct import direct_transfer
 from rayrl.actors.learner_group import LearnerGroup
+from rayrl.actors.losses import LOST
 from rayrl.actors.pending import Pending, late_ones, split
-from rayrl.actors.pool import LOST, RestartBudget, Worker
+from rayrl.actors.pool import RestartBudget, Worker
 from rayrl.actors.versions import Call, Versions
 from rayrl.actors.workers import reward_pool, rollout_pool
 from rayrl.canary import Canary

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrl.actors.cluster import worker_environment
 from rayrl.actors.learner import LearnerActor
+from rayrl.actors.losses import DIED, construction_failed
 from rayrl.actors.pending import Pending
 from rayrl.actors.pool import RestartBudget
 from rayrl.canary import Canary
@@ -259,8 +260,8 @@ class LearnerGroup:
         size = len(self._ranks)
         first, error = next(iter(errors.items()))
         for rank, died in errors.items():
-            if isinstance(died, RayActorError):
-                if died.actor_init_failed:
+            if isinstance(died, DIED):
+                if construction_failed(died):
                     raise died
                 raise RankLost(f"learner rank {rank} of {size} died: {died}") from died
         if silent and isinstance(error, RuntimeError):

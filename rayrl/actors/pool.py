@@ -15,15 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError
 
+from rayrl.actors.losses import LOST, raise_unless_lost
 from rayrl.scaling import shortage
 
 log = logging.getLogger(__name__)
-
-LOST = (RayActorError, GetTimeoutError, ObjectLostError)
-"""What asking for a result raises when its worker died or does not answer, or when the node that
-held the result is gone."""
 
 SAY_EVERY_S = 30.0
 
@@ -202,15 +199,6 @@ class Pool:
             f"{len(self._ready)} {self._name}s are ready, want at least {self._size.minimum}: "
             f"{'one pulls its weights' if pulling else missing}"
         )
-
-
-def raise_unless_lost(actor: Any, error: Exception) -> None:
-    """Raise what replacing ``actor`` would not mend: an error in its construction, which would
-    come again, or the loss of another actor whose result it was waiting for."""
-    if isinstance(error, RayActorError):
-        other = error.actor_id is not None and error.actor_id != actor._actor_id.hex()
-        if error.actor_init_failed or other:
-            raise error
 
 
 def _first_line(error: Exception) -> str:

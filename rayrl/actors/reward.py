@@ -11,8 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError
 
+from rayrl.actors.losses import DIED, construction_failed
 from rayrl.rewards.cider import DocumentFrequency
 from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.score import SIMILARITY_GROUPS, Dropped, Scorer, TermScores, combine
@@ -46,7 +47,7 @@ def check_terms(config: RewardConfig, statistics: Statistics) -> None:
     actor = RewardActor.remote(config, (ray.put(statistics),))  # type: ignore[attr-defined]
     try:
         ray.get(actor.ready.remote())
-    except RayActorError as error:
+    except DIED as error:
         reason = str(error).strip().splitlines()[-1]
         raise RuntimeError(f"the rewards do not start: {reason}") from error
     finally:
@@ -204,8 +205,8 @@ class _TermApart:
             return ray.get(self._answer, timeout=left)
         except GetTimeoutError:
             return Failure(f"no answer in time from its actor, which asks for {dict(self._asked)}")
-        except RayActorError as error:
-            if error.actor_init_failed:
+        except DIED as error:
+            if construction_failed(error):
                 reason = str(error).strip().splitlines()[-1]
                 raise RuntimeError(f"reward term {self._name} does not start: {reason}") from error
             return Failure("its actor died")

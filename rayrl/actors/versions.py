@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import ray
 
-from rayrl.actors.pool import LOST, Pool, Worker
+from rayrl.actors.losses import LOST
+from rayrl.actors.pool import Pool, Worker
 from rayrl.canary import Canary, check_agreement
 from rayrl.config import Config
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import ray
+from ray.exceptions import OutOfMemoryError
 
 from rayrl.shares import Sampled
 from rayrl.types import Completion, Prompt, RolloutGroup
 
 WORDS = ("a", "red", "green", "blue", "circle", "square", "left", "of", "the", "two")
-HANG, NO_START, BALLAST_MB = "hang", "no_start", "ballast_mb"
+HANG, NO_MEMORY, NO_START, BALLAST_MB = "hang", "no_memory", "no_start", "ballast_mb"
 TERM_DIES, TERM_RAISES, TERM_HANGS = "term_dies", "term_raises", "term_hangs"
 SLOW_SAMPLING, SLOW_LEARNER = "slow_sampling", "slow_learner"
 
@@ -51,9 +52,12 @@ def folder() -> Path:
     return Path(os.environ["RAYRL_TEST_FAULTS"])
 
 
-def maybe_hang(where: str) -> None:
+def maybe_fail(where: str) -> None:
     if fault(folder(), f"{HANG}.{where}"):
         time.sleep(3600)
+    if fault(folder(), f"{NO_MEMORY}.{where}"):
+        # As the driver sees it where Ray's memory monitor kills the worker.
+        raise OutOfMemoryError("the node was running low on memory")
 
 
 def words(captions: list[str], prompt: Prompt) -> list[float]:
@@ -84,7 +88,7 @@ class FakeRollout:
         ray.actor.exit_actor()
 
     def load(self, changed, *versions: FakeWeights) -> int:
-        maybe_hang("load")
+        maybe_fail("load")
         for weights in versions:
             if weights.ballast is not None:
                 assert (weights.ballast == weights.version % 256).all()
@@ -93,7 +97,7 @@ class FakeRollout:
 
     def sleep(self, level) -> None:
         """Takes as long as an engine takes for it, and forgets its weights as that does."""
-        maybe_hang("sleep")
+        maybe_fail("sleep")
         time.sleep(0.3)
         kept = self._weights.values if level == 1 else np.zeros(1)
         self._weights = FakeWeights(-1, kept)
@@ -105,7 +109,7 @@ class FakeRollout:
             time.sleep(0.1 * len(prompts))
         elif not (self._folder / SLOW_LEARNER).exists():
             time.sleep(random.uniform(0.0, 0.04))
-        maybe_hang("generate")
+        maybe_fail("generate")
         groups = [
             self._group(prompt, draw.seed, draw.size)
             for prompt, draw in zip(prompts, draws, strict=True)
@@ -114,12 +118,12 @@ class FakeRollout:
 
     def greedy(self, prompts, max_tokens, version):
         assert version == self._weights.version
-        maybe_hang("greedy")
+        maybe_fail("greedy")
         return [self._completion(7) for _ in prompts]
 
     def score(self, canary, version):
         assert version == self._weights.version
-        maybe_hang("score")
+        maybe_fail("score")
         return canary_scores(self._weights.values, canary)
 
     def _group(self, prompt: Prompt, seed: int, size: int) -> RolloutGroup:
@@ -162,7 +166,7 @@ class FakeLearner:
         from rayrl.outline import whole
         from rayrl.types import StepReport
 
-        maybe_hang("update")
+        maybe_fail("update")
         pairs = zip(parts, prompts, strict=True)
         groups = whole([result for part, some in pairs for result in part.unpacked(some)])
         if (folder() / SLOW_LEARNER).exists():
@@ -185,7 +189,7 @@ class FakeLearner:
 
     @ray.method(num_returns=2)
     def weights(self, *, trained_only: bool) -> tuple[int, FakeWeights]:
-        maybe_hang("weights")
+        maybe_fail("weights")
         file = folder() / BALLAST_MB
         megabytes = int(file.read_text()) if file.exists() else 0
         ballast = np.full(megabytes * 2**20, self._step % 256, np.uint8) if megabytes else None

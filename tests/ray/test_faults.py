@@ -11,17 +11,19 @@ import random
 from dataclasses import replace
 
 import pytest
+import ray
+from ray.exceptions import RuntimeEnvSetupError
 from ray.util.placement_group import placement_group_table
 
 from rayrl.actors import learner_group, pool
 from rayrl.actors.batches import Batches
 from rayrl.actors.fleet import Fleet
 from rayrl.actors.learner_group import LearnerGroup
-from rayrl.actors.pool import RestartBudget, TooFewWorkers
+from rayrl.actors.pool import Pool, PoolSize, RestartBudget, TooFewWorkers, TooManyLost
 from rayrl.checkpoint import list_checkpoints
 from rayrl.config import Config
 from tests.ray.fake_run import assert_same, run
-from tests.ray.fakes import HANG, NO_START, SLOW_LEARNER, SLOW_SAMPLING
+from tests.ray.fakes import HANG, NO_MEMORY, NO_START, SLOW_LEARNER, SLOW_SAMPLING
 from tests.ray.fault_kinds import Saboteur, ask, kill
 from tests.ray.fault_kinds import local_ray as local
 
@@ -132,6 +134,35 @@ def test_engines_and_learners_that_stop_answering_change_nothing(
     assert saboteur.join() >= FAULTS // 2
     assert_same(done, undisturbed[staleness])
     assert done.rows[-1]["workers/replaced"] >= FAULTS // 2
+
+
+def test_workers_killed_for_their_nodes_memory_change_nothing(
+    faults, undisturbed, tmp_path, monkeypatch
+):
+    # Calls after which the others of a fake, which lives on, would still be right.
+    calls = ("generate", "update", "greedy", "generate")
+
+    def after(step: int, metrics: object) -> None:
+        if step % 3 == 1 and calls[step // 3 :]:
+            (faults / f"{NO_MEMORY}.{calls[step // 3]}").touch()
+
+    done = run(tmp_path, monkeypatch, after=after)
+    assert_same(done, undisturbed[0])
+    assert done.rows[-1]["workers/replaced"] == len(calls)
+
+
+def test_an_environment_that_cannot_be_set_up_is_tried_until_the_budget_is_spent():
+    @ray.remote(num_cpus=0, runtime_env={"working_dir": "gcs://_ray_pkg_0123456789abcdef.zip"})
+    class Nowhere:
+        def started(self) -> None:
+            """Never answers: the cluster holds no such package."""
+
+    size = PoolSize(wanted=1, minimum=1, deadline_s=60.0, asked={})
+    workers = Pool("worker", Nowhere.remote, size, RestartBudget(1))
+    with pytest.raises(TooManyLost, match="2 workers were lost") as raised:
+        workers.wait()
+    assert isinstance(raised.value.__cause__, RuntimeEnvSetupError)
+    workers.shutdown()
 
 
 def test_workers_come_while_the_learner_waits_and_go_when_it_does_not(

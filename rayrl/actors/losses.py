@@ -1,0 +1,40 @@
+"""What Ray raises when an actor, or something that it made, is gone: the one list that pools, the
+learner and rewards go by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RuntimeEnvSetupError,
+)
+
+DIED = (RayActorError, OutOfMemoryError, RuntimeEnvSetupError)
+"""What a call raises whose actor is gone: it or its node died, Ray's memory monitor killed it, or
+its node could not bring its files and variables there.  That may be an environment that nothing can
+set up, so whoever starts another one must have a limit."""
+
+LOST = (*DIED, GetTimeoutError, ObjectLostError)
+"""What asking for a result raises when its worker died or does not answer, or when the node that
+held the result is gone."""
+
+
+def construction_failed(error: Exception) -> bool:
+    """Whether an actor's constructor raised, as that of another one in its place would."""
+    return isinstance(error, RayActorError) and bool(error.actor_init_failed)
+
+
+def raise_unless_lost(actor: Any, error: Exception) -> None:
+    """Raise what replacing ``actor`` would not mend: an error in its construction, or the loss of
+    another actor whose result it was waiting for."""
+    other = (
+        isinstance(error, RayActorError)
+        and error.actor_id is not None
+        and error.actor_id != actor._actor_id.hex()
+    )
+    if other or construction_failed(error):
+        raise error
