@@ -231,14 +231,19 @@ def read_model_files(folder: str | Path) -> dict[str, np.ndarray]:
     }
 
 
+def without_weights(files: ModelFiles) -> ModelFiles:
+    """The small files among those of :func:`read_model_files`: what an engine starts from that
+    will pull its weights."""
+    weights = (".safetensors", ".safetensors.index.json", ADAPTER_CONFIG)
+    return {name: content for name, content in files.items() if not name.endswith(weights)}
+
+
 def write_model_files(files: ModelFiles, folder: Path, *, with_weights: bool) -> Path:
-    """Write files of :func:`read_model_files` into ``folder``; without weights, what an engine
-    needs that will pull them."""
+    """Write files of :func:`read_model_files` into ``folder``, or only those that are left
+    :func:`without_weights`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
+    for name, content in (files if with_weights else without_weights(files)).items():
         if Path(name).name != name:
             raise ValueError(f"model file {name!r}: want a bare file name")
-        weights = (".safetensors", ".safetensors.index.json", ADAPTER_CONFIG)
-        if with_weights or not name.endswith(weights):
-            content.tofile(folder / name)
+        content.tofile(folder / name)
     return folder

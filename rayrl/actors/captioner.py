@@ -22,7 +22,7 @@ from rayrl.engine.base import EngineSetup, Sampling, make_engine, request_seed
 from rayrl.progress import open_progress
 from rayrl.types import Prompt
 from rayrl.vlm import base_folder, load_captioner
-from rayrl.weights import pack, read_model_files, write_model_files
+from rayrl.weights import pack, read_model_files, without_weights, write_model_files
 
 
 def caption_split(
@@ -83,11 +83,7 @@ def share_model(config: Config, checkpoint: Path) -> tuple[list[Any], list[Any]]
     except SafetensorError as error:
         raise ValueError(f"{checkpoint}: damaged weights: {error}") from None
     weights = pack(captioner.model, version=0)
-    small = {
-        name: content
-        for name, content in read_model_files(base_folder(checkpoint)).items()
-        if not name.endswith(".safetensors")
-    }
+    small = without_weights(read_model_files(base_folder(checkpoint)))
     return [ray.put(small)], [ray.put(weights)]
 
 

@@ -26,15 +26,16 @@ from rayrl.rounds import Request
 from rayrl.scaling import WINDOW, StepTimes, wanted_workers
 from rayrl.shares import Parts
 from rayrl.types import Completion, Prompt
-from rayrl.weights import ModelFiles, Weights
+from rayrl.weights import ModelFiles, Weights, without_weights
 
 
 class Fleet:
     """Rollout and reward workers and the weight versions they pull.
 
-    ``files`` are the model's files, ``statistics`` what rewards are scored against; replaced
-    workers are counted against ``budget``, which is the run's.  ``learner`` is who sends engines
-    their weights, or shares its GPU with one, where ``config.rollout`` says so.
+    ``files`` are the model's files, of which engines get all but the weights; ``statistics`` is
+    what rewards are scored against; replaced workers are counted against ``budget``, which is the
+    run's.  ``learner`` is who sends engines their weights, or shares its GPU with one, where
+    ``config.rollout`` says so.
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class Fleet:
         self._versions = Versions(config)
         self._pull_whole = False
         place = learner.shared_place if learner else None
-        files_ref, prepare = ray.put(files), self._versions.pull_newest
-        self._rollout = rollout_pool(config, files_ref, self._budget, prepare, place=place)
+        small, prepare = ray.put(without_weights(files)), self._versions.pull_newest
+        self._rollout = rollout_pool(config, small, self._budget, prepare, place=place)
         self._reward = reward_pool(config, (ray.put(statistics),), self._budget)
         self._batches = Batches(
             config, self._rollout, self._reward, self._versions, greedy_baseline=greedy_baseline
