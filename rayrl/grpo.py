@@ -162,12 +162,14 @@ def _all_rounds(run: Run, batch: Pending, version: int) -> Drawn:
 
 def train_or_save(run: Run, start: int) -> int:
     """:func:`train`; where workers do not come back in time, or too many were lost, the run is
-    saved before it fails."""
+    saved before it fails, unless it is already: there is no moment at which a checkpoint that is
+    written again is whole."""
     try:
         return train(run, start)
     except (TooFewWorkers, TooManyLost):
-        if not run.learner.lost:
+        if run.saved_step != run.learner.step and not run.learner.lost:
             save(run, last=True)
+        if run.saved_step == run.learner.step:
             run.log.message(f"saved step {run.saved_step}: go on with --resume")
         raise
 

@@ -53,10 +53,11 @@ def save(run: Run, *, last: bool) -> None:
 
 
 def restore(run: Run) -> int:
-    """Put the learner where the newest checkpoint was; returns its step."""
+    """Put the learner where the newest checkpoint was; returns its step, which is saved."""
     place = newest_checkpoint(run.folder / "checkpoints").resolve()
     checkpoint = load_checkpoint(place)
     check_same_data(checkpoint, run.train_data.fingerprint())
     run.rounds.restore(checkpoint.meta["rounds"])
     run.reference.restore(checkpoint.arrays)
-    return run.learner.restore(checkpoint, place)
+    run.saved_step = run.learner.restore(checkpoint, place)
+    return run.saved_step

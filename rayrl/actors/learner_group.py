@@ -53,6 +53,7 @@ class LearnerGroup:
     ``files`` are those of the stage-1 model; lost ranks are counted against ``budget``.
 
     lost: whether a rank was lost and the group could not be built anew since
+    step: updates until now, of a run that was resumed those before it included
     """
 
     def __init__(self, config: Config, files: ModelFiles, budget: RestartBudget) -> None:
@@ -72,6 +73,7 @@ class LearnerGroup:
         self._store: Any = None
         self._built = False
         self.lost = False
+        self.step = 0
         # Ray tells whoever watches a growing cluster that no machine it knows could ever take a
         # rank whose place is not there yet.
         self._ranks = self._start() if self._placed else []
@@ -89,6 +91,7 @@ class LearnerGroup:
         parts = _references(results)
         report: StepReport = ray.get(self._surely(lambda: self._call("update", *parts)))
         self._since.append(parts)
+        self.step = report.step
         return report
 
     def replay(self) -> Checkpoint:
@@ -129,7 +132,8 @@ class LearnerGroup:
         """Continue from a checkpoint, which was read from ``folder``; returns its step."""
         self.rebuild_from(folder)
         shared = ray.put(checkpoint)
-        return int(ray.get(self._surely(lambda: self._call("restore", shared))))
+        self.step = int(ray.get(self._surely(lambda: self._call("restore", shared))))
+        return self.step
 
     def rebuild_from(self, folder: Path) -> None:
         """``folder`` holds a checkpoint of the learner as it is now, from which a lost one can be

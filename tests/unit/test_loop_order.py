@@ -8,6 +8,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from rayrl import grpo
+from rayrl.actors.pool import TooFewWorkers
 from rayrl.config import Config
 from rayrl.metrics import Phases
 from rayrl.types import StepReport
@@ -88,3 +89,21 @@ def test_after_a_request_to_stop_nothing_is_sent(
     recorded.stop_at = 1
     assert grpo.train(recorded.run, 0) == 1
     assert recorded.said[-3:] == ["publish 1", "log 1", "save the last, 1"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "lost", "writes", "says"),
+    [(2, False, 1, True), (3, False, 0, True), (3, True, 0, True), (2, True, 0, False)],
+)
+def test_a_run_that_fails_is_saved_once(
+    monkeypatch: pytest.MonkeyPatch, saved: int, lost: bool, writes: int, says: bool
+) -> None:
+    recorded = Recorded(monkeypatch, staleness=0)
+    run, recorded.version = recorded.run, 3
+    run.saved_step, run.learner.step, run.learner.lost = saved, 3, lost
+    monkeypatch.setattr(grpo, "train", MagicMock(side_effect=TooFewWorkers("none came back")))
+    with pytest.raises(TooFewWorkers):
+        grpo.train_or_save(run, 0)
+    assert recorded.said == ["save the last, 3"] * writes
+    said = [call.args[0] for call in run.log.message.call_args_list]
+    assert said == ["saved step 3: go on with --resume"] * says

@@ -102,7 +102,9 @@ def test_a_run_whose_last_checkpoint_has_no_room_does_not_end_well(job, full):
     with pytest.raises(OSError, match=r"newest is of step 2; make room and --resume"):
         saving.save(job, last=True)
     assert job.saved_step == 2
+    job.saved_step = -1
     assert saving.restore(job) == 2
+    assert job.saved_step == 2
     assert job.restored == [{"next": 7}]
 
 
