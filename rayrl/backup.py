@@ -15,8 +15,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 from rayrl.checkpoint import point_latest_at
 from rayrl.remote import STORAGE_ERRORS, RemoteCopies
@@ -27,7 +30,12 @@ _HISTORY_FILES = ("metrics.jsonl", "samples.jsonl", "eval_captions.json", "xe/me
 _REPORT_FILES = ("report.html", "summary.json", "config.yaml", "metrics.jsonl")
 _STEP = re.compile(r"step_(\d+)")
 
+CLOSE_S = 1800.0
+"""How long the end of a run waits for copies that are still being made."""
+_SAY_AFTER_S = 30.0
+
 Say = Callable[[str], None]
+_Job = tuple[Future[None], Callable[[], None]]
 
 
 class Backup:
@@ -39,17 +47,25 @@ class Backup:
 
     def __init__(self, copies: RemoteCopies | None, folder: Path, *, keep: int, say: Say) -> None:
         self._copies, self._folder, self._keep, self._say = copies, folder, keep, say
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="backup")
-        self._running: tuple[str, Future[None]] | None = None
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._given: dict[str, Future[None]] = {}
+        if copies is not None:
+            # A process can end without this thread, whatever a copy hangs on.
+            Thread(target=_work, args=[self._queue], name="backup", daemon=True).start()
 
     def base(self, *, resumed: bool) -> None:
         """Copy what the run started from, unless the run that was resumed did: stage 1 is never
         trained twice for one run."""
         self._submit(_BASE, lambda copies: self._copy_base(copies, resumed))
 
-    def checkpoint(self, step: int) -> None:
-        """Copy the local checkpoint of ``step``."""
-        self._submit(f"step_{step}", lambda copies: self._copy_step(copies, step))
+    def checkpoint(self, step: int, *, last: bool = False) -> None:
+        """Copy the local checkpoint of ``step``.  Training does not wait for a slow storage: while
+        another copy is being made this one is left out, unless it is the run's ``last``."""
+        name, unfinished = f"step_{step}", self._unfinished()
+        if unfinished and not last:
+            self._say(f"no remote copy of {name}: that of {unfinished[0]} is still being made")
+            return
+        self._submit(name, lambda copies: self._copy_step(copies, step))
 
     def report(self) -> None:
         """Copy what a person reads of a run that has ended."""
@@ -58,27 +74,41 @@ class Backup:
             lambda copies: copies.put("report", self._folder, _files(self._folder, _REPORT_FILES)),
         )
 
-    def wait(self) -> None:
-        """Wait for the copy that is being made; before the next local save, which may remove the
-        files that it reads."""
-        if self._running is None:
-            return
-        name, future = self._running
-        self._running = None
-        try:
-            future.result()
-        except STORAGE_ERRORS as error:
-            self._say(f"the remote copy of {name} failed: {error}; going on")
+    def copying(self) -> list[int]:
+        """The steps whose local checkpoints are being copied: nobody may remove them now."""
+        return [int(match[1]) for name in self._unfinished() if (match := _STEP.fullmatch(name))]
+
+    def wait(self, limit_s: float) -> bool:
+        """Wait for all copies; returns whether they were made, or failed, within ``limit_s``."""
+        wait(self._given.values(), timeout=limit_s)
+        return not self._unfinished()
 
     def close(self) -> None:
-        """Wait, then end the thread.  A second call does nothing."""
-        self.wait()
-        self._worker.shutdown()
+        """Wait for all copies, but no longer than half an hour, after which what is not there is
+        said and given up.  A second call does nothing."""
+        if not self.wait(_SAY_AFTER_S):
+            names = ", ".join(self._unfinished())
+            self._say(f"waiting up to {CLOSE_S:.0f} s for the remote copy of {names}")
+            if not self.wait(CLOSE_S - _SAY_AFTER_S):
+                self._say(f"gave up the remote copy of {', '.join(self._unfinished())}")
+        self._given.clear()
+        self._queue.put(None)
+
+    def _unfinished(self) -> list[str]:
+        """The copies that are being made or wait for it, in order; says which have failed."""
+        for name, future in list(self._given.items()):
+            if future.done():
+                del self._given[name]
+                try:
+                    future.result()
+                except STORAGE_ERRORS as error:
+                    self._say(f"the remote copy of {name} failed: {error}; going on")
+        return list(self._given)
 
     def _submit(self, name: str, job: Callable[[RemoteCopies], None]) -> None:
-        self.wait()
         if self._copies is not None:
-            self._running = (name, self._worker.submit(job, self._copies))
+            self._given[name] = Future()
+            self._queue.put((self._given[name], partial(job, self._copies)))
 
     def _copy_base(self, copies: RemoteCopies, resumed: bool) -> None:
         if not (resumed and _BASE in copies.names()):
@@ -89,6 +119,15 @@ class Backup:
         copies.put(f"step_{step}", self._folder, _files(self._folder, patterns))
         for old in remote_steps(copies)[: -self._keep]:
             copies.remove(f"step_{old}")
+
+
+def _work(jobs: SimpleQueue[_Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        future, copy = job
+        try:
+            future.set_result(copy())
+        except Exception as error:
+            future.set_exception(error)
 
 
 def remote_steps(copies: RemoteCopies) -> list[int]:

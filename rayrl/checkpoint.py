@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,12 @@ class Checkpoint:
     meta: Mapping[str, Any]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, checkpoint: Checkpoint, *, keep: int, spare: Collection[int] = ()
+) -> Path:
     """Write ``folder/step_N``, point ``folder/latest`` at it, and remove all but the ``keep``
-    newest.  On OSError (a full disk) nothing half-written stays and ``latest`` is untouched."""
+    newest and those of the steps in ``spare``.  On OSError (a full disk) nothing half-written stays
+    and ``latest`` is untouched."""
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"step_{checkpoint.step}"
     partial = folder / f".step_{checkpoint.step}.partial"
@@ -60,7 +63,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     point_latest_at(place)
-    for old in list_checkpoints(folder)[:-keep]:
+    for old in set(list_checkpoints(folder)[:-keep]) - set(spare):
         shutil.rmtree(folder / f"step_{old}", ignore_errors=True)
     return place
 

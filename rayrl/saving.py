@@ -34,10 +34,10 @@ def save(run: Run, *, last: bool) -> None:
         arrays={**checkpoint.arrays, **run.reference.arrays()},
         meta=meta,
     )
-    run.backup.wait()
     try:
         run.log.flush()
-        saved = save_checkpoint(place, whole, keep=run.config.train.keep_checkpoints)
+        keep, copying = run.config.train.keep_checkpoints, run.backup.copying()
+        saved = save_checkpoint(place, whole, keep=keep, spare=copying)
     except OSError as error:
         steps = list_checkpoints(place)
         hint = f"the newest is of step {steps[-1]}" if steps else "there is none yet"
@@ -49,7 +49,7 @@ def save(run: Run, *, last: bool) -> None:
         return
     run.saved_step = checkpoint.step
     run.learner.rebuild_from(saved)
-    run.backup.checkpoint(checkpoint.step)
+    run.backup.checkpoint(checkpoint.step, last=last)
 
 
 def restore(run: Run) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from rayrl import cli
+from rayrl import backup, cli
 from rayrl.backup import Backup, fetch_newest, remote_steps
 from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from rayrl.config import Config
@@ -41,9 +42,14 @@ class Machine:
     def save(self, step: int, *, keep: int = 1) -> None:
         with (self.folder / "metrics.jsonl").open("a") as out:
             out.write(json.dumps({"step": step}) + "\n")
-        self.backup.wait()
-        save_checkpoint(self.folder / "checkpoints", checkpoint(step), keep=keep)
-        self.backup.checkpoint(step)
+        self.backup.wait(60)
+        self.save_now(step, keep=keep)
+
+    def save_now(self, step: int, *, keep: int = 1, last: bool = False) -> None:
+        """Whether or not the copy before is made."""
+        place = self.folder / "checkpoints"
+        save_checkpoint(place, checkpoint(step), keep=keep, spare=self.backup.copying())
+        self.backup.checkpoint(step, last=last)
 
 
 @pytest.fixture
@@ -109,6 +115,60 @@ def test_a_failed_copy_costs_that_copy_and_says_so(tmp_path, copies):
     assert list_checkpoints(tmp_path / "run/checkpoints") == [4]
 
 
+class Slow(RemoteCopies):
+    """Copies wait until ``may`` is set."""
+
+    def __init__(self, copies: RemoteCopies) -> None:
+        super().__init__(copies._filesystem, copies._root)
+        self.may = threading.Event()
+
+    def put(self, name, folder, files):
+        # What there was at the start must be there when its turn comes.
+        files = list(files)
+        self.may.wait(60)
+        super().put(name, folder, files)
+
+
+def test_training_does_not_wait_for_a_slow_place_and_what_is_copied_stays_there(tmp_path, copies):
+    slow = Slow(copies)
+    machine = Machine(tmp_path / "run", slow)
+    for step in (2, 4, 6):
+        machine.save_now(step)
+    assert machine.said == [
+        "no remote copy of step_4: that of step_2 is still being made",
+        "no remote copy of step_6: that of step_2 is still being made",
+    ]
+    assert list_checkpoints(tmp_path / "run/checkpoints") == [2, 6], "keep 1, and the one in use"
+    # The last waits for its turn.
+    machine.save_now(8, last=True)
+    machine.backup.report()
+    assert not machine.backup.wait(0.01)
+    slow.may.set()
+    assert machine.backup.wait(60)
+    assert remote_steps(copies) == [2, 8] and "report" in copies.names()
+    machine.save_now(10)
+    assert list_checkpoints(tmp_path / "run/checkpoints") == [10]
+    machine.backup.close()
+    assert len(machine.said) == 2
+
+
+def test_the_end_of_a_run_waits_for_a_slow_place_no_longer_than_it_may(
+    tmp_path, copies, monkeypatch
+):
+    monkeypatch.setattr(backup, "_SAY_AFTER_S", 0.01)
+    monkeypatch.setattr(backup, "CLOSE_S", 0.05)
+    machine = Machine(tmp_path / "run", Slow(copies))
+    machine.save_now(2)
+    machine.backup.report()
+    machine.backup.close()
+    assert machine.said == [
+        "waiting up to 0 s for the remote copy of step_2, report",
+        "gave up the remote copy of step_2, report",
+    ]
+    machine.backup.close()
+    assert len(machine.said) == 2
+
+
 def test_without_a_remote_place_nothing_is_copied(tmp_path):
     machine = Machine(tmp_path / "run", None)
     machine.backup.base(resumed=False)
@@ -121,7 +181,7 @@ def test_without_a_remote_place_nothing_is_copied(tmp_path):
 def test_what_a_resumed_run_started_from_is_not_copied_again(tmp_path, copies):
     machine = Machine(tmp_path / "run", copies)
     machine.backup.base(resumed=False)
-    machine.backup.wait()
+    machine.backup.wait(60)
     (tmp_path / "run/stage1/final/model.safetensors").write_bytes(b"other")
     machine.backup.base(resumed=True)
     machine.backup.close()
@@ -157,7 +217,7 @@ def test_a_command_that_is_tried_again_starts_the_run_once_and_then_continues_it
     machine = Machine(tmp_path / "run", copies)
     machine.backup.base(resumed=False)
     # What the first attempt began to copy is no checkpoint.
-    machine.backup.wait()
+    machine.backup.wait(60)
     (tmp_path / "remote/step_3").mkdir()
     assert not goes_on(first, "auto")
     machine.save(6)
