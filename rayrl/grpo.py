@@ -235,7 +235,7 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     statistics = reward_statistics(train_data.references(), config.reward)
     local = connect(cpus_of(config), gpus_of(config))
     try:
-        check_terms(config.reward, statistics)
+        check_terms(config, statistics)
         snapshots = run_stage1(config, folder)
         run = _start(
             config,

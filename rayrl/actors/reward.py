@@ -6,6 +6,7 @@ drops the groups of its batch; the terms beside it go on.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -14,17 +15,22 @@ import ray
 from ray.exceptions import GetTimeoutError
 
 from rayrl.actors.losses import DIED, construction_failed
+from rayrl.actors.pool import SAY_EVERY_S
+from rayrl.config import Config
 from rayrl.rewards.cider import DocumentFrequency
 from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.score import SIMILARITY_GROUPS, Dropped, Scorer, TermScores, combine
 from rayrl.rewards.statistics import Statistics
 from rayrl.rewards.term import Failure
+from rayrl.scaling import shortage
 from rayrl.shares import Sampled, Scored
 from rayrl.trace import Traced, traced
 from rayrl.types import Prompt, RolloutGroup, ScoredGroup
 
+log = logging.getLogger(__name__)
+
 ATTEMPTS = 2
-_START_S = 600.0
+_MARGIN_S = 10.0
 
 
 def placements(config: RewardConfig) -> dict[str, dict[str, float]]:
@@ -36,22 +42,46 @@ def placements(config: RewardConfig) -> dict[str, dict[str, float]]:
     }
 
 
-def check_terms(config: RewardConfig, statistics: Statistics) -> None:
+def check_terms(config: Config, statistics: Statistics) -> None:
     """Start every term once where it will run, and end it again: before hours of training, not
     after.  The default terms need nothing and are not started.
 
-    RuntimeError for a term that does not start, or not within ten minutes.
+    Says every 30 s what is missing; RuntimeError for a term that does not start, or not within
+    ``rollout.start_timeout_s``.
     """
-    if config.terms == RewardConfig().terms:
+    reward, cpus = config.reward, config.train.reward_cpus
+    if reward.terms == RewardConfig().terms:
         return
-    actor = RewardActor.remote(config, (ray.put(statistics),))  # type: ignore[attr-defined]
+    deadline = time.monotonic() + config.rollout.start_timeout_s
+    actor = RewardActor.options(  # type: ignore[attr-defined]
+        num_cpus=cpus
+    ).remote(reward, (ray.put(statistics),))
     try:
-        ray.get(actor.ready.remote())
+        _wait_for("room for a reward worker", actor.started.remote(), deadline, {"CPU": cpus})
+        if apart := placements(reward):
+            most = {
+                name: max(asked[key] for asked in apart.values())
+                for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus"))
+            }
+            ready = actor.ready.remote(max(0.0, deadline - time.monotonic()))
+            # The actor gives up first, and says which term it was.
+            _wait_for(f"the terms {', '.join(apart)}", ready, deadline + _MARGIN_S, most)
     except DIED as error:
         reason = str(error).strip().splitlines()[-1]
         raise RuntimeError(f"the rewards do not start: {reason}") from error
     finally:
         ray.kill(actor)
+
+
+def _wait_for(what: str, ref: Any, deadline: float, asked: Mapping[str, float]) -> None:
+    """Wait until an actor that asks Ray for ``asked`` has answered, and say every 30 s why not;
+    RuntimeError at the deadline."""
+    while not ray.wait([ref], timeout=max(0.0, min(SAY_EVERY_S, deadline - time.monotonic())))[0]:
+        missing = shortage(asked, ray.cluster_resources(), ray.available_resources())
+        if time.monotonic() >= deadline:
+            raise RuntimeError(f"the rewards do not start: gave up waiting for {what}: {missing}")
+        log.warning("rewards: waiting for %s: %s", what, missing)
+    ray.get(ref)
 
 
 # A part waits here until it is sampled; those that already are must not wait behind it.
@@ -138,9 +168,10 @@ class RewardActor(Traced):
         kernels = self._near.similarity(groups, step_df, similar)
         return combine(groups, scores, self._config, kernels)
 
-    def ready(self) -> None:
-        """Wait until every term apart has started; RuntimeError for one that does not."""
-        deadline = time.monotonic() + _START_S
+    def ready(self, limit_s: float) -> None:
+        """Wait until every term apart has started; RuntimeError for one that does not, or not in
+        time."""
+        deadline = time.monotonic() + limit_s
         for term in self._apart.values():
             term.check(deadline)
 

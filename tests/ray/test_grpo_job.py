@@ -209,7 +209,7 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_with_no_prompt_twice_and_
         train__checkpoint_uri=f"file://{remote}",
     )
     process = start(flags, environment)
-    # By then step 4 was saved, for which the copy of step 2 had to be done.
+    # By then the copy of step 2, of a few megabytes, has long been made.
     wait_for_step(run, 5, process)
     process.kill()
     process.communicate(timeout=300)

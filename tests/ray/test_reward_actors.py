@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import ray
 
+from rayrl.config import Config
 from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.score import Dropped, Scorer
 from rayrl.rewards.statistics import Statistics, reward_statistics, step_document_frequency
@@ -328,18 +330,50 @@ def test_terms_that_cannot_start_are_found_before_the_training(terms, message):
     from rayrl.actors.reward import check_terms
 
     with pytest.raises(RuntimeError, match=message):
-        check_terms(RewardConfig(terms=terms), Statistics())
+        check_terms(Config(reward=RewardConfig(terms=terms)), Statistics())
 
 
 def test_terms_that_can_start_pass_the_check_and_leave_nothing_running():
     from rayrl.actors.reward import check_terms
 
     before = ray.available_resources()["GPU"]
-    check_terms(RewardConfig(terms={"rouge_l": 1.0, "words": apart("words")}), Statistics())
+    terms = {"rouge_l": 1.0, "words": apart("words")}
+    check_terms(Config(reward=RewardConfig(terms=terms)), Statistics())
     deadline = time.monotonic() + 60
     while ray.available_resources()["GPU"] < before:
         assert time.monotonic() < deadline, ray.available_resources()
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "message"),
+    [
+        (50, 0.5, r"room for a reward worker: another asks for 50 CPU; of the cluster's 2, 2 are"),
+        (0.25, 20, r"the terms words: another asks for 20 GPU; of the cluster's 8, \S+ are free"),
+    ],
+)
+def test_terms_for_which_there_is_no_room_are_waited_for_aloud_and_not_for_ever(
+    monkeypatch, caplog, cpus, gpus, message
+):
+    from rayrl.actors import reward
+
+    assert reward.SAY_EVERY_S == 30.0
+    monkeypatch.setattr(reward, "SAY_EVERY_S", 0.5)
+    config = Config.model_validate(
+        {
+            "reward": {"terms": {"words": apart("words", gpus=gpus)}},
+            "train": {"reward_cpus": cpus},
+            # Enough for the worker itself to start.
+            "rollout": {"start_timeout_s": 2.0 if cpus > 2 else 20.0},
+        }
+    )
+    began = time.monotonic()
+    # The actor knows which term it is; of a worker without a place only the driver does.
+    reason = rf"gave up waiting for {message}|reward term words does not start: no answer in time"
+    with pytest.raises(RuntimeError, match=reason):
+        reward.check_terms(config, Statistics())
+    assert time.monotonic() - began < 60
+    assert any(re.search(f"rewards: waiting for {message}", said) for said in caplog.messages)
 
 
 def test_a_term_that_cannot_start_ends_the_run_with_its_reason():
