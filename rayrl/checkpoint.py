@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file, save_file
 
 from rayrl.weights import ModelFiles, read_model_files
 
@@ -53,8 +53,8 @@ def save_checkpoint(
     try:
         partial.mkdir()
         for name, content in checkpoint.model_files.items():
-            _write(partial / name, content.tobytes())
-        _write(partial / _TENSORS, save(dict(checkpoint.arrays)))
+            _write(partial / name, content.data)
+        _write(partial / _TENSORS, checkpoint.arrays)
         meta = {"step": checkpoint.step, **checkpoint.meta}
         _write(partial / _META, json.dumps(meta, indent=1).encode())
         shutil.rmtree(place, ignore_errors=True)
@@ -76,11 +76,23 @@ def point_latest_at(place: Path) -> None:
     os.replace(link, place.parent / "latest")
 
 
-def _write(file: Path, content: bytes) -> None:
-    with file.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
+def _write(file: Path, content: bytes | memoryview | Mapping[str, np.ndarray]) -> None:
+    """Write bytes, or arrays as safetensors, without a copy of them, through to the disk."""
+    if isinstance(content, Mapping):
+        # What it puts in the place of this file only its owner could read.
+        file.touch()
+        mode = file.stat().st_mode
+        try:
+            save_file(dict(content), file)
+        except SafetensorError as error:
+            if "I/O error" in str(error):
+                raise OSError(f"{file}: {error}") from error
+            raise
+        file.chmod(mode)
+    else:
+        file.write_bytes(content)
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def list_checkpoints(folder: Path) -> list[int]:

@@ -268,7 +268,7 @@ class LearnerGroup:
                 if construction_failed(died):
                     raise died
                 raise RankLost(f"learner rank {rank} of {size} died: {died}") from died
-        if silent and isinstance(error, RuntimeError):
+        if silent and _complains(error):
             raise RankLost(
                 f"learner rank {silent[0]} of {size} does not answer; rank {first}: {error}"
             ) from error
@@ -278,6 +278,20 @@ class LearnerGroup:
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks, self._built = [], False
+
+
+def _complains(error: RayError) -> bool:
+    """Whether a rank failed for want of another one, and not by itself, as where its GPU has too
+    little memory, of which all would fail again."""
+    # The driver need not load it before.
+    import torch
+
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, RuntimeError):
+        return False
+    return isinstance(cause, torch.distributed.DistError) or any(
+        word in str(cause).lower() for word in ("gloo", "nccl", "connection", "timed out")
+    )
 
 
 def _references(results: Results) -> list[Any]:

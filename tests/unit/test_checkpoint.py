@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from rayrl import checkpoint as module
 from rayrl.checkpoint import (
@@ -55,10 +56,10 @@ def test_a_full_disk_leaves_the_previous_one_whole_and_nothing_half_written(
     written = 0
     real = module._write
 
-    def full(file: Path, content: bytes) -> None:
+    def full(file: Path, content: object) -> None:
         nonlocal written
         if written == files_before_full:
-            file.write_bytes(content[:1])
+            file.write_bytes(b"{")
             raise OSError(errno.ENOSPC, "No space left on device")
         written += 1
         real(file, content)
@@ -68,6 +69,23 @@ def test_a_full_disk_leaves_the_previous_one_whole_and_nothing_half_written(
         save_checkpoint(tmp_path, make(2), keep=2)
     assert load_checkpoint(tmp_path / "latest").step == 1
     assert sorted(f.name for f in tmp_path.iterdir()) == ["latest", "step_1"]
+
+
+def test_no_room_for_the_tensors_is_an_error_of_the_disk(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, make(1), keep=2)
+
+    def full(arrays: object, file: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError, match=r"trainer\.safetensors: .*No space left on device"):
+        save_checkpoint(tmp_path, make(2), keep=2)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["latest", "step_1"]
+
+
+def test_all_files_of_a_checkpoint_can_be_read_by_the_same_people(tmp_path):
+    place = save_checkpoint(tmp_path, make(1), keep=2)
+    assert len({file.stat().st_mode for file in place.iterdir()}) == 1
 
 
 def test_the_newest_whole_one_counts_where_the_link_was_not_moved_in_time(tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import OutOfMemoryError, RayActorError, RuntimeEnvSetupError
+import torch
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, RuntimeEnvSetupError
 
 from rayrl.actors import pool, reward
 from rayrl.actors.learner_group import LearnerGroup, RankLost
@@ -46,6 +47,25 @@ def test_the_learner_is_rebuilt(error):
     with pytest.raises(RankLost, match="learner rank 1 of 2 died: ") as raised:
         group._raise({1: error}, silent=[0])
     assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("cause", "blamed"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), RankLost),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), RankLost),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RayTaskError),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b"), RayTaskError),
+        (ValueError("prompt a/0: the engine used other prompt ids"), RayTaskError),
+    ],
+)
+def test_a_rank_that_fails_by_itself_is_not_taken_for_one_that_waits(cause, blamed):
+    """The others wait for it in the middle of a sum, and do not answer either way."""
+    group = object.__new__(LearnerGroup)
+    group._ranks = ["rank 0", "rank 1"]
+    error = RayTaskError("update", "trace", cause).as_instanceof_cause()
+    with pytest.raises(blamed):
+        group._raise({1: error}, silent=[0])
 
 
 @gone
