@@ -281,3 +281,24 @@ def test_two_ranks_in_bfloat16_take_about_the_steps_of_one(two, tiny_folder, bat
         assert got["learner/grad_norm"] == pytest.approx(want["learner/grad_norm"], rel=5e-3)
     before, after, other = as_numbers(before), as_numbers(after), as_numbers(first[2])
     assert float((other - after).norm() / (after - before).norm()) < 0.2
+
+
+def skipped_for_a_gradient(ranks, folder, batch, name):
+    """What a rank says of a step in which a gradient has one value that is not a number."""
+    subject = learner(folder, ranks=ranks)
+
+    def spoil(parameter):
+        own = parameter.grad.to_local() if ranks.sharded else parameter.grad
+        if ranks.rank == 1 and own.numel():
+            own.view(-1)[0] = float("nan")
+
+    subject._named[name].register_post_accumulate_grad_hook(spoil)
+    return subject.update(batch).problem
+
+
+@pytest.mark.parametrize("mode", ["data", "fsdp"])
+def test_ranks_name_the_gradient_that_one_of_them_spoiled(two, tiny_folder, batch, mode):
+    name = "model.text_model.layers.1.mlp.down_proj.weight"
+    said = two.run(mode, skipped_for_a_gradient, tiny_folder, batch, name)
+    assert said[0] == said[1]
+    assert f"the gradient of {name} is not (of " in said[0] and "1 nan" in said[0]
