@@ -106,7 +106,7 @@ class EngineConfig(Section):
     """How captions are sampled."""
 
     backend: Backend = "auto"
-    """`vllm`, `hf` (transformers, for machines without vLLM), or `auto`: vLLM where it is installed,
+    """`vllm`, `hf` (transformers, for machines without vLLM), or `auto`: vLLM where it is there,
     finds a device, and computes the same model (PaliGemma's it does not)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights in the engine."""
