@@ -13,12 +13,18 @@ from rayrl.config import Config
 from rayrl.engine.hf import HfEngine
 from rayrl.vlm import load_captioner
 from rayrl.weights import pack
-from tests.captioners import FAMILIES, write_captioner
+from tests.captioners import FAMILIES, qwen_without_video, write_captioner
 from tests.engine.test_engines_agree import SAMPLING, learner_difference, moved, seeds, start
 
 pytestmark = pytest.mark.vllm
 
 ALL = ("vision", "connector", "language")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_video():
+    with qwen_without_video():
+        yield
 
 
 @pytest.fixture

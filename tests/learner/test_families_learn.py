@@ -8,9 +8,15 @@ import pytest
 from rayrl.checkpoint import load_checkpoint, save_checkpoint
 from rayrl.config import ModelConfig, XeConfig
 from rayrl.learner.xe import XeTrainer
-from tests.captioners import FAMILIES, write_captioner
+from tests.captioners import FAMILIES, qwen_without_video, write_captioner
 from tests.conftest import INSTRUCTION
 from tests.unit.test_learner import learner, make_batch, parameters, same_numbers
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_video():
+    with qwen_without_video():
+        yield
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
