@@ -21,6 +21,7 @@ from rayrl.actors.pool import RestartBudget, TooFewWorkers, TooManyLost
 from rayrl.actors.reward import check_terms
 from rayrl.actors.telemetry import RayMetrics
 from rayrl.actors.tracing import Tracer
+from rayrl.actors.versions import VersionLost
 from rayrl.backup import Backup
 from rayrl.canary import Canary, make_canary
 from rayrl.checkpoint import list_checkpoints
@@ -161,12 +162,12 @@ def _all_rounds(run: Run, batch: Pending, version: int) -> Drawn:
 
 
 def train_or_save(run: Run, start: int) -> int:
-    """:func:`train`; where workers do not come back in time, or too many were lost, the run is
-    saved before it fails, unless it is already: there is no moment at which a checkpoint that is
-    written again is whole."""
+    """:func:`train`; where workers do not come back in time, too many were lost, or weights that
+    are still to be sampled with, the run is saved before it fails, unless it is already: there is
+    no moment at which a checkpoint that is written again is whole."""
     try:
         return train(run, start)
-    except (TooFewWorkers, TooManyLost):
+    except (TooFewWorkers, TooManyLost, VersionLost):
         if run.saved_step != run.learner.step and not run.learner.lost:
             save(run, last=True)
         if run.saved_step == run.learner.step:
@@ -177,10 +178,11 @@ def train_or_save(run: Run, start: int) -> int:
 def publish(run: Run, version: int, *, first: bool = False) -> None:
     """Hand the learner's weights to the workers; with the first version all of them, and every
     ``canary_every``-th time the proof that an engine computes what the learner does."""
-    weights = run.learner.weights
-    frozen = weights(trained_only=False) if first else None
-    if first or not run.fleet.send(version, lambda: weights(trained_only=True)):
-        run.fleet.publish(version, weights(trained_only=True), frozen=frozen)
+    learner = run.learner
+    frozen = learner.weights(trained_only=False) if first else None
+    if first or not run.fleet.send(version, learner):
+        trained = learner.weights(trained_only=True)
+        run.fleet.publish(version, trained, frozen=frozen, source=learner)
     if first or version % run.config.rollout.canary_every == 0:
         run.fleet.probe(version, run.canary, run.learner.score(run.canary))
 

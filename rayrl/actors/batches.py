@@ -179,6 +179,6 @@ class Batches:
             self._sample_again(share, pending, no_answer(limit_s))
 
     def _sample_again(self, share: Share, pending: Pending, cause: Exception) -> None:
-        self._rollout.lost(share.worker, cause)
+        self._versions.lost(self._rollout, share.worker, cause)
         self._send_to_sample(share, pending)
         self._send_to_score(share, pending)

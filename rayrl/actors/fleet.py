@@ -6,7 +6,7 @@ Batches go through them in :mod:`rayrl.actors.batches`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -17,7 +17,7 @@ from rayrl.actors.learner_group import LearnerGroup
 from rayrl.actors.losses import LOST
 from rayrl.actors.pending import Pending, late_ones, split
 from rayrl.actors.pool import RestartBudget, Worker
-from rayrl.actors.versions import Call, Versions
+from rayrl.actors.versions import Call, Source, Versions
 from rayrl.actors.workers import reward_pool, rollout_pool
 from rayrl.canary import Canary
 from rayrl.config import Config
@@ -88,15 +88,17 @@ class Fleet:
         """Wait until the minimum of rollout workers is there."""
         self._rollout.wait()
 
-    def publish(self, version: int, trained: Any, *, frozen: Any = None) -> None:
+    def publish(
+        self, version: int, trained: Any, *, frozen: Any = None, source: Source | None = None
+    ) -> None:
         """Have every rollout worker pull a version before its next batch.
 
         ``trained`` is a reference to the parameters that train, ``frozen`` to all parameters,
         given with the first version.  As many versions are kept as batches in flight may need.
+        ``source`` made the references, and makes anew what is lost with its node.
         """
-        self._versions.publish(
-            self._rollout.constructed, version, trained, frozen, whole=self._pull_whole
-        )
+        workers, whole = self._rollout.constructed, self._pull_whole
+        self._versions.publish(workers, version, trained, frozen, source=source, whole=whole)
         self._pull_whole = False
 
     def sleep(self) -> None:
@@ -109,16 +111,14 @@ class Fleet:
         self._versions.answers(self._rollout, calls)
         self._pull_whole = level == 2
 
-    def send(self, version: int, publish: Callable[[], Any]) -> bool:
+    def send(self, version: int, source: Source) -> bool:
         """Have every rollout worker hold the learner's weights, which are ``version``, without
-        publishing them; returns whether they do, else they must be published.
-
-        publish: what would return a reference to the parameters that train"""
+        publishing them, as ``source`` can; returns whether they do, else they must be published."""
         if self._direct is None:
             return False
         sent = self._direct.send(self._rollout.constructed, version)
         if sent:
-            self._versions.sent(version, publish)
+            self._versions.sent(version, source)
         self._pull_whole = not sent
         return sent
 
@@ -221,7 +221,7 @@ class Fleet:
                     captions += ray.get(ref, timeout=self._config.rollout.timeout_s)
                     break
                 except LOST as error:
-                    self._rollout.lost(worker, error)
+                    self._versions.lost(self._rollout, worker, error)
                     sent[i] = self._send_greedy(i, part, version)
         return captions
 

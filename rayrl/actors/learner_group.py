@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ObjectLostError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -89,19 +89,37 @@ class LearnerGroup:
         """One step on the groups that were not dropped; all ranks read one copy of them on each
         node.  They lie on the driver's node, which outlives the others, for a rebuilt group."""
         parts = _references(results)
-        report: StepReport = ray.get(self._surely(lambda: self._call("update", *parts)))
+        report: StepReport = self._surely(lambda: ray.get(self._call("update", *parts)))
         self._since.append(parts)
         self.step = report.step
         return report
 
     def replay(self) -> Checkpoint:
         """What the last step skipped; for a step whose report names a problem."""
-        replay: Checkpoint = ray.get(self._surely(lambda: self._call("replay")))
+        replay: Checkpoint = self._surely(lambda: ray.get(self._call("replay")))
         return replay
 
     def weights(self, *, trained_only: bool) -> Any:
         """A reference to the current :class:`Weights`, once they are packed."""
         return self._surely(lambda: self._call("weights", trained_only=trained_only))
+
+    def earlier(self, version: int) -> Any:
+        """A reference to the :class:`Weights` that train as they were at an earlier version, for
+        which the group is built anew and then brought back; None where the last checkpoint is
+        later."""
+        steps = version - self.step + len(self._since)
+        if steps < 0:
+            return None
+
+        def passing_by() -> Any:
+            self._rebuild(self._since[:steps])
+            weights = self._call("weights", trained_only=True)
+            self._repeat(self._since[steps:])
+            return weights
+
+        # It is built anew as it is.
+        self.lost = False
+        return self._surely(passing_by)
 
     @property
     def shared_place(self) -> Any:
@@ -125,14 +143,14 @@ class LearnerGroup:
 
     def checkpoint(self) -> Checkpoint:
         """Everything that a resumed run needs of the learner."""
-        checkpoint: Checkpoint = ray.get(self._surely(lambda: self._call("checkpoint")))
+        checkpoint: Checkpoint = self._surely(lambda: ray.get(self._call("checkpoint")))
         return checkpoint
 
     def restore(self, checkpoint: Checkpoint, folder: Path) -> int:
         """Continue from a checkpoint, which was read from ``folder``; returns its step."""
         self.rebuild_from(folder)
         shared = ray.put(checkpoint)
-        self.step = int(ray.get(self._surely(lambda: self._call("restore", shared))))
+        self.step = int(self._surely(lambda: ray.get(self._call("restore", shared))))
         return self.step
 
     def rebuild_from(self, folder: Path) -> None:
@@ -178,21 +196,25 @@ class LearnerGroup:
         while True:
             try:
                 if self.lost:
-                    self._rebuild()
+                    self._rebuild(self._since)
                     self.lost = False
                 return call()
-            except RankLost as error:
+            except (RankLost, ObjectLostError) as error:
+                # A result is lost with its node, and so is the rank that made it.
                 self.lost = True
                 self._budget.spend("the learner is rebuilt", error)
 
-    def _rebuild(self) -> None:
-        """The group as it was after the last update."""
+    def _rebuild(self, since: Sequence[list[Any]]) -> None:
+        """The group as it was after those updates ``since`` the last checkpoint."""
         self._kill()
         # Ray looks for another place itself where a machine went with the rank.
         self._placed = False
         if self._origin is not None:
             self._call("restore", ray.put(load_checkpoint(self._origin)))
-        for parts in self._since:
+        self._repeat(since)
+
+    def _repeat(self, updates: Sequence[list[Any]]) -> None:
+        for parts in updates:
             self._call("update", *parts)
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:

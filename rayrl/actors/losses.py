@@ -18,9 +18,14 @@ DIED = (RayActorError, OutOfMemoryError, RuntimeEnvSetupError)
 its node could not bring its files and variables there.  That may be an environment that nothing can
 set up, so whoever starts another one must have a limit."""
 
-LOST = (*DIED, GetTimeoutError, ObjectLostError)
-"""What asking for a result raises when its worker died or does not answer, or when the node that
-held the result is gone."""
+
+class OtherVersion(ValueError):
+    """A worker was asked for captions of a weight version that it does not hold."""
+
+
+LOST = (*DIED, GetTimeoutError, ObjectLostError, OtherVersion)
+"""What asking for a result raises when its worker died or does not answer, when the node that held
+the result is gone, or when one that held the weights is, so that they did not reach the worker."""
 
 
 def construction_failed(error: Exception) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -23,6 +23,9 @@ from rayrl.scaling import shortage
 log = logging.getLogger(__name__)
 
 SAY_EVERY_S = 30.0
+_MOST_RENEWALS = 4
+"""Times in a row that a worker is prepared again: two objects can be lost with a node, and another
+node while they are made again."""
 
 
 class TooFewWorkers(RuntimeError):
@@ -66,18 +69,21 @@ class PoolSize:
 
 @dataclass(eq=False)
 class Worker:
-    """An actor of a pool.  ``due`` is what it must have done before its next stage."""
+    """An actor of a pool.  ``due`` is what it must have done before its next stage; it was
+    ``renewed`` so often since it was last ready."""
 
     number: int
     actor: Any
     due: Any
     constructed: bool = False
+    renewed: int = 0
 
 
 class Pool:
     """Workers that ``start`` makes.  ``name`` is what messages call one of them; ``prepare``
     submits to a constructed actor what it needs before it is admitted and returns the reference,
-    or None when it needs nothing."""
+    or None when it needs nothing; where something of that was lost before, it is given the error
+    too."""
 
     def __init__(
         self,
@@ -86,7 +92,7 @@ class Pool:
         size: PoolSize,
         budget: RestartBudget,
         *,
-        prepare: Callable[[Any], Any] = lambda actor: None,
+        prepare: Callable[[Any, ObjectLostError | None], Any] = lambda actor, lost: None,
     ) -> None:
         self._name, self._start, self._prepare = name, start, prepare
         self._size, self._budget = size, budget
@@ -141,15 +147,20 @@ class Pool:
             # A result is gone and not the worker, as far as this tells.
             self._budget.spend(f"a result of {self._name} {worker.number} was lost", cause)
             return
-        if worker in self._leaving:
-            self._leaving.remove(worker)
-            ray.kill(worker.actor)
-        for state in (self._ready, self._starting):
-            if worker in state:
-                state.remove(worker)
-                ray.kill(worker.actor)
-                self._budget.spend(f"{self._name} {worker.number} was lost and is replaced", cause)
-        self._fill()
+        self._replace(worker, cause)
+
+    def renew(self, worker: Worker, cause: ObjectLostError) -> None:
+        """Prepare a worker of :attr:`constructed` again, for something that was on its way to it
+        was lost.  It then counts as another one: what it was asked for until now may go wrong."""
+        if worker.renewed == _MOST_RENEWALS:
+            self._replace(worker, cause)
+            return
+        log.warning("%s %d is prepared again: %s", self._name, worker.number, _first_line(cause))
+        due = self._prepare(worker.actor, cause)
+        state = self._ready if worker in self._ready else self._starting
+        state.remove(worker)
+        again = replace(worker, due=due, renewed=worker.renewed + 1)
+        self._starting.append(again)
 
     def resize(self, wanted: int) -> None:
         """Start workers, or let some go: those that are not ready yet at once, others when they
@@ -171,6 +182,17 @@ class Pool:
         for worker in [*self._ready, *self._starting, *self._leaving]:
             ray.kill(worker.actor)
 
+    def _replace(self, worker: Worker, cause: Exception) -> None:
+        if worker in self._leaving:
+            self._leaving.remove(worker)
+            ray.kill(worker.actor)
+        for state in (self._ready, self._starting):
+            if worker in state:
+                state.remove(worker)
+                ray.kill(worker.actor)
+                self._budget.spend(f"{self._name} {worker.number} was lost and is replaced", cause)
+        self._fill()
+
     def _fill(self) -> None:
         while len(self._starting) + len(self._ready) < self.wanted:
             actor = self._start()
@@ -182,13 +204,18 @@ class Pool:
         try:
             ray.get(worker.due)
         except LOST as error:
-            self.lost(worker, error)
+            if worker.constructed and isinstance(error, ObjectLostError):
+                self.renew(worker, error)
+            else:
+                raise_unless_lost(worker.actor, error)
+                self._replace(worker, error)
             return
         if not worker.constructed:
             worker.constructed = True
-            worker.due = self._prepare(worker.actor)
+            worker.due = self._prepare(worker.actor, None)
             if worker.due is not None:
                 return
+        worker.renewed = 0
         self._starting.remove(worker)
         self._ready.append(worker)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ray
 
+from rayrl.actors.losses import OtherVersion
 from rayrl.adapters import AdapterWeights
 from rayrl.buckets import Manifest, Received
 from rayrl.canary import Canary
@@ -144,4 +145,4 @@ class RolloutActor(Traced):
     def _check(self, version: int) -> None:
         held = self._engine.weight_version
         if held != version:
-            raise ValueError(f"asked for captions of weight version {version}, holding {held}")
+            raise OtherVersion(f"asked for captions of weight version {version}, holding {held}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ray.exceptions import ObjectLostError
+
 from rayrl.actors.cluster import worker_environment
 from rayrl.actors.pool import Pool, PoolSize, RestartBudget
 from rayrl.actors.reward import RewardActor
@@ -18,7 +20,7 @@ def rollout_pool(
     config: Config,
     files: Any,
     budget: RestartBudget,
-    prepare: Callable[[Any], Any],
+    prepare: Callable[[Any, ObjectLostError | None], Any],
     place: Any = None,
 ) -> Pool:
     """Rollout workers, in ``place`` where one is given; ``files`` is a reference to the model's

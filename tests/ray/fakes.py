@@ -16,6 +16,7 @@ import numpy as np
 import ray
 from ray.exceptions import OutOfMemoryError
 
+from rayrl.actors.losses import OtherVersion
 from rayrl.shares import Sampled
 from rayrl.types import Completion, Prompt, RolloutGroup
 
@@ -104,7 +105,7 @@ class FakeRollout:
 
     def generate(self, prompts, draws, sampling, version):
         started = time.perf_counter()
-        assert version == self._weights.version, (version, self._weights.version)
+        self._check(version)
         if (self._folder / SLOW_SAMPLING).exists():
             time.sleep(0.1 * len(prompts))
         elif not (self._folder / SLOW_LEARNER).exists():
@@ -117,14 +118,18 @@ class FakeRollout:
         return Sampled.of(groups, time.perf_counter() - started)
 
     def greedy(self, prompts, max_tokens, version):
-        assert version == self._weights.version
+        self._check(version)
         maybe_fail("greedy")
         return [self._completion(7) for _ in prompts]
 
     def score(self, canary, version):
-        assert version == self._weights.version
+        self._check(version)
         maybe_fail("score")
         return canary_scores(self._weights.values, canary)
+
+    def _check(self, version: int) -> None:
+        if version != self._weights.version:
+            raise OtherVersion(f"asked for version {version}, holding {self._weights.version}")
 
     def _group(self, prompt: Prompt, seed: int, size: int) -> RolloutGroup:
         return RolloutGroup(

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
 
 from tests.ray.conftest import ROOT
@@ -36,6 +37,9 @@ HEAD = {
 }
 ON_HEAD = {"gpus": 1}
 """A learner that stays on the head, for it has the only GPU (counted, not used)."""
+NO_GPU = {**HEAD, "num_gpus": 0}
+WITH_GPU = {**NODE, "num_cpus": 5, "num_gpus": 1}
+"""A machine for a learner that asks for a GPU, with room for two engines of two CPUs."""
 
 
 class Saboteur:
@@ -134,11 +138,14 @@ def local_ray(faults: Path, **options: object) -> Iterator[None]:
 
 
 class Machines:
-    """A head and two machines for workers, of which one at a time goes away and comes back."""
+    """A head and some machines for workers, of which one at a time goes away and comes back."""
 
-    def __init__(self, faults: Path) -> None:
-        self._cluster = Cluster(initialize_head=True, head_node_args=HEAD)
-        self._nodes = [self._cluster.add_node(**NODE) for _ in range(2)]
+    def __init__(
+        self, faults: Path, *, count: int = 2, head: object = HEAD, node: object = NODE
+    ) -> None:
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._count, self._node = count, node
+        self._nodes = [self._cluster.add_node(**node) for _ in range(count)]
         environment = {"PYTHONPATH": str(ROOT), "RAYRL_TEST_FAULTS": str(faults)}
         ray.init(
             address=self._cluster.address,
@@ -148,14 +155,26 @@ class Machines:
 
     def lose(self, chance: random.Random) -> bool:
         """A strike: take one away, with what runs and lies on it."""
-        node = self._nodes.pop(chance.randrange(len(self._nodes)))
+        return self._lose(self._nodes[chance.randrange(len(self._nodes))])
+
+    def lose_learner(self, chance: random.Random) -> bool:
+        """A strike: take the one away whose GPU is taken."""
+        free = available_resources_per_node()
+        return self._lose(next(n for n in self._nodes if not free[n.node_id].get("GPU")))
+
+    def _lose(self, node: object) -> bool:
+        self._nodes.remove(node)
         self._cluster.remove_node(node, allow_graceful=False)
         return True
 
     def complete(self) -> None:
         """Bring the one back that went, for else none would be left."""
-        if len(self._nodes) < 2:
-            self._nodes.append(self._cluster.add_node(**NODE))
+        if len(self._nodes) < self._count:
+            self.add()
+
+    def add(self) -> None:
+        """One more machine; in the main thread alone, as Ray has it."""
+        self._nodes.append(self._cluster.add_node(**self._node))
 
     def shutdown(self) -> None:
         ray.shutdown()

@@ -69,7 +69,7 @@ def test_an_engine_that_shares_the_learners_gpu_is_put_there(die, monkeypatch):
     assert ray.get(other.gpus.remote()) == [0]
     group = LearnerGroup(config, {}, RestartBudget(0))
     pool = workers.rollout_pool(
-        config, None, RestartBudget(0), lambda actor: None, place=group.shared_place
+        config, None, RestartBudget(0), lambda actor, lost: None, place=group.shared_place
     )
     try:
         (engine,) = pool.wait()
@@ -93,7 +93,7 @@ def test_a_transfer_that_loses_an_engine_falls_back_to_pulls_and_the_next_one_wo
     def publish(version) -> bool:
         """As the driver does; returns whether the version was sent."""
         learner.version = version
-        sent = fleet.send(version, lambda: learner.weights(trained_only=True))
+        sent = fleet.send(version, learner)
         if not sent:
             fleet.publish(version, learner.weights(trained_only=True))
         fleet.confirm(version)

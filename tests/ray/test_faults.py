@@ -8,11 +8,12 @@ must end with all its steps done and with the weights of an undisturbed one, bit
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 
 import pytest
 import ray
-from ray.exceptions import RuntimeEnvSetupError
+from ray.exceptions import ObjectLostError, RuntimeEnvSetupError
 from ray.util.placement_group import placement_group_table
 
 from rayrl.actors import learner_group, pool
@@ -20,10 +21,11 @@ from rayrl.actors.batches import Batches
 from rayrl.actors.fleet import Fleet
 from rayrl.actors.learner_group import LearnerGroup
 from rayrl.actors.pool import Pool, PoolSize, RestartBudget, TooFewWorkers, TooManyLost
+from rayrl.actors.versions import VersionLost
 from rayrl.checkpoint import list_checkpoints
 from rayrl.config import Config
 from tests.ray.fake_run import assert_same, run
-from tests.ray.fakes import HANG, NO_MEMORY, NO_START, SLOW_LEARNER, SLOW_SAMPLING
+from tests.ray.fakes import BALLAST_MB, HANG, NO_MEMORY, NO_START, SLOW_LEARNER, SLOW_SAMPLING
 from tests.ray.fault_kinds import Saboteur, ask, kill
 from tests.ray.fault_kinds import local_ray as local
 
@@ -149,6 +151,75 @@ def test_workers_killed_for_their_nodes_memory_change_nothing(
     done = run(tmp_path, monkeypatch, after=after)
     assert_same(done, undisturbed[0])
     assert done.rows[-1]["workers/replaced"] == len(calls)
+
+
+@ray.remote(num_cpus=0)
+class Owner:
+    """Objects that it holds are lost with it."""
+
+    def hold(self, boxed):
+        return [ray.put(ray.get(boxed[0]))]
+
+
+def vanished(ref):
+    """A reference to an object that is lost."""
+    owner = Owner.remote()
+    (held,) = ray.get(owner.hold.remote([ref]))
+    ray.kill(owner)
+    for _ in range(100):
+        try:
+            ray.get(held)
+        except ObjectLostError:
+            return held
+        time.sleep(0.1)
+    raise RuntimeError("it is still there")
+
+
+@pytest.fixture
+def vanish(monkeypatch, faults):
+    """Has the weights of some versions vanish from Ray as soon as they are published, each once."""
+    (faults / BALLAST_MB).write_text("1")  # small ones would travel within Ray's messages
+    publish = LearnerGroup.weights
+    chosen: set[int] = set()
+
+    def and_vanish(self, *, trained_only):
+        ref = publish(self, trained_only=trained_only)
+        if not trained_only or self.step not in chosen:
+            return ref
+        chosen.remove(self.step)
+        return vanished(ref)
+
+    def choose(*versions: int) -> set[int]:
+        chosen.update(versions)
+        monkeypatch.setattr(LearnerGroup, "weights", and_vanish)
+        return chosen
+
+    return choose
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_weights_that_are_lost_before_engines_have_them_are_published_again(
+    vanish, undisturbed, tmp_path, monkeypatch, staleness
+):
+    # Version 8 is evaluated before anybody has confirmed it.  With staleness a loss is noticed
+    # when the learner is at the next version.
+    chosen = vanish(0, 3, 8, 9)
+    done = run(tmp_path, monkeypatch, staleness=staleness)
+    assert not chosen
+    assert_same(done, undisturbed[staleness])
+    assert done.rows[-1]["workers/replaced"] == 0
+
+
+def test_a_run_that_lost_weights_older_than_its_checkpoint_is_saved_and_goes_on_later(
+    vanish, undisturbed, tmp_path, monkeypatch
+):
+    chosen = vanish(3)
+    with pytest.raises(VersionLost, match=r"version 3 were lost .*, at version 4, has a later"):
+        run(tmp_path, monkeypatch, staleness=1, save_every=1)
+    assert not chosen
+    assert list_checkpoints(tmp_path / "checkpoints")[-1] == 4
+    done = run(tmp_path, monkeypatch, staleness=1)
+    assert done.trained == undisturbed[1].trained
 
 
 def test_an_environment_that_cannot_be_set_up_is_tried_until_the_budget_is_spent():

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, RuntimeEnvSetupError
+from ray.exceptions import (
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 
 from rayrl.actors import pool, reward
 from rayrl.actors.learner_group import LearnerGroup, RankLost
@@ -77,3 +84,63 @@ def test_a_term_in_its_own_actor_is_tried_again(monkeypatch, error):
     term = object.__new__(reward._TermApart)
     term._answer = "ref"
     assert term.answer(deadline=0.0) == Failure("its actor died")
+
+
+LOST_WEIGHTS = ObjectLostError("ab" * 28, None, "")
+
+
+class Due:
+    """Stands for Ray: what workers must have done fails as ``errors`` says, and is there."""
+
+    def __init__(self, monkeypatch, errors) -> None:
+        self.errors, self.killed = iter(errors), []
+        monkeypatch.setattr(pool.ray, "kill", self.killed.append)
+        monkeypatch.setattr(pool.ray, "wait", lambda refs, timeout: (refs, []))
+        monkeypatch.setattr(pool.ray, "get", self._get)
+
+    def _get(self, ref):
+        if (error := next(self.errors, None)) is not None:
+            raise error
+
+
+@pytest.mark.parametrize("losses", [1, 4, 5])
+def test_a_worker_whose_weights_were_lost_is_given_them_again_and_costs_nothing(
+    monkeypatch, losses
+):
+    ray, prepared = Due(monkeypatch, [None] + [LOST_WEIGHTS] * losses), []
+
+    def prepare(actor, lost):
+        prepared.append(lost)
+        return "weights"
+
+    size = PoolSize(wanted=1, minimum=1, deadline_s=60.0, asked={})
+    workers = Pool("worker", actor, size, RestartBudget(1), prepare=prepare)
+    (ready,) = workers.wait()
+    again = min(losses, 4)
+    assert prepared == [None] + [LOST_WEIGHTS] * again + [None] * (losses > 4)
+    # It is not tried for ever.
+    assert workers._budget.spent == len(ray.killed) == (losses > 4)
+    assert (ready.number, ready.renewed) == (int(losses > 4), 0)
+
+
+def test_a_worker_whose_constructor_lost_its_arguments_is_replaced_while_the_budget_lasts(
+    monkeypatch,
+):
+    Due(monkeypatch, itertools.repeat(LOST_WEIGHTS))
+    size = PoolSize(wanted=1, minimum=1, deadline_s=60.0, asked={})
+    workers = Pool("worker", actor, size, RestartBudget(2))
+    with pytest.raises(TooManyLost, match="3 workers were lost"):
+        workers.wait()
+
+
+def test_what_a_renewed_worker_was_asked_for_before_is_nobodys_loss(monkeypatch):
+    ray = Due(monkeypatch, [])
+    size = PoolSize(wanted=1, minimum=1, deadline_s=60.0, asked={})
+    workers = Pool("worker", actor, size, RestartBudget(0), prepare=lambda actor, lost: "weights")
+    (before,) = workers.wait()
+    workers.renew(before, LOST_WEIGHTS)
+    assert before not in workers.constructed
+    workers.lost(before, KILLED)
+    (after,) = workers.wait()
+    assert after is not before and after.actor is before.actor
+    assert (workers._budget.spent, ray.killed) == (0, [])
