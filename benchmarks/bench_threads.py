@@ -5,8 +5,8 @@
 
 PyTorch's threads (GNU OpenMP) wait for each other awake, by default for milliseconds.  Where two
 processes share the cores, as a learner and an engine on a laptop do, each keeps the other's threads
-from running while its own wait.  rayrl's workers (``own_threads`` in rayrl/actors/cluster.py) fall
-asleep after microseconds.
+from running while its own wait.  rayrl's workers (``worker_environment`` in
+rayrl/actors/cluster.py) fall asleep after microseconds.
 
 An update is forward and backward on 8 images with 8 captions of 20 tokens, on a captioner of 2.5 M
 parameters.  Ways and numbers of processes take turns, each in fresh processes; medians count.
@@ -25,14 +25,14 @@ from typing import Any
 
 from record import RESULTS, ROOT, write
 
-from rayrl.actors.cluster import own_threads
+from rayrl.actors.cluster import worker_environment
 
 DEFAULT = "by default"
 
 
 def ways() -> dict[str, dict[str, str]]:
     """Environments by the way in which threads wait, each with a thread for every core."""
-    variables: dict[str, str] = own_threads(os.cpu_count() or 1)["env_vars"]
+    variables: dict[str, str] = worker_environment(os.cpu_count() or 1, 0.0)["env_vars"]
     count = {"OMP_NUM_THREADS": variables["OMP_NUM_THREADS"]}
     return {DEFAULT: count, "as rayrl's workers": variables}
 
