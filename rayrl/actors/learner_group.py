@@ -286,7 +286,7 @@ class LearnerGroup:
         size = len(self._ranks)
         first, error = next(iter(errors.items()))
         for rank, died in errors.items():
-            if isinstance(died, DIED):
+            if isinstance(died, DIED) or _lost_its_gpu(died):
                 if construction_failed(died):
                     raise died
                 raise RankLost(f"learner rank {rank} of {size} died: {died}") from died
@@ -302,11 +302,19 @@ class LearnerGroup:
         self._ranks, self._built = [], False
 
 
+def _lost_its_gpu(error: RayError) -> bool:
+    """Whether the GPU failed a rank, which can do nothing on it any more; a memory too small would
+    be so for another rank too."""
+    import torch  # the driver need not load it before
+
+    cause = getattr(error, "cause", None)
+    return isinstance(cause, torch.AcceleratorError) and "out of memory" not in str(cause)
+
+
 def _complains(error: RayError) -> bool:
     """Whether a rank failed for want of another one, and not by itself, as where its GPU has too
     little memory, of which all would fail again."""
-    # The driver need not load it before.
-    import torch
+    import torch  # the driver need not load it before
 
     cause = getattr(error, "cause", None)
     if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, RuntimeError):

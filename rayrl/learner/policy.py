@@ -150,8 +150,6 @@ class Policy:
     def score(self, image: bytes, token_ids: Sequence[int]) -> FloatArray:
         """Log-probs [T] of a caption, at temperature 1 with nothing banned; on every rank."""
         inputs = self._inputs.batch([image], self._instruction).to(self.model.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         ids = torch.tensor([[list(token_ids)]], device=self.model.device)
         logprobs = self.forward.plain(self.model, inputs, ids)
         return logprobs[0, 0].float().cpu().numpy()
