@@ -40,7 +40,7 @@ from rayrl.report import write_report
 from rayrl.resume import goes_on, open_run_folder
 from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
 from rayrl.rollout_metrics import SAMPLED_GROUPS, group_metrics, sample_records, summarize
-from rayrl.rounds import Drawn, Rounds
+from rayrl.rounds import Rounds
 from rayrl.saving import restore, save
 from rayrl.skipped import Skipped
 from rayrl.stage1 import Snapshot, run_stage1
@@ -95,8 +95,12 @@ def train(run: Run, start: int) -> int:
         # Where cores are shared this keeps workers from them, so not before they have begun.
         run.learner.prepare(pending[0])
         _read_ahead(run, version + len(pending))
-        drawn = _all_rounds(run, pending.pop(0), version)
+        batch = pending.pop(0)
+        _all_rounds(run, batch, version)
         with run.phases("learner"):
+            # Before the step counts as drawn: a run that ends here is saved with its prompts to go.
+            run.fleet.sleep()
+            drawn = run.rounds.finish(batch.step)
             report = run.learner.update(drawn.results)
         version = report.weight_version
         with run.phases("sync"):
@@ -144,9 +148,8 @@ def _read_ahead(run: Run, step: int) -> None:
     run.fleet.stage(prompts)
 
 
-def _all_rounds(run: Run, batch: Pending, version: int) -> Drawn:
-    """Wait for a batch, and sample and score what its rewards make the objective ask for; an engine
-    that shares the learner's GPU has left it then."""
+def _all_rounds(run: Run, batch: Pending, version: int) -> None:
+    """Wait for a batch, and sample and score what its rewards make the objective ask for."""
     while True:
         with run.phases("rollout"):
             run.fleet.wait_rollouts(batch)
@@ -154,10 +157,7 @@ def _all_rounds(run: Run, batch: Pending, version: int) -> Drawn:
             results = run.reference.joined(run.fleet.collect(batch))
         requests = run.rounds.go_on(batch.step, results)
         if not requests:
-            with run.phases("learner"):
-                # Not after: a run that ends here is saved, with this step's prompts to be drawn.
-                run.fleet.sleep()
-            return run.rounds.finish(batch.step)
+            return
         batch = run.fleet.submit(batch.step, version, requests, before=batch)
 
 
