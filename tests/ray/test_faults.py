@@ -197,16 +197,15 @@ def vanish(monkeypatch, faults):
     return choose
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
 def test_weights_that_are_lost_before_engines_have_them_are_published_again(
-    vanish, undisturbed, tmp_path, monkeypatch, staleness
+    vanish, undisturbed, tmp_path, monkeypatch
 ):
-    # Version 8 is evaluated before anybody has confirmed it.  With staleness a loss is noticed
+    # Version 8 is evaluated before anybody has confirmed it.  The loss of the others is noticed
     # when the learner is at the next version.
     chosen = vanish(0, 3, 8, 9)
-    done = run(tmp_path, monkeypatch, staleness=staleness)
+    done = run(tmp_path, monkeypatch, staleness=1)
     assert not chosen
-    assert_same(done, undisturbed[staleness])
+    assert_same(done, undisturbed[1])
     assert done.rows[-1]["workers/replaced"] == 0
 
 
