@@ -122,6 +122,8 @@ class Backup:
 
 
 def _work(jobs: SimpleQueue[_Job | None]) -> None:
+    """Make copies one after the other, as an executor's thread would.  Whatever one raises belongs
+    to who asks for its result; this thread has to live for the next."""
     while (job := jobs.get()) is not None:
         future, copy = job
         try:

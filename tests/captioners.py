@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers.processing_utils import ProcessorMixin
+
+from tests.unit.tiny_families import build
 
 IMAGE, BEGIN, END, PAD = "<image>", "<s>", "</s>", "<pad>"
 _SIDE, _PATCH = 32, 16
@@ -60,14 +61,7 @@ _WITHOUT_VIDEO: dict[str, Any] = {}
 def write_captioner(family: str, captions: Sequence[str], folder: Path) -> Path:
     """A random model of a family, and a processor whose tokenizer knows these captions."""
     config, processor = FAMILIES[family](captions)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "query_tokens" in name:  # zeros by default
-                parameter.normal_()
-            elif parameter.ndim > 1:  # far from the near-constant function that it starts as
-                parameter.mul_(3.0)
+    model = build(config)
     end, padding = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
     # Qwen's models name both as ends.
     model.generation_config.eos_token_id = [padding, end] if "qwen" in family else end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +96,20 @@ class Policy:
             for each in (self.model, self.reference):
                 if each is not None:
                     shard(bare_model(each), self.forward.compute, self.device)
-        with self._same_outputs() if config.compile else nullcontext():
-            if config.compile:
-                compile_layers(bare_model(self.model))
-            if config.activation_checkpointing:
-                recompute_layers(bare_model(self.model))
+        self._change_layers(config)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.masters = Masters(parameters)
         self.named = self.masters.named
 
-    def _same_outputs(self) -> AbstractContextManager[None]:
-        return same_outputs(bare_model(self.model), self.processor, self.forward, self.eos_id)
+    def _change_layers(self, config: LearnerConfig) -> None:
+        """Compile the layers, and have them recompute, where that is configured."""
+        model = bare_model(self.model)
+        unchanged = same_outputs(model, self.processor, self.forward, self.eos_id)
+        with unchanged if config.compile else nullcontext():
+            if config.compile:
+                compile_layers(model)
+            if config.activation_checkpointing:
+                recompute_layers(model)
 
     def inputs(self, batch: TrainBatch) -> StepInputs:
         """The processor's output for a batch's prompts, on demand."""
