@@ -82,6 +82,8 @@ def load_captioner(
     the reinforcement stage of arXiv 2503.01333).  Adapters are merged into their base."""
     from transformers import AutoModelForImageTextToText
 
+    from rayrl.windows import use_windowed_attention
+
     quiet_transformers()
     base = base_folder(path)
     model = AutoModelForImageTextToText.from_pretrained(
@@ -90,6 +92,7 @@ def load_captioner(
         trust_remote_code=trust_remote_code,
         use_safetensors=True,  # never a pickle
     )
+    use_windowed_attention(model)
     if base != path:
         from peft import PeftModel
 
