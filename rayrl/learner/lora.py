@@ -6,12 +6,14 @@ import hashlib
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rayrl.adapters import AdapterWeights, merge, pairs_checksum
 from rayrl.config import LoraConfig
@@ -22,6 +24,45 @@ from rayrl.weights import ModelFiles, read_model_files
 _WRAP, _LAYER = "base_model.model.", ".base_layer."
 _WEIGHTS = "adapter_model.safetensors"
 _SAMPLED_ELEMENTS = 4096
+
+
+class _Merged(torch.autograd.Function):
+    """A linear layer whose weight is the sum of base and adapters, rounded to the base's type as it
+    is published.  Gradients pass the rounding as if it were not there.
+
+    The sum is taken again for the backward pass, in place of being kept for it: it costs the
+    adapters' rank, where the layer costs the number of tokens.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.scale = scale
+        return torch.nn.functional.linear(x, merge(weight, a, b, scale), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        of_x = gradient @ merge(weight, a, b, ctx.scale) if ctx.needs_input_grad[0] else None
+        rows, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
+        of_b = rows.T @ (inputs @ a.to(x.dtype).T)
+        of_a = (rows @ b.to(x.dtype)).T @ inputs
+        return of_x, None, None, ctx.scale * of_a.float(), ctx.scale * of_b.float(), None
+
+
+def _forward(layer: Any, scale: float, x: Tensor) -> Tensor:
+    """In place of PEFT's, which adds the adapters' outputs in float32: engines hold rounded sums,
+    and at small learning rates most of what adapters add is less than what rounding takes."""
+    base = layer.base_layer
+    if layer.disable_adapters:
+        outputs: Tensor = base(x)
+        return outputs
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    merged: Tensor = _Merged.apply(x, base.weight, base.bias, a, b, scale)
+    return merged
 
 
 class Adapters:
@@ -60,6 +101,9 @@ class Adapters:
         self.scale = config.alpha / config.rank
         # PEFT has put a layer of its own in the place of each.
         self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
+        for layer in self._layers.values():
+            if layer.base_layer.weight.dtype != torch.float32:
+                layer.forward = partial(_forward, layer, self.scale)
 
     def off(self) -> AbstractContextManager[None]:
         """While entered, the model computes as its base."""
@@ -117,7 +161,7 @@ class Adapters:
             self.model.save_pretrained(folder, state_dict=state)
             (Path(folder) / "README.md").unlink(missing_ok=True)
             processor.save_pretrained(folder)
-            return read_model_files(folder)
+            return dict(read_model_files(folder))
 
     def restore(self, files: ModelFiles) -> None:
         """Inverse of :meth:`files`.

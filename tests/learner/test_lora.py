@@ -14,7 +14,7 @@ from rayrl.config import EngineConfig
 from rayrl.engine.base import EngineSetup, Sampling
 from rayrl.engine.hf import HfEngine
 from rayrl.vlm import load_captioner
-from rayrl.weights import Weights
+from rayrl.weights import Weights, load_into
 from tests.unit.test_learner import batch, largest_difference, learner, parameters, same_numbers
 
 __all__ = ["batch"]
@@ -111,6 +111,53 @@ def test_the_engines_log_probs_are_the_learners(tiny_folder, batch, prompts):
             banned_ids=captioner.banned_ids,
         )
         assert got[0, 0].tolist() == pytest.approx(completion.logprobs.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("compute", ["forward", "recompute"])
+def test_in_bfloat16_the_policy_is_the_one_that_is_published(tiny_folder, batch, compute):
+    """Rounding takes most of what small adapters add, from engines and learner alike."""
+    from rayrl.learner.batches import group_batch
+
+    options = {"dtype": "bfloat16", "activation_checkpointing": compute == "recompute"}
+    subject = adapted(tiny_folder, lr=1e-4, **options)
+    for _ in range(2):
+        subject.update(batch)
+    groups = group_batch(batch, "cpu")
+
+    def of(learner):
+        policy = learner.policy
+        return policy.forward.frozen(policy.model, groups, policy.inputs(batch))
+
+    got, base = of(subject), of(learner(tiny_folder, trainable=LANGUAGE, **options))
+    whole = learner(tiny_folder, trainable=LANGUAGE, **options)
+    load_into(whole.policy.model, subject.weights(trained_only=True))
+    assert torch.equal(got, of(whole)) and not torch.equal(got, base)
+    # What PEFT would compute is another policy.
+    for layer in subject.policy.adapters._layers.values():
+        del layer.forward
+    assert not torch.equal(got, of(subject))
+
+
+def test_gradients_pass_the_rounding(tiny_folder):
+    from rayrl.learner.lora import _Merged
+
+    torch.manual_seed(0)
+    shapes = {"x": (2, 3, 8), "weight": (6, 8), "bias": (6,), "a": (2, 8), "b": (6, 2)}
+    given = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
+    x, weight, bias, a, b = given.values()
+    seed = torch.randn(2, 3, 6)
+    plain = torch.nn.functional.linear(x, weight, bias) + 0.5 * x @ a.T @ b.T
+    want = torch.autograd.grad((plain * seed).sum(), [x, a, b])
+    got = _Merged.apply(x, weight, bias, a, b, 0.5)
+    torch.testing.assert_close(got, plain, rtol=0, atol=1e-5)
+    for mine, theirs in zip(torch.autograd.grad((got * seed).sum(), [x, a, b]), want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    rounded = [each.detach().bfloat16() for each in (x, weight, bias)]
+    low = _Merged.apply(*rounded, a, b, 0.5)
+    low_want = (low.float() * seed).sum()
+    for mine, theirs in zip(torch.autograd.grad(low_want, [a, b]), want[1:], strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs, rtol=0.1, atol=0.1)
 
 
 def test_a_checkpoint_holds_adapters_alone_and_loads_with_from_pretrained(
