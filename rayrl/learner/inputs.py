@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -16,13 +19,24 @@ from rayrl.learner.features import image_key
 from rayrl.types import TrainBatch
 from rayrl.vlm import prompt_inputs
 
+_Entry = dict[str, torch.Tensor]
+
+
+class _Prompt:
+    """An encoded image with its instruction, and the ``key`` that tells both from others."""
+
+    def __init__(self, image: bytes, instruction: str) -> None:
+        self.image, self.instruction = image, instruction
+        salt = hashlib.blake2b(instruction.encode(), digest_size=32).digest()
+        self.key = hashlib.blake2b(image, key=salt, digest_size=16).digest()
+
 
 class InputCache:
     """Processed prompts, least recently used out first, bounded in bytes: no more than the last
     one is kept beyond the bound.  Pixels are kept in ``dtype``, the model's.
 
     Decoding and normalizing a picture costs more than a small captioner's update on it, so this
-    is also done ahead, for the next step.
+    is also done ahead, for the next step, and in as many threads as PyTorch computes in.
     """
 
     def __init__(
@@ -38,13 +52,18 @@ class InputCache:
         self._bytes = 0
         self._entries: OrderedDict[bytes, dict[str, torch.Tensor]] = OrderedDict()
         self._ahead: set[bytes] = set()
+        self._at_once = torch.get_num_threads()
+        self._threads = ThreadPoolExecutor(self._at_once, "pictures")
+        self._of_thread = threading.local()
 
     def batch(self, images: Sequence[bytes], instruction: str | Sequence[str]) -> BatchFeature:
         """Inputs of P prompts, with one instruction for all or one each: input_ids and
         attention_mask [P, S] padded on the left, the rest one after the other along the first
         axis."""
         given = [instruction] * len(images) if isinstance(instruction, str) else instruction
-        entries = [self._entry(*prompt) for prompt in zip(images, given, strict=True)]
+        prompts = [_Prompt(*prompt) for prompt in zip(images, given, strict=True)]
+        begun = self._begin(prompts)
+        entries = [self._entry(prompt, begun) for prompt in prompts]
         shapes = {tuple((k, v.shape[1:]) for k, v in e.items() if k not in _TEXT) for e in entries}
         if len(shapes) > 1 and "pixel_attention_mask" not in entries[0]:
             # Pictures of different sizes: only the processor knows how its family pads them, where
@@ -56,26 +75,43 @@ class InputCache:
         """Process prompts of the next step, as many as there is room for.  Nothing pushes them out
         until others are prepared.  One that cannot be processed is left out."""
         self._ahead, waiting = set(), 0
-        for image in images:
-            with suppress(OSError, ValueError):
-                size = _num_bytes(self._entry(image, instruction))
-                if self._ahead and waiting + size > self._max_bytes:
-                    break
-                self._ahead.add(_key(image, instruction))
-                waiting += size
+        prompts = [_Prompt(image, instruction) for image in images]
+        for start in range(0, len(prompts), self._at_once):
+            some = prompts[start : start + self._at_once]
+            begun = self._begin(some)
+            for prompt in some:
+                with suppress(OSError, ValueError):
+                    size = _num_bytes(self._entry(prompt, begun))
+                    if self._ahead and waiting + size > self._max_bytes:
+                        return
+                    self._ahead.add(prompt.key)
+                    waiting += size
 
-    def _entry(self, image: bytes, instruction: str) -> dict[str, torch.Tensor]:
-        key = _key(image, instruction)
-        entry = self._entries.get(key)
+    def _begin(self, prompts: Sequence[_Prompt]) -> dict[bytes, Future[_Entry]]:
+        """Have threads process what is not there."""
+        missing = {prompt.key: prompt for prompt in prompts if prompt.key not in self._entries}
+        return {k: self._threads.submit(self._processed, one) for k, one in missing.items()}
+
+    def _entry(self, prompt: _Prompt, begun: Mapping[bytes, Future[_Entry]]) -> _Entry:
+        """What was ``begun`` or is there already."""
+        entry = self._entries.get(prompt.key)
         if entry is None:
-            entry = self._compact(prompt_inputs(self._processor, [image], [instruction]))
-            self._entries[key] = entry
+            # What was there may have been pushed out meanwhile.
+            entry = begun[prompt.key].result() if prompt.key in begun else self._processed(prompt)
+            self._entries[prompt.key] = entry
             self._bytes += _num_bytes(entry)
             self._shrink()
-        self._entries.move_to_end(key)
+        self._entries.move_to_end(prompt.key)
         return entry
 
-    def _compact(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _processed(self, prompt: _Prompt) -> _Entry:
+        own = self._of_thread
+        if not hasattr(own, "processor"):
+            # Tokenizers change while they are used.
+            own.processor = copy.deepcopy(self._processor)
+        return self._compact(prompt_inputs(own.processor, [prompt.image], [prompt.instruction]))
+
+    def _compact(self, inputs: Mapping[str, torch.Tensor]) -> _Entry:
         """The same in fewer bytes: a processor's mask of pixels has eight a pixel."""
         entry = dict(inputs)
         if "pixel_values" in entry:
@@ -94,11 +130,6 @@ class InputCache:
                 break
             if key not in self._ahead:
                 self._bytes -= _num_bytes(self._entries.pop(key))
-
-
-def _key(image: bytes, instruction: str) -> bytes:
-    salt = hashlib.blake2b(instruction.encode(), digest_size=32).digest()
-    return hashlib.blake2b(image, key=salt, digest_size=16).digest()
 
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
