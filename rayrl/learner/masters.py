@@ -32,8 +32,10 @@ class Masters:
         for name in self._copied:
             gradient, master = self._computing[name].grad, self.named[name]
             if gradient is not None:
-                whole = gradient.float()
-                master.grad = whole if master.grad is None else master.grad + whole
+                if master.grad is None:
+                    master.grad = gradient.float()
+                else:
+                    master.grad.add_(gradient)
                 self._computing[name].grad = None
 
     @property

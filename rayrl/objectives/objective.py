@@ -81,9 +81,10 @@ class Prepared:
 
     def normalizer(self) -> Normalizer:
         """The denominators of this minibatch."""
-        keep = self.fields["caption_weights"]
+        keep, active = self.fields["caption_weights"], self.fields["active"]
         tokens = (self.fields["token_weights"].sum(-1) * keep).sum()
-        return Normalizer(float(tokens), float(keep.sum()), float(self.fields["active"].sum()))
+        # Read at once: each time a GPU must have done all that it was given before.
+        return Normalizer(*torch.stack([tokens, keep.sum(), active.to(keep).sum()]).tolist())
 
     def caption_advantages(self) -> Tensor:
         """One number a caption [P,G] that says, for people, where the objective pushes it: its
