@@ -105,11 +105,11 @@ class Fleet:
         """Have an engine that shares the learner's GPU leave it, until it gets the next version."""
         if not self._config.rollout.colocate:
             return
-        level = self._config.sleep_level
+        self._rollout.wait()
         workers = self._rollout.constructed
+        level = self._config.sleep_level
         calls = [Call(worker, worker.actor.sleep.remote(level)) for worker in workers]
         self._versions.answers(self._rollout, calls)
-        self._pull_whole = level == 2
 
     def send(self, version: int, source: Source) -> bool:
         """Have every rollout worker hold the learner's weights, which are ``version``, without

@@ -28,6 +28,15 @@ LOST = (*DIED, GetTimeoutError, ObjectLostError, OtherVersion)
 the result is gone, or when one that held the weights is, so that they did not reach the worker."""
 
 
+def lost_its_gpu(error: BaseException | None) -> bool:
+    """Whether its GPU failed a process, which can do nothing on it any more.  A memory too small is
+    no such failure: it would be so for another process too."""
+    text = str(error)
+    failed = "CUDA error" in text or "Triton Error [CUDA]" in text
+    too_small = "out of memory" in text or "ALLOC_FAILED" in text
+    return isinstance(error, RuntimeError) and failed and not too_small
+
+
 def construction_failed(error: Exception) -> bool:
     """Whether an actor's constructor raised, as that of another one in its place would."""
     return isinstance(error, RayActorError) and bool(error.actor_init_failed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -19,10 +21,14 @@ class TakesTurns:
         self._optimizer, self._masters = optimizer, masters
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._device = parameters[0].device
-        self._move(torch.device("cpu"))
+        self._places: dict[Any, torch.Tensor] = {}
+        self._leave()
 
     def __enter__(self) -> None:
-        self._move(self._device)
+        for master in self._masters.copies:
+            master.data = master.data.to(self._device, non_blocking=True)
+        for parameter, name, value in self._states():
+            self._optimizer.state[parameter][name] = value.to(self._device, non_blocking=True)
 
     def __exit__(
         self,
@@ -31,14 +37,30 @@ class TakesTurns:
         trace: TracebackType | None,
     ) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-        self._move(torch.device("cpu"))
-        torch.cuda.empty_cache()
+        self._leave()
 
-    def _move(self, device: torch.device) -> None:
-        for master in self._masters.copies:
-            master.data = master.data.to(device)
-        for state in self._optimizer.state.values():
-            for name, value in state.items():
-                # The number of steps is a scalar that AdamW keeps in host memory.
+    def _leave(self) -> None:
+        for number, master in enumerate(self._masters.copies):
+            master.data = self._in_host_memory(number, master.data)
+        for parameter, name, value in self._states():
+            there = self._in_host_memory((parameter, name), value)
+            self._optimizer.state[parameter][name] = there
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+
+    def _states(self) -> Iterator[tuple[torch.Tensor, str, torch.Tensor]]:
+        """The optimizer's tensors, but not its counts of steps, which are single numbers."""
+        for parameter, state in self._optimizer.state.items():
+            for name, value in list(state.items()):
                 if isinstance(value, torch.Tensor) and value.dim():
-                    state[name] = value.to(device)
+                    yield parameter, name, value
+
+    def _in_host_memory(self, key: Any, value: torch.Tensor) -> torch.Tensor:
+        """The same values in a place that stays: pinned memory, to and from which a GPU copies
+        several times as fast, is slow to get."""
+        if value.device.type == "cpu":
+            return value
+        if key not in self._places:
+            self._places[key] = torch.empty_like(value, device="cpu", pin_memory=True)
+        return self._places[key].copy_(value, non_blocking=True)

@@ -125,6 +125,34 @@ def test_an_engine_that_was_sent_nothing_is_woken_by_the_pull_that_follows(worke
     assert calls[-4:] == ["wake weights", "load 3", "read back", "wake cache"]
 
 
+class Ended(BaseException):
+    """In place of the end of this process."""
+
+
+def test_a_worker_whose_gpu_fails_it_ends_and_is_no_error_of_the_run(worker, monkeypatch, caplog):
+    def end(code):
+        raise Ended(code)
+
+    def failing_with(error):
+        def fail(prompts, max_tokens):
+            raise error
+
+        return fail
+
+    actor, _ = worker
+    actor.load((), version(0))
+    monkeypatch.setattr(rollout.os, "_exit", end)
+    actor._engine.greedy = failing_with(torch.AcceleratorError("CUDA error: unspecified launch"))
+    with pytest.raises(Ended):
+        actor.greedy([], 5, 0)
+    assert "GPU failed it, so it ends: CUDA error: unspecified launch" in caplog.text
+    # Of these the next worker would fail too.
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("size mismatch")):
+        actor._engine.greedy = failing_with(error)
+        with pytest.raises(type(error)):
+            actor.greedy([], 5, 0)
+
+
 class Llm:
     def __init__(self, awake):
         self.calls, self.awake = [], awake
@@ -188,20 +216,28 @@ def test_what_an_update_alone_needs_moves_and_the_model_stays(tiny_folder, batch
     turns = TakesTurns(subject.optimizer, subject.policy.masters)
     with turns:
         subject.update(batch)
-    moved = []
+    back, away = {}, {}
+
     # This machine may have one device only, so calls are recorded in place of copies.
-    monkeypatch.setattr(
-        torch.Tensor, "to", lambda self, device: moved.append((self.data_ptr(), device)) or self
-    )
-    with turns:
-        back = dict(moved)
-        moved.clear()
+    def to(self, device, non_blocking):
+        return back.update({self.data_ptr(): device}) or self
+
+    def in_host_memory(self, key, value):
+        assert away.setdefault(key, value.data_ptr()) == value.data_ptr()
+        return value
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(TakesTurns, "_in_host_memory", in_host_memory)
+    for _ in range(2):
+        with turns:
+            pass
     moments = [m for state in subject.optimizer.state.values() for m in state.values() if m.dim()]
     masters = subject.policy.masters.copies
     assert len(moments) == 2 * len(masters) > 0
     assert set(back) == {tensor.data_ptr() for tensor in [*moments, *masters]}
     assert set(back.values()) == {next(subject.policy.model.parameters()).device}
-    assert dict(moved) == dict.fromkeys(back, torch.device("cpu"))
+    # Each has a place of its own.
+    assert sorted(away.values()) == sorted(back)
     assert not set(back) & {p.data_ptr() for p in subject.policy.model.parameters()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,3 +27,23 @@ def test_engines_are_not_sent_the_weights_that_they_will_pull(
     small = put[0]
     assert list(small) == ["config.json", "tokenizer.json"]
     assert all(small[name] is files[name] for name in small)
+
+
+def test_an_engine_that_slept_is_sent_what_trains_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It forgets its weights only where all of them train."""
+    sent: list[bool] = []
+    pool = SimpleNamespace(constructed=[], wait=lambda: None)
+    monkeypatch.setattr(fleet.ray, "put", lambda value: value)
+    monkeypatch.setattr(fleet, "rollout_pool", lambda *arguments, **options: pool)
+    monkeypatch.setattr(fleet, "reward_pool", lambda *arguments, **options: pool)
+    learner = {"gpus": 0.5}
+    rollout = {"colocate": True, "gpus": 0.5, "num_workers": 1, "max_workers": 1}
+    config = Config.model_validate({"learner": learner, "rollout": rollout, "xe": {"steps": 0}})
+    assert config.sleep_level == 2
+    subject = fleet.Fleet(config, {}, Statistics(), RestartBudget(0), greedy_baseline=False)
+    monkeypatch.setattr(
+        subject._versions, "publish", lambda *_, whole, **options: sent.append(whole)
+    )
+    subject.sleep()
+    subject.publish(3, "trained")
+    assert sent == [False]

@@ -62,7 +62,13 @@ def test_the_learner_is_rebuilt(error):
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), RankLost),
         (torch.distributed.DistBackendError("NCCL error: remote process exited"), RankLost),
         (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), RankLost),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `gemm`"), RankLost),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access"), RankLost),
         (torch.AcceleratorError("CUDA error: out of memory"), RayTaskError),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `create`"),
+            RayTaskError,
+        ),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RayTaskError),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b"), RayTaskError),
         (ValueError("prompt a/0: the engine used other prompt ids"), RayTaskError),
