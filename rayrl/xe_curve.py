@@ -27,7 +27,10 @@ class XeCurve:
     say: Callable[[str], None]
 
     def stage1(self, snapshots: Sequence[Snapshot]) -> None:
-        """The models of stage 1 over its training time, into ``xe/metrics.jsonl``."""
+        """The models of stage 1 over its training time, into ``xe/metrics.jsonl``; nothing where
+        it has none but the one that the run starts from, whose score is the run's at step 0."""
+        if len(snapshots) == 1:
+            return
         self._score(snapshots, self.folder / "xe" / "metrics.jsonl")
 
     def control(self, stage1: Snapshot, seconds: float) -> float:
