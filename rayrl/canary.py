@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from rayrl.config import Config
 from rayrl.types import FloatArray, Prompt
 
 
@@ -24,15 +23,11 @@ class Canary:
     token_ids: Sequence[int]
 
 
-def make_canary(config: Config, model_folder: Path, prompt: Prompt) -> Canary:
-    """The prompt's first reference in the model's tokens, shorter than the longest caption: an
-    engine scores a caption by sampling one token after it."""
-    from rayrl.vlm import load_processor
-
-    processor = load_processor(model_folder, trust_remote_code=config.model.trust_remote_code)
-    ids = processor.tokenizer(f" {prompt.references[0].strip()}", add_special_tokens=False)
-    most = max(1, config.sampling.max_tokens - 1)
-    return Canary(prompt=prompt, token_ids=ids["input_ids"][:most])
+def make_canary(tokenizer: Any, prompt: Prompt, max_tokens: int) -> Canary:
+    """The prompt's first reference in the model's tokens, shorter than the longest caption, of
+    ``max_tokens``: an engine scores a caption by sampling one token after it."""
+    ids = tokenizer(f" {prompt.references[0].strip()}", add_special_tokens=False)["input_ids"]
+    return Canary(prompt=prompt, token_ids=ids[: max(1, max_tokens - 1)])
 
 
 def check_agreement(

@@ -1,11 +1,13 @@
 """Checkpoints: a model folder that ``from_pretrained`` loads, plus what a resumed run needs.
 
-    checkpoints/step_40/   config.json, model.safetensors, tokenizer …   the captioner
-                           trainer.safetensors, trainer.json             optimizer, positions
-    checkpoints/latest     a link to the newest whole one
+    checkpoints/step_40/           config.json, model.safetensors …           the captioner
+    checkpoints/step_40/trainer/   meta.json, arrays-1.safetensors …         optimizer, positions
+    checkpoints/latest             a link to the newest whole one
 
+What is not the captioner lies apart, for engines load every tensor file that they find beside it.
 A checkpoint is written beside its place and renamed into it, so a crash or a full disk leaves the
-previous one whole.  No pickle is written or read.
+previous one whole.  Neither writing nor reading holds all of it in memory: with the optimizer's
+moments it is several times the model.  No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -14,18 +16,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from rayrl.weights import ModelFiles, read_model_files
 
-_TENSORS, _META = "trainer.safetensors", "trainer.json"
+_TRAINER, _META = "trainer", "meta.json"
+_FILE_BYTES = 2**30
+"""About how many bytes of arrays one file holds."""
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 
 
@@ -51,12 +55,15 @@ def save_checkpoint(
     partial = folder / f".step_{checkpoint.step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir()
+        trainer = partial / _TRAINER
+        trainer.mkdir(parents=True)
         for name, content in checkpoint.model_files.items():
             _write(partial / name, content.data)
-        _write(partial / _TENSORS, checkpoint.arrays)
-        meta = {"step": checkpoint.step, **checkpoint.meta}
-        _write(partial / _META, json.dumps(meta, indent=1).encode())
+        count = 0
+        for count, arrays in enumerate(split(checkpoint.arrays, _FILE_BYTES), start=1):
+            _write(_arrays_file(trainer, count), arrays)
+        meta = {**checkpoint.meta, "step": checkpoint.step, "array_files": count}
+        _write(trainer / _META, json.dumps(meta, indent=1).encode())
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
     except OSError:
@@ -66,6 +73,25 @@ def save_checkpoint(
     for old in set(list_checkpoints(folder)[:-keep]) - set(spare):
         shutil.rmtree(folder / f"step_{old}", ignore_errors=True)
     return place
+
+
+def split(arrays: Mapping[str, np.ndarray], most: int) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays in their order, at a time as many as have at most so many bytes together, or one
+    that has more.  Each is asked for once."""
+    part: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in arrays.items():
+        if part and size + array.nbytes > most:
+            yield part
+            part, size = {}, 0
+        part[name] = array
+        size += array.nbytes
+    if part:
+        yield part
+
+
+def _arrays_file(trainer: Path, number: int) -> Path:
+    return trainer / f"arrays-{number}.safetensors"
 
 
 def point_latest_at(place: Path) -> None:
@@ -117,23 +143,48 @@ def newest_checkpoint(folder: Path) -> Path:
     return place
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read ``step_N`` or ``latest``.
+class StoredArrays(Mapping[str, np.ndarray]):
+    """Arrays in safetensors files, each read when it is asked for, in the order of their names.
 
-    Raises FileNotFoundError when there is none, ValueError when it is not a checkpoint."""
+    Raises ValueError naming the file that is damaged."""
+
+    def __init__(self, files: Collection[Path]) -> None:
+        self._where: dict[str, Any] = {}
+        for file in files:
+            try:
+                # What it keeps open can be read to the end, whoever removes the file.
+                opened = safe_open(file, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file}: damaged: {error}") from None
+            self._where |= dict.fromkeys(opened.keys(), opened)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array: np.ndarray = self._where[name].get_tensor(name)
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """``step_N`` or ``latest``, of which files and arrays are read when they are asked for.
+
+    Raises FileNotFoundError when there is none, ValueError when it is damaged."""
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no checkpoint to resume from")
-    meta_file, tensors = folder / _META, folder / _TENSORS
-    for file in (meta_file, tensors):
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder}: no {file.name}, so it is not a run's checkpoint")
+    trainer = folder / _TRAINER
+    if not (trainer / _META).is_file():
+        raise FileNotFoundError(f"{folder}: no {_TRAINER}/{_META}, so it is not a run's checkpoint")
     try:
-        meta = json.loads(meta_file.read_text())
-        arrays = load_file(tensors)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{folder}: damaged checkpoint: {error}") from None
-    files = {k: v for k, v in read_model_files(folder).items() if k not in (_META, _TENSORS)}
-    return Checkpoint(step=int(meta["step"]), model_files=files, arrays=arrays, meta=meta)
+        meta = json.loads((trainer / _META).read_text())
+        step, count = int(meta["step"]), int(meta["array_files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{trainer / _META}: damaged: {error!r}") from None
+    arrays = StoredArrays([_arrays_file(trainer, number + 1) for number in range(count)])
+    return Checkpoint(step=step, model_files=read_model_files(folder), arrays=arrays, meta=meta)
 
 
 def split_state(
@@ -164,7 +215,7 @@ def join_state(
     values: Mapping[str, Any], arrays: Mapping[str, np.ndarray], prefix: str = "objective/"
 ) -> dict[str, Any]:
     """Inverse of :func:`split_state`; tensors come back as arrays."""
-    mine = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    mine = {k.removeprefix(prefix): arrays[k] for k in arrays if k.startswith(prefix)}
     own = {name: value for name, value in mine.items() if "/" not in name}
     within = {
         name: join_state(value, arrays, f"{prefix}{name}/")

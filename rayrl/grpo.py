@@ -23,7 +23,7 @@ from rayrl.actors.telemetry import RayMetrics
 from rayrl.actors.tracing import Tracer
 from rayrl.actors.versions import VersionLost
 from rayrl.backup import Backup
-from rayrl.canary import Canary, make_canary
+from rayrl.canary import Canary
 from rayrl.checkpoint import list_checkpoints
 from rayrl.cli import Invocation
 from rayrl.config import Config
@@ -66,11 +66,11 @@ class Run:
     skipped: Skipped
     backup: Backup
     signatures: Mapping[str, str]
-    canary: Canary
     phases: Phases
     tracer: Tracer
     reference: ReferenceRewards = field(default_factory=ReferenceRewards)
     stop: StopRequest = field(default_factory=StopRequest)
+    canary: Canary | None = None
     saved_step: int = -1
 
 
@@ -183,8 +183,10 @@ def publish(run: Run, version: int, *, first: bool = False) -> None:
     if first or not run.fleet.send(version, learner):
         trained = learner.weights(trained_only=True)
         run.fleet.publish(version, trained, frozen=frozen, source=learner)
+    # The learner makes it: a driver that knew the model's tokens would be slow to start.
+    run.canary = run.canary or learner.canary(run.heldout.prompts[0])
     if first or version % run.config.rollout.canary_every == 0:
-        run.fleet.probe(version, run.canary, run.learner.score(run.canary))
+        run.fleet.probe(version, run.canary, learner.score(run.canary))
 
 
 def _log(
@@ -313,7 +315,6 @@ def _start(
         },
         phases=Phases(listener=tracer.phase),
         tracer=tracer,
-        canary=make_canary(config, stage1.folder, heldout.prompts[0]),
     )
 
 
@@ -321,6 +322,7 @@ def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) 
     """Score stage 1, train, score a control that got more of stage 1, and write it all up."""
     curve = XeCurve(run.config, run.folder, run.fleet, run.heldout, run.log.message)
     if resume:
+        run.fleet.sleep()  # an engine on the learner's GPU, which needs room for all that is read
         start = restore(run)
     else:
         start = 0

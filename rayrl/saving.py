@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayrl.adapters import with_base
@@ -23,33 +27,41 @@ def save(run: Run, *, last: bool) -> None:
 
     A full disk costs this checkpoint and not the run, unless it is the ``last``: then OSError, for
     a run without its end has not ended well."""
-    checkpoint = run.learner.checkpoint()
-    place = run.folder / "checkpoints"
-    meta = {**checkpoint.meta, "data": run.train_data.fingerprint(), "seed": run.config.seed}
-    meta["signatures"] = dict(run.signatures)
-    meta["rounds"] = run.rounds.state()
-    whole = Checkpoint(
-        step=checkpoint.step,
-        model_files=with_base(checkpoint.model_files, run.base),
-        arrays={**checkpoint.arrays, **run.reference.arrays()},
-        meta=meta,
-    )
+    step = run.learner.step
     try:
         run.log.flush()
-        keep, copying = run.config.train.keep_checkpoints, run.backup.copying()
-        saved = save_checkpoint(place, whole, keep=keep, spare=copying)
+        saved = run.learner.checkpoint(partial(_write, run))
     except OSError as error:
-        steps = list_checkpoints(place)
+        steps = list_checkpoints(run.folder / "checkpoints")
         hint = f"the newest is of step {steps[-1]}" if steps else "there is none yet"
         then = "make room and --resume" if last else "going on"
-        text = f"checkpoint of step {checkpoint.step} failed: {error}; {hint}; {then}"
+        text = f"checkpoint of step {step} failed: {error}; {hint}; {then}"
         if last:
             raise OSError(text) from error
         run.log.message(text)
         return
-    run.saved_step = checkpoint.step
+    run.saved_step = step
     run.learner.rebuild_from(saved)
-    run.backup.checkpoint(checkpoint.step, last=last)
+    run.backup.checkpoint(step, last=last)
+
+
+def _write(run: Run, checkpoint: Checkpoint) -> Path:
+    """Write the learner's checkpoint with what a run must know of itself."""
+    own = {
+        "data": run.train_data.fingerprint(),
+        "seed": run.config.seed,
+        "signatures": dict(run.signatures),
+        "rounds": run.rounds.state(),
+    }
+    arrays = ChainMap(dict(run.reference.arrays()), checkpoint.arrays)  # type: ignore[arg-type]
+    whole = replace(
+        checkpoint,
+        model_files=with_base(checkpoint.model_files, run.base),
+        arrays=arrays,
+        meta={**checkpoint.meta, **own},
+    )
+    keep, spare = run.config.train.keep_checkpoints, run.backup.copying()
+    return save_checkpoint(run.folder / "checkpoints", whole, keep=keep, spare=spare)
 
 
 def restore(run: Run) -> int:

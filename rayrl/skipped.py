@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from rayrl.types import StepReport
 
 _KEEP = 3
 
+Use = Callable[[Checkpoint], Path]
+
 
 class Skipped:
     """The optimizer steps that were skipped since the last that was taken.
@@ -26,8 +29,9 @@ class Skipped:
         self._folder, self._config, self._say = folder, config, say
         self._problems: list[str] = []
 
-    def check(self, report: StepReport, fetch: Callable[[], Checkpoint]) -> None:
-        """Say why a step was skipped and keep its batch, which ``fetch`` gets from the learner.
+    def check(self, report: StepReport, fetch: Callable[[Use], Path]) -> None:
+        """Say why a step was skipped and keep its batch, which ``fetch`` gets from the learner for
+        the function that keeps it.
 
         Raises RuntimeError with the first cause after ``learner.max_skipped`` in a row."""
         if not report.problem:
@@ -36,7 +40,7 @@ class Skipped:
         self._problems.append(report.problem)
         why = f"step {report.step}: an optimizer step was skipped: {report.problem}"
         try:
-            place = save_replay(self._folder, fetch(), self._config)
+            place = fetch(lambda replay: save_replay(self._folder, replay, self._config))
             self._say(f"{why}; look at it with --replay {place}")
         except OSError as error:
             self._say(f"{why}; its batch could not be kept: {error}")
@@ -51,5 +55,5 @@ class Skipped:
 def save_replay(folder: Path, replay: Checkpoint, config: Config) -> Path:
     """Write ``replay/step_N`` in a run's folder, of which the newest three stay."""
     text = np.frombuffer(cli.dump(config).encode(), np.uint8)
-    whole = replace(replay, model_files={**replay.model_files, cli.REPLAY_CONFIG: text})
-    return save_checkpoint(folder / "replay", whole, keep=_KEEP)
+    files = ChainMap({cli.REPLAY_CONFIG: text}, replay.model_files)  # type: ignore[arg-type]
+    return save_checkpoint(folder / "replay", replace(replay, model_files=files), keep=_KEEP)

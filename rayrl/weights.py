@@ -219,23 +219,36 @@ def load_into(model: torch.nn.Module, weights: Loadable) -> None:
             target.copy_(tensor)
 
 
-def read_model_files(folder: str | Path) -> dict[str, np.ndarray]:
-    """All files of a model folder (not of its sub-folders) as byte arrays."""
+class FolderFiles(Mapping[str, np.ndarray]):
+    """The files of a folder as it is now (not of its sub-folders) as byte arrays, each read when it
+    is asked for: a large model is not held in memory for the sake of its small files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.fromfile(self._files[name], dtype=np.uint8)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def read_model_files(folder: str | Path) -> FolderFiles:
+    """All files of a model folder; FileNotFoundError where it is none."""
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise FileNotFoundError(f"{folder}: no config.json, so this is not a model folder")
-    return {
-        file.name: np.fromfile(file, dtype=np.uint8)
-        for file in sorted(folder.iterdir())
-        if file.is_file()
-    }
+    return FolderFiles(folder)
 
 
-def without_weights(files: ModelFiles) -> ModelFiles:
-    """The small files among those of :func:`read_model_files`: what an engine starts from that
-    will pull its weights."""
+def without_weights(files: ModelFiles) -> dict[str, np.ndarray]:
+    """The small files among those of :func:`read_model_files`, in memory: what an engine starts
+    from that will pull its weights."""
     weights = (".safetensors", ".safetensors.index.json", ADAPTER_CONFIG)
-    return {name: content for name, content in files.items() if not name.endswith(weights)}
+    return {name: files[name] for name in files if not name.endswith(weights)}
 
 
 def write_model_files(files: ModelFiles, folder: Path, *, with_weights: bool) -> Path:

@@ -19,6 +19,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from rayrl.actors.cluster import connect, failing_in_one_line, worker_environment
+from rayrl.actors.pieces import in_pieces
 from rayrl.config import Config
 from rayrl.data import load_split
 from rayrl.data.order import prompt_indices
@@ -37,12 +38,12 @@ def train_xe(
     place = out / name
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    files = ray.put(read_model_files(start))
+    files = in_pieces(read_model_files(start))
     # A run that is bounded by time needs enough data, not an exact amount.
     steps = config.xe.steps if seconds is None else max(config.xe.steps, int(seconds * 50))
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"config": config, "files": [files], "seconds": seconds, "steps": steps},
+        train_loop_config={"config": config, "files": files, "seconds": seconds, "steps": steps},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.xe.num_workers,
             use_gpu=config.learner.gpus > 0,
@@ -109,7 +110,7 @@ def _train_worker(setup: dict[str, Any]) -> None:
     from rayrl.learner.xe import XeTrainer
 
     config: Config = setup["config"]
-    files: ModelFiles = ray.get(setup["files"][0])
+    files: ModelFiles = setup["files"]
     context = ray.train.get_context()
     world, rank = context.get_world_size(), context.get_world_rank()
     with tempfile.TemporaryDirectory(prefix="rayrl-xe-") as folder:

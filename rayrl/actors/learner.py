@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import ray
 from torch import Tensor
 
+from rayrl.actors.pieces import shipped
 from rayrl.adapters import AdapterWeights
 from rayrl.batch import make_batch
 from rayrl.buckets import Manifest
-from rayrl.canary import Canary
+from rayrl.canary import Canary, make_canary
 from rayrl.checkpoint import Checkpoint
 from rayrl.config import Config
 from rayrl.objectives import build
@@ -45,6 +46,7 @@ class LearnerActor(Traced):
 
         self._transport: Transport | None = None
         self._staged: tuple[Manifest, list[Tensor]] | None = None
+        self._max_tokens = config.sampling.max_tokens
         with tempfile.TemporaryDirectory(prefix="rayrl-learner-") as folder:
             self._learner = Learner(
                 write_model_files(files, Path(folder), with_weights=True),
@@ -78,7 +80,8 @@ class LearnerActor(Traced):
 
     def replay(self) -> Checkpoint | None:
         """What the last step skipped, if it did."""
-        return self._learner.replay()
+        replay = self._learner.replay()
+        return replay and shipped(replay)
 
     # Ray reads the number of results from the innermost function.
     @traced  # type: ignore[arg-type]
@@ -116,6 +119,11 @@ class LearnerActor(Traced):
         if self._transport is not None:
             self._transport.done()
 
+    def canary(self, prompt: Prompt) -> Canary:
+        """A caption of ``prompt`` that engines and learner score alike."""
+        tokenizer = self._learner.policy.processor.tokenizer
+        return make_canary(tokenizer, prompt, self._max_tokens)
+
     @traced
     def score(self, canary: Canary) -> FloatArray:
         """Log-probs [T] of the canary caption under the current weights."""
@@ -123,7 +131,8 @@ class LearnerActor(Traced):
 
     @traced
     def checkpoint(self) -> Checkpoint | None:
-        return self._learner.checkpoint()
+        checkpoint = self._learner.checkpoint()
+        return checkpoint and shipped(checkpoint)
 
     def restore(self, checkpoint: Checkpoint) -> int:
         """Continue from a checkpoint; returns its step."""

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import ObjectLostError, RayError
@@ -21,8 +21,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrl.actors.cluster import worker_environment
 from rayrl.actors.learner import LearnerActor
-from rayrl.actors.losses import DIED, construction_failed
+from rayrl.actors.losses import DIED, construction_failed, lost_its_gpu
 from rayrl.actors.pending import Pending
+from rayrl.actors.pieces import in_pieces, shipped
 from rayrl.actors.pool import RestartBudget
 from rayrl.canary import Canary
 from rayrl.checkpoint import Checkpoint, load_checkpoint
@@ -30,10 +31,12 @@ from rayrl.config import Config
 from rayrl.outline import Results, whole
 from rayrl.scaling import shortage
 from rayrl.shares import Parts, Sampled, Scored
-from rayrl.types import StepReport
+from rayrl.types import Prompt, StepReport
 from rayrl.weights import ModelFiles
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _GRACE_S = 5.0
 """After the first rank has failed, how long the others may take to say why."""
@@ -58,7 +61,7 @@ class LearnerGroup:
 
     def __init__(self, config: Config, files: ModelFiles, budget: RestartBudget) -> None:
         self._config = config
-        self._files = ray.put(files)
+        self._files = in_pieces(files)
         self._budget = budget
         learner = config.learner
         asked = {"CPU": learner.cpus, "GPU": learner.gpus}
@@ -94,10 +97,10 @@ class LearnerGroup:
         self.step = report.step
         return report
 
-    def replay(self) -> Checkpoint:
-        """What the last step skipped; for a step whose report names a problem."""
-        replay: Checkpoint = self._surely(lambda: ray.get(self._call("replay")))
-        return replay
+    def replay(self, use: Callable[[Checkpoint], T]) -> T:
+        """What ``use`` makes of what the last step skipped; for a step whose report names a
+        problem."""
+        return self._surely(lambda: use(ray.get(self._call("replay"))))
 
     def weights(self, *, trained_only: bool) -> Any:
         """A reference to the current :class:`Weights`, once they are packed."""
@@ -137,19 +140,24 @@ class LearnerGroup:
         """Have the current weights ready to be sent by rank 0."""
         self._surely(lambda: self._call("stage", trained_only=trained_only))
 
+    def canary(self, prompt: Prompt) -> Canary:
+        """The caption that engines and learner are to score alike."""
+        canary: Canary = self._surely(lambda: ray.get(self._call("canary", prompt)))
+        return canary
+
     def score(self, canary: Canary) -> Any:
         """A reference to the canary caption's log-probs [T] under the current weights."""
         return self._surely(lambda: self._call("score", canary))
 
-    def checkpoint(self) -> Checkpoint:
-        """Everything that a resumed run needs of the learner."""
-        checkpoint: Checkpoint = self._surely(lambda: ray.get(self._call("checkpoint")))
-        return checkpoint
+    def checkpoint(self, use: Callable[[Checkpoint], T]) -> T:
+        """What ``use`` makes of everything that a resumed run needs of the learner.  It comes piece
+        by piece as it is read; ``use`` is called again where the learner is lost meanwhile."""
+        return self._surely(lambda: use(ray.get(self._call("checkpoint"))))
 
     def restore(self, checkpoint: Checkpoint, folder: Path) -> int:
         """Continue from a checkpoint, which was read from ``folder``; returns its step."""
         self.rebuild_from(folder)
-        shared = ray.put(checkpoint)
+        shared = ray.put(shipped(checkpoint))
         self.step = int(self._surely(lambda: ray.get(self._call("restore", shared))))
         return self.step
 
@@ -191,7 +199,7 @@ class LearnerGroup:
             for rank in range(learner.num_workers)
         ]
 
-    def _surely(self, call: Callable[[], Any]) -> Any:
+    def _surely(self, call: Callable[[], T]) -> T:
         """The result of ``call``, on a rebuilt group where one was lost, while the budget lasts."""
         while True:
             try:
@@ -210,7 +218,7 @@ class LearnerGroup:
         # Ray looks for another place itself where a machine went with the rank.
         self._placed = False
         if self._origin is not None:
-            self._call("restore", ray.put(load_checkpoint(self._origin)))
+            self._call("restore", ray.put(shipped(load_checkpoint(self._origin))))
         self._repeat(since)
 
     def _repeat(self, updates: Sequence[list[Any]]) -> None:
@@ -286,7 +294,7 @@ class LearnerGroup:
         size = len(self._ranks)
         first, error = next(iter(errors.items()))
         for rank, died in errors.items():
-            if isinstance(died, DIED) or _lost_its_gpu(died):
+            if isinstance(died, DIED) or lost_its_gpu(getattr(died, "cause", None)):
                 if construction_failed(died):
                     raise died
                 raise RankLost(f"learner rank {rank} of {size} died: {died}") from died
@@ -300,15 +308,6 @@ class LearnerGroup:
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks, self._built = [], False
-
-
-def _lost_its_gpu(error: RayError) -> bool:
-    """Whether the GPU failed a rank, which can do nothing on it any more; a memory too small would
-    be so for another rank too."""
-    import torch  # the driver need not load it before
-
-    cause = getattr(error, "cause", None)
-    return isinstance(cause, torch.AcceleratorError) and "out of memory" not in str(cause)
 
 
 def _complains(error: RayError) -> bool:

@@ -92,7 +92,7 @@ class EarlierCaptions:
         self._captions = {}
         if f"{_PREFIX}images" not in arrays:
             return
-        mine = {k.removeprefix(_PREFIX): v for k, v in arrays.items() if k.startswith(_PREFIX)}
+        mine = {k.removeprefix(_PREFIX): arrays[k] for k in arrays if k.startswith(_PREFIX)}
         images, names = (mine[key].tobytes().decode().split("\n") for key in ("images", "terms"))
         ends = np.cumsum(mine["numbers"][:, 3].astype(int))[:-1]
         ids, logprobs = (np.split(mine[key], ends) for key in ("token_ids", "logprobs"))

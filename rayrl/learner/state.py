@@ -14,6 +14,9 @@ from rayrl.learner.parallel import SOLO, Ranks, like
 from rayrl.vlm import load_captioner
 from rayrl.weights import ModelFiles, read_model_files, write_model_files
 
+FILE_SIZE = "1GB"
+"""About how large a file of weights becomes, as transformers counts."""
+
 
 def model_files(
     model: Any,
@@ -27,9 +30,10 @@ def model_files(
     if ranks.rank > 0:
         return {}
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, state_dict=state)
+        # Files that pass one by one through machines with less memory than the model has bytes.
+        model.save_pretrained(folder, state_dict=state, max_shard_size=FILE_SIZE)
         processor.save_pretrained(folder)
-        return read_model_files(folder)
+        return dict(read_model_files(folder))
 
 
 def load_model_files(model: torch.nn.Module, files: ModelFiles, config: ModelConfig) -> None:

@@ -14,6 +14,7 @@ from rayrl.config import ModelConfig, XeConfig
 from rayrl.learner.inputs import InputCache
 from rayrl.learner.logprobs import prefix_shared_logprobs
 from rayrl.learner.masters import Masters
+from rayrl.learner.state import FILE_SIZE
 from rayrl.vlm import caption_token_ids, choose_trainable, load_captioner
 
 _WARMUP, _FLOOR = 0.1, 0.1
@@ -99,7 +100,7 @@ class XeTrainer:
 
     def save(self, folder: Path) -> None:
         """Write a model folder that ``from_pretrained`` loads."""
-        self.captioner.model.save_pretrained(folder)
+        self.captioner.model.save_pretrained(folder, max_shard_size=FILE_SIZE)
         self.captioner.processor.save_pretrained(folder)
 
     def _targets(self, references: Sequence[Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor]:

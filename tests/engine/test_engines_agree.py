@@ -11,7 +11,7 @@ import torch
 
 from rayrl.adapters import AdapterWeights
 from rayrl.canary import make_canary
-from rayrl.config import Config, EngineConfig
+from rayrl.config import EngineConfig
 from rayrl.engine.base import EngineSetup, Sampling, make_engine, request_seed
 from rayrl.engine.hf import HfEngine
 from rayrl.learner.inputs import InputCache
@@ -139,7 +139,7 @@ def test_a_given_caption_is_scored_as_the_learner_does_with_every_version(
 ):
     from rayrl.learner.logprobs import naive_logprobs
 
-    ids = make_canary(Config(), tiny_folder, prompts[0]).token_ids
+    ids = make_canary(captioner.processor.tokenizer, prompts[0], 20).token_ids
     tensor = torch.tensor([[list(ids)]])
     inputs = InputCache(captioner.processor).batch([prompts[0].image], prompts[0].text)
     for version in (20, 21):

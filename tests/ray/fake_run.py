@@ -10,7 +10,6 @@ from rayrl.actors.fleet import Fleet
 from rayrl.actors.pool import RestartBudget
 from rayrl.actors.tracing import Tracer
 from rayrl.backup import Backup
-from rayrl.canary import Canary
 from rayrl.checkpoint import list_checkpoints
 from rayrl.config import Config
 from rayrl.data import load_split
@@ -111,7 +110,6 @@ def run(
     group = learner_group.LearnerGroup(config, {}, budget)
     fleet = Fleet(config, {}, statistics, budget, greedy_baseline=False, learner=group)
     heldout = Heldout([val[i] for i in range(4)], folder)
-    canary = Canary(prompt=val[0], token_ids=[1, 2, 3])
     job = grpo.Run(
         config=config,
         folder=folder,
@@ -127,7 +125,6 @@ def run(
         signatures={},
         phases=Phases(),
         tracer=Tracer(None, fleet.workers),
-        canary=canary,
     )
     try:
         start = grpo.restore(job) if saved else 0
@@ -135,12 +132,13 @@ def run(
         grpo.publish(job, start, first=True)
         fleet.confirm(start)
         assert grpo.train_or_save(job, start) == steps
-        end = group.checkpoint()
-        return Done(
-            weights=end.arrays["values"].tobytes(),
-            trained=end.meta["trained"],
-            rows=job.log.history(),
-            prepared=end.meta["prepared"],
+        return group.checkpoint(
+            lambda end: Done(
+                weights=end.arrays["values"].tobytes(),
+                trained=end.meta["trained"],
+                rows=job.log.history(),
+                prepared=end.meta["prepared"],
+            )
         )
     finally:
         fleet.shutdown()

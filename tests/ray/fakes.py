@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import OutOfMemoryError
 
 from rayrl.actors.losses import OtherVersion
+from rayrl.canary import Canary
 from rayrl.shares import Sampled
 from rayrl.types import Completion, Prompt, RolloutGroup
 
@@ -200,21 +201,27 @@ class FakeLearner:
         ballast = np.full(megabytes * 2**20, self._step % 256, np.uint8) if megabytes else None
         return self._step, FakeWeights(self._step, self._values.copy(), ballast)
 
+    def canary(self, prompt: Prompt) -> Canary:
+        return Canary(prompt=prompt, token_ids=[1, 2, 3])
+
     def score(self, canary) -> np.ndarray:
         return canary_scores(self._values, canary)
 
     def checkpoint(self):
+        from rayrl.actors.pieces import shipped
         from rayrl.checkpoint import Checkpoint
 
-        return Checkpoint(
-            step=self._step,
-            model_files={"config.json": np.frombuffer(b"{}", np.uint8)},
-            arrays={"values": self._values.copy()},
-            meta={
-                "weight_version": self._step,
-                "trained": self.trained,
-                "prepared": self._found,
-            },
+        return shipped(
+            Checkpoint(
+                step=self._step,
+                model_files={"config.json": np.frombuffer(b"{}", np.uint8)},
+                arrays={"values": self._values.copy()},
+                meta={
+                    "weight_version": self._step,
+                    "trained": self.trained,
+                    "prepared": self._found,
+                },
+            )
         )
 
     def restore(self, checkpoint) -> int:

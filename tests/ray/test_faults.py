@@ -282,7 +282,7 @@ def test_without_room_for_its_learner_a_run_says_what_is_missing_and_stops(monke
     learner = LearnerGroup(Config.model_validate(sizes), {}, RestartBudget(0))
     missing = r"room for the learner's 1 rank\(s\): another asks for 50 CPU; of the cluster's 8, "
     with pytest.raises(RuntimeError, match=f"gave up waiting for {missing}"):
-        learner.checkpoint()
+        learner.checkpoint(lambda _: None)
     assert any("waiting for room" in message for message in caplog.messages)
     # None was asked for that has no place, which Ray would report as impossible.
     assert learner.workers() == {}

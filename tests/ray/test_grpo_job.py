@@ -53,7 +53,7 @@ def test_a_run_with_vllm_leaves_everything_a_person_needs(
     signatures = summary["signatures"]
     assert signatures["reward"].startswith("Cider-D[n4,s6.0]+eos:yes+df:train[60]#")
     assert signatures["eval/cider_d"].startswith("Cider-D[n4,s6.0]+eos:no+df:corpus[8]#")
-    meta = json.loads((folder / "checkpoints" / "latest" / "trainer.json").read_text())
+    meta = json.loads((folder / "checkpoints" / "latest" / "trainer" / "meta.json").read_text())
     assert meta["signatures"] == signatures
     # Engine and learner agree, step by step, whatever the updates moved.
     assert all(row["mismatch_kl"] < 1e-7 for row in rows[1:])
@@ -167,7 +167,7 @@ def test_ctrl_c_then_resume_equals_an_undisturbed_run_bit_for_bit(
     stopped = metrics(tmp_path / "broken")[-1]["step"]
     assert 2 <= stopped < 6
     checkpoint = json.loads(
-        (tmp_path / "broken" / "checkpoints" / "latest" / "trainer.json").read_text()
+        (tmp_path / "broken" / "checkpoints" / "latest" / "trainer" / "meta.json").read_text()
     )
     assert checkpoint["step"] == checkpoint["weight_version"] == stopped
     again = run_script("grpo_coco.py", [*flags, "--resume"], environment)

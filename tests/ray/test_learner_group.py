@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from rayrl.actors.learner_group import LearnerGroup
 from rayrl.actors.pending import Pending, Share
@@ -118,11 +119,35 @@ def test_a_killed_rank_is_rebuilt_from_the_checkpoint_and_repeats_the_steps_sinc
     group.update(Here(scored))
     os.kill(process_of(group._ranks[0]), signal.SIGKILL)
     assert group.update(Here(scored)).weight_version == 2
-    group.rebuild_from(save_checkpoint(tmp_path, group.checkpoint(), keep=1))
+    group.rebuild_from(group.checkpoint(lambda it: save_checkpoint(tmp_path, it, keep=1)))
     assert group.update(Here(scored)).weight_version == 3
     os.kill(process_of(group._ranks[1]), signal.SIGKILL)
     after = weights(group)
     assert all(np.array_equal(after[name], undisturbed[name]) for name in undisturbed)
+
+
+def test_a_rank_that_dies_while_its_checkpoint_is_written_is_rebuilt_and_asked_again(
+    start, scored, undisturbed, tmp_path
+):
+    group = start(restarts=1)
+    for _ in range(3):
+        group.update(Here(scored))
+    tried = []
+
+    def write(checkpoint):
+        tried.append(checkpoint.step)
+        if len(tried) == 1:
+            os.kill(process_of(group._ranks[0]), signal.SIGKILL)
+            with pytest.raises(RayActorError):
+                process_of(group._ranks[0])
+        return save_checkpoint(tmp_path, checkpoint, keep=1)
+
+    model = load_captioner(group.checkpoint(write)).model
+    # What had come before may be all of it.
+    assert tried in ([3], [3, 3])
+    for name, value in model.named_parameters(remove_duplicate=False):
+        assert name not in undisturbed or np.array_equal(undisturbed[name], value.detach().numpy())
+    assert len(undisturbed) > 10 and weights(group).keys() == undisturbed.keys()
 
 
 def awaited(rank):

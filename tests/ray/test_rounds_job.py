@@ -37,7 +37,8 @@ def rewards(tmp_path):
 
 def rounds_of(folder) -> dict:
     """Where a run is in the order of its prompts."""
-    return json.loads((folder / "checkpoints" / "latest" / "trainer.json").read_text())["rounds"]
+    meta = folder / "checkpoints" / "latest" / "trainer" / "meta.json"
+    return json.loads(meta.read_text())["rounds"]
 
 
 def test_refilled_steps_resume_exactly(small_job, rewards, run_here, tmp_path):

@@ -83,7 +83,7 @@ def test_a_damaged_newest_copy_is_said_and_the_one_before_is_taken(tmp_path, cop
     machine.save(2)
     machine.save(4)
     machine.backup.close()
-    (tmp_path / "remote/step_4/checkpoints/step_4/trainer.json").write_text("{}")
+    (tmp_path / "remote/step_4/checkpoints/step_4/trainer/meta.json").write_text("{}")
     fresh = tmp_path / "fresh"
     assert fetch_newest(copies, fresh, say=machine.said.append) == 2
     assert list_checkpoints(fresh / "checkpoints") == [2]

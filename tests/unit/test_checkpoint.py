@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,14 +80,15 @@ def test_no_room_for_the_tensors_is_an_error_of_the_disk(tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(OSError, match=r"trainer\.safetensors: .*No space left on device"):
+    with pytest.raises(OSError, match=r"arrays-1\.safetensors: .*No space left on device"):
         save_checkpoint(tmp_path, make(2), keep=2)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["latest", "step_1"]
 
 
 def test_all_files_of_a_checkpoint_can_be_read_by_the_same_people(tmp_path):
     place = save_checkpoint(tmp_path, make(1), keep=2)
-    assert len({file.stat().st_mode for file in place.iterdir()}) == 1
+    files = [file for file in place.rglob("*") if file.is_file()]
+    assert len(files) == 3 and len({file.stat().st_mode for file in files}) == 1
 
 
 def test_the_newest_whole_one_counts_where_the_link_was_not_moved_in_time(tmp_path):
@@ -103,12 +106,66 @@ def test_a_missing_or_damaged_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
         load_checkpoint(tmp_path / "latest")
     place = save_checkpoint(tmp_path, make(1), keep=1)
-    (place / "trainer.safetensors").write_bytes(b"garbage")
-    with pytest.raises(ValueError, match="step_1: damaged checkpoint"):
+    arrays, meta = place / "trainer" / "arrays-1.safetensors", place / "trainer" / "meta.json"
+    whole = arrays.read_bytes()
+    for damaged in (b"garbage", whole[:-1]):
+        arrays.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"step_1/trainer/arrays-1\.safetensors: damaged"):
+            load_checkpoint(place)
+    arrays.unlink()
+    with pytest.raises(ValueError, match=r"step_1/trainer/arrays-1\.safetensors: damaged"):
         load_checkpoint(place)
-    (place / "trainer.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no trainer\.safetensors"):
+    for damaged in ("{", "[]", "{}"):
+        meta.write_text(damaged)
+        with pytest.raises(ValueError, match=r"step_1/trainer/meta\.json: damaged"):
+            load_checkpoint(place)
+    meta.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no trainer/meta\.json"):
         load_checkpoint(place)
+
+
+class Counted(dict):
+    """Arrays of which it is told which were asked for."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.asked = []
+
+    def items(self):
+        for name in self:
+            self.asked.append(name)
+            yield name, self[name]
+
+
+def test_many_arrays_lie_in_files_of_bounded_size_and_are_read_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_FILE_BYTES", 80)
+    written, real = [], module.save_file
+    arrays = Counted((str(i), np.full(i, i, np.float64)) for i in (9, 2, 12, 3, 4))
+
+    def save(part, file):
+        written.append((list(part), list(arrays.asked)))
+        real(part, file)
+
+    monkeypatch.setattr(module, "save_file", save)
+    place = save_checkpoint(tmp_path, replace(make(1), arrays=arrays), keep=1)
+    # The last one asked for is the first of the next file.
+    assert [part for part, _ in written] == [["9"], ["2"], ["12"], ["3", "4"]]
+    assert [len(asked) for _, asked in written] == [2, 3, 4, 5]
+    monkeypatch.undo()
+    loaded = load_checkpoint(place)
+    assert list(loaded.arrays) == ["9", "2", "12", "3", "4"] and len(loaded.arrays) == 5
+    shutil.rmtree(place)
+    assert {k: v.tolist() for k, v in loaded.arrays.items()} == {
+        name: [float(name)] * int(name) for name in arrays
+    }
+    assert loaded.arrays.get("none") is None
+
+
+def test_an_engine_that_takes_all_tensor_files_of_the_folder_finds_the_captioner_alone(tmp_path):
+    files = {"config.json": b"{}", "model.safetensors": b"weights"}
+    given = {name: np.frombuffer(text, np.uint8) for name, text in files.items()}
+    place = save_checkpoint(tmp_path, replace(make(1), model_files=given), keep=1)
+    assert [file.name for file in place.glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_an_objective_state_survives_as_arrays_and_json(tmp_path):

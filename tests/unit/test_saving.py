@@ -22,9 +22,9 @@ class Learner:
         self.step = 0
         self.origins: list[str] = []
 
-    def checkpoint(self) -> Checkpoint:
+    def checkpoint(self, use):
         files = {"config.json": np.frombuffer(b"{}", np.uint8)}
-        return Checkpoint(step=self.step, model_files=files, arrays={}, meta={})
+        return use(Checkpoint(step=self.step, model_files=files, arrays={}, meta={}))
 
     def rebuild_from(self, place) -> None:
         self.origins.append(place.name)

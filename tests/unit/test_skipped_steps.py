@@ -181,7 +181,7 @@ def test_a_replay_brings_its_configuration_to_the_command_line(tiny_folder, batc
     subject.update(marked(batch, 0))
     config = Config(model=ModelConfig(path=str(tiny_folder)), seed=11)
     place = save_replay(tmp_path, subject.replay(), config)
-    for given in (place, place / "trainer.json"):
+    for given in (place, place / cli.REPLAY_CONFIG):
         asked = cli.parse(["--replay", str(given)], program="p", description="d")
         assert asked.replay == place and asked.config == config
     changed = cli.parse(["--replay", str(place), "--learner.lr", "1"], program="p", description="d")
@@ -225,20 +225,24 @@ def test_too_many_in_a_row_end_the_run_with_the_first_cause(tiny_folder, batch, 
     spoil(subject, 7)
     subject.update(marked(batch, 0))
     said = []
+
+    def fetch(use):
+        return use(subject.replay())
+
     skipped = Skipped(tmp_path, Config(learner=LearnerConfig(max_skipped=2)), said.append)
     for report in reports("one", "", "two"):
-        skipped.check(report, subject.replay)
+        skipped.check(report, fetch)
     assert [line.split(";")[0][-3:] for line in said] == ["one", "two"]
     *_, third = reports("one", "", "two", "three")
     with pytest.raises(RuntimeError, match=r"2 optimizer steps in a row .* the first: two"):
-        skipped.check(third, subject.replay)
+        skipped.check(third, fetch)
 
 
 def test_a_full_disk_costs_the_replay_and_not_the_run(tmp_path):
     said = []
     skipped = Skipped(tmp_path, Config(), said.append)
 
-    def full():
+    def full(use):
         raise OSError("no space left")
 
     skipped.check(next(reports("one")), full)
