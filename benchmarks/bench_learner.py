@@ -50,6 +50,7 @@ from rayrl.learner.families import FAMILIES
 from rayrl.learner.features import FeatureCache
 from rayrl.learner.flops import FlopCounter
 from rayrl.learner.logprobs import naive_outputs, prefix_shared_outputs
+from rayrl.windows import use_windowed_attention
 
 TEXT_TOKENS, CAPTION_TOKENS = 12, 20
 ONCE_SECONDS = 5.0
@@ -92,7 +93,8 @@ def methods(row: Row, model: Any, batch: Batch) -> dict[str, Method]:
 
 
 def plain(model: Any, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """Log-probs [P, G, T] of captions without padding, the model called as its users call it."""
+    """Log-probs [P, G, T] of captions without padding, the model called as its users call it and
+    its vision tower as transformers has it."""
     p, g, t = ids.shape
     family = FAMILIES[model.config.model_type]
     rows = family.take_images(inputs, family.image_inputs, [i for i in range(p) for _ in range(g)])
@@ -101,7 +103,10 @@ def plain(model: Any, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
             tail = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             added = tail.get(name, torch.zeros_like(ids)).flatten(0, 1).to(value.dtype)
             rows[name] = torch.cat([value.repeat_interleave(g, 0), added], 1)
+    vision = model.config.vision_config
+    rayrls, vision._attn_implementation = vision._attn_implementation, "sdpa"
     logits = model(**rows, use_cache=False).logits[:, -t - 1 : -1]
+    vision._attn_implementation = rayrls
     return logits.float().log_softmax(-1).view(p, g, t, -1).gather(-1, ids[..., None])[..., 0]
 
 
@@ -124,6 +129,7 @@ def make_model(row: Row, device: str, *, small: bool) -> tuple[Any, Callable[[in
     config, images = (SMALL if small else MODELS)[row.model](row.image_tokens)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, row.dtype))
+    use_windowed_attention(model)
     for name, parameter in model.named_parameters():
         vision = any(part in name for part in ("vision", "visual", "connector"))
         parameter.requires_grad_(not (vision and row.frozen_vision))
