@@ -271,9 +271,10 @@ def as_numbers(bits):
     return torch.cat([part.double().flatten() for part in parts])
 
 
+@pytest.mark.parametrize("parts", [{}, {**ADAPTERS, "activation_checkpointing": True}])
 @pytest.mark.parametrize("mode", ["data", "fsdp"])
-def test_two_ranks_in_bfloat16_take_about_the_steps_of_one(two, tiny_folder, batch, mode):
-    groups, options = first_images(batch, 5), {"lr": 1e-3, "dtype": "bfloat16"}
+def test_two_ranks_in_bfloat16_take_about_the_steps_of_one(two, tiny_folder, batch, mode, parts):
+    groups, options = first_images(batch, 5), {**parts, "lr": 1e-3, "dtype": "bfloat16"}
     metrics, before, after, _ = steps(SOLO, tiny_folder, groups, options)
     first, second = two.run(mode, steps, tiny_folder, groups, options)
     assert first[0] == second[0]
