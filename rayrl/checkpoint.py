@@ -48,8 +48,8 @@ def save_checkpoint(
     folder: Path, checkpoint: Checkpoint, *, keep: int, spare: Collection[int] = ()
 ) -> Path:
     """Write ``folder/step_N``, point ``folder/latest`` at it, and remove all but the ``keep``
-    newest and those of the steps in ``spare``.  On OSError (a full disk) nothing half-written stays
-    and ``latest`` is untouched."""
+    newest and those of the steps in ``spare``.  On OSError (a full disk), or what reading the
+    checkpoint raises, nothing half-written stays and ``latest`` is untouched."""
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"step_{checkpoint.step}"
     partial = folder / f".step_{checkpoint.step}.partial"
@@ -66,7 +66,7 @@ def save_checkpoint(
         _write(trainer / _META, json.dumps(meta, indent=1).encode())
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
-    except OSError:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     point_latest_at(place)
@@ -80,7 +80,8 @@ def split(arrays: Mapping[str, np.ndarray], most: int) -> Iterator[dict[str, np.
     that has more.  Each is asked for once."""
     part: dict[str, np.ndarray] = {}
     size = 0
-    for name, array in arrays.items():
+    for name in list(arrays):
+        array = arrays[name]
         if part and size + array.nbytes > most:
             yield part
             part, size = {}, 0
@@ -109,7 +110,8 @@ def _write(file: Path, content: bytes | memoryview | Mapping[str, np.ndarray]) -
         file.touch()
         mode = file.stat().st_mode
         try:
-            save_file(dict(content), file)
+            # It writes memory as it lies, whatever the order of the axes.
+            save_file({name: np.asarray(a, order="C") for name, a in content.items()}, file)
         except SafetensorError as error:
             if "I/O error" in str(error):
                 raise OSError(f"{file}: {error}") from error
@@ -176,6 +178,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no checkpoint to resume from")
     trainer = folder / _TRAINER
+    if (folder / "trainer.json").is_file():
+        raise ValueError(
+            f"{folder}: an earlier version of rayrl wrote it, which must go on from it"
+        )
     if not (trainer / _META).is_file():
         raise FileNotFoundError(f"{folder}: no {_TRAINER}/{_META}, so it is not a run's checkpoint")
     try:

@@ -43,7 +43,13 @@ def train_xe(
     steps = config.xe.steps if seconds is None else max(config.xe.steps, int(seconds * 50))
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"config": config, "files": files, "seconds": seconds, "steps": steps},
+        train_loop_config={
+            "config": config,
+            # By a function, for Ray Train may look at all that is in a mapping.
+            "files": lambda: files,
+            "seconds": seconds,
+            "steps": steps,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.xe.num_workers,
             use_gpu=config.learner.gpus > 0,
@@ -110,7 +116,7 @@ def _train_worker(setup: dict[str, Any]) -> None:
     from rayrl.learner.xe import XeTrainer
 
     config: Config = setup["config"]
-    files: ModelFiles = setup["files"]
+    files: ModelFiles = setup["files"]()
     context = ray.train.get_context()
     world, rank = context.get_world_size(), context.get_world_rank()
     with tempfile.TemporaryDirectory(prefix="rayrl-xe-") as folder:

@@ -132,7 +132,7 @@ class LearnerActor(Traced):
     @traced
     def checkpoint(self) -> Checkpoint | None:
         checkpoint = self._learner.checkpoint()
-        return checkpoint and shipped(checkpoint)
+        return checkpoint and shipped(checkpoint, emptied=True)
 
     def restore(self, checkpoint: Checkpoint) -> int:
         """Continue from a checkpoint; returns its step."""

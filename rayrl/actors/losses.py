@@ -23,9 +23,14 @@ class OtherVersion(ValueError):
     """A worker was asked for captions of a weight version that it does not hold."""
 
 
-LOST = (*DIED, GetTimeoutError, ObjectLostError, OtherVersion)
-"""What asking for a result raises when its worker died or does not answer, when the node that held
-the result is gone, or when one that held the weights is, so that they did not reach the worker."""
+class GpuFailed(RuntimeError):
+    """A worker's GPU failed it, so that it can do nothing on it any more."""
+
+
+LOST = (*DIED, GetTimeoutError, ObjectLostError, OtherVersion, GpuFailed)
+"""What asking for a result raises when its worker died or does not answer, or can no longer do
+anything, when the node that held the result is gone, or when one that held the weights is, so that
+they did not reach the worker."""
 
 
 def lost_its_gpu(error: BaseException | None) -> bool:
@@ -33,7 +38,7 @@ def lost_its_gpu(error: BaseException | None) -> bool:
     no such failure: it would be so for another process too."""
     text = str(error)
     failed = "CUDA error" in text or "Triton Error [CUDA]" in text
-    too_small = "out of memory" in text or "ALLOC_FAILED" in text
+    too_small = any(s in text for s in ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED"))
     return isinstance(error, RuntimeError) and failed and not too_small
 
 

@@ -47,19 +47,23 @@ class Pieces(Mapping[str, np.ndarray]):
         return Pieces, (self._where,)
 
 
-def in_pieces(arrays: Mapping[str, np.ndarray]) -> Pieces:
-    """Put arrays into the object store, where they stay while this is held."""
+def in_pieces(arrays: Mapping[str, np.ndarray], *, emptied: bool = False) -> Pieces:
+    """Put arrays into the object store, where they stay while this is held.  A dictionary can be
+    ``emptied`` on the way, that they are not in memory twice."""
     where: dict[str, Any] = {}
     for part in split(arrays, PIECE_BYTES):
         piece = ray.put(part)
         where |= dict.fromkeys(part, piece)
+        if emptied and isinstance(arrays, dict):
+            for name in part:
+                del arrays[name]
     return Pieces(where)
 
 
-def shipped(checkpoint: Checkpoint) -> Checkpoint:
+def shipped(checkpoint: Checkpoint, *, emptied: bool = False) -> Checkpoint:
     """The same checkpoint, to be sent as an argument or a result."""
     return replace(
         checkpoint,
-        model_files=in_pieces(checkpoint.model_files),
-        arrays=in_pieces(checkpoint.arrays),
+        model_files=in_pieces(checkpoint.model_files, emptied=emptied),
+        arrays=in_pieces(checkpoint.arrays, emptied=emptied),
     )

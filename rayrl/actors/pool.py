@@ -46,7 +46,8 @@ class RestartBudget:
 
     def spend(self, what: str, cause: Exception) -> None:
         """Count one loss; TooManyLost, from the first cause, when there were too many."""
-        self._first_cause = self._first_cause or cause
+        # Where it was raised there may be gigabytes in hand.
+        self._first_cause = self._first_cause or cause.with_traceback(None)
         self.spent += 1
         log.warning("%s: %s", what, _first_line(cause))
         if self.spent > self._limit:
@@ -229,4 +230,7 @@ class Pool:
 
 
 def _first_line(error: Exception) -> str:
+    # What a worker raised comes with a trace that begins elsewhere.
+    cause = getattr(error, "cause", None)
+    error = cause if isinstance(cause, Exception) else error
     return str(error).splitlines()[0] if str(error) else type(error).__name__

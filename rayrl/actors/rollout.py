@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +12,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from rayrl.actors.losses import OtherVersion, lost_its_gpu
+from rayrl.actors.losses import GpuFailed, OtherVersion, lost_its_gpu
 from rayrl.adapters import AdapterWeights
 from rayrl.buckets import Manifest, Received
 from rayrl.canary import Canary
@@ -28,13 +26,11 @@ from rayrl.transport import Meeting, Transport
 from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
 from rayrl.weights import Loadable, ModelFiles, Weights, write_model_files
 
-log = logging.getLogger(__name__)
-
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def ends_with_its_gpu(method: Method) -> Method:
-    """Have a worker whose GPU fails it end, and be replaced like any other that died."""
+def names_gpu_failures(method: Method) -> Method:
+    """Have a worker whose GPU fails it say so, that it may be replaced like one that died."""
 
     @functools.wraps(method)
     def guarded(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -43,8 +39,7 @@ def ends_with_its_gpu(method: Method) -> Method:
         except RuntimeError as error:
             if not lost_its_gpu(error):
                 raise
-            log.error("this worker's GPU failed it, so it ends: %s", error)
-            os._exit(1)
+            raise GpuFailed(f"its GPU failed it: {error}") from error
 
     return guarded  # type: ignore[return-value]
 
@@ -84,7 +79,7 @@ class RolloutActor(Traced):
         ray.actor.exit_actor()
 
     @traced
-    @ends_with_its_gpu
+    @names_gpu_failures
     def load(self, changed: Sequence[Part], *versions: Weights | AdapterWeights) -> int:
         """Apply weights in turn (all parameters first, then those that trained); returns the
         version that the engine then holds, read back from it."""
@@ -104,7 +99,6 @@ class RolloutActor(Traced):
         self._transport = meeting.join(rank, self._transport)
 
     @traced
-    @ends_with_its_gpu
     def receive(self, changed: Sequence[Part], manifest: Manifest) -> int:
         """Apply the weights that the learner sends; returns the version that the engine then
         holds, read back from it.  One that was asleep must :meth:`wake` before it samples.
@@ -119,13 +113,13 @@ class RolloutActor(Traced):
         return self._engine.weight_version
 
     @traced
-    @ends_with_its_gpu
+    @names_gpu_failures
     def sleep(self, level: int) -> None:
         """Give the GPU's memory back until the next version is loaded."""
         self._engine.sleep(level)
         self._asleep = True
 
-    @ends_with_its_gpu
+    @names_gpu_failures
     def wake(self) -> None:
         """Take the rest of the memory back, once the weights are there and nobody holds a second
         copy of them, beside which the cache might not fit."""
@@ -138,7 +132,7 @@ class RolloutActor(Traced):
         self._read_back.check(self._engine.held(weights), weights)
 
     @traced
-    @ends_with_its_gpu
+    @names_gpu_failures
     def generate(
         self, prompts: Sequence[Prompt], draws: Sequence[Draw], sampling: Sampling, version: int
     ) -> Sampled:
@@ -160,14 +154,14 @@ class RolloutActor(Traced):
         return Sampled.of(in_order, time.perf_counter() - started)
 
     @traced
-    @ends_with_its_gpu
+    @names_gpu_failures
     def greedy(self, prompts: Sequence[Prompt], max_tokens: int, version: int) -> list[Completion]:
         """The arg-max caption of each prompt, under the same condition."""
         self._check(version)
         return self._engine.greedy(prompts, max_tokens)
 
     @traced
-    @ends_with_its_gpu
+    @names_gpu_failures
     def score(self, canary: Canary, version: int) -> FloatArray:
         """Log-probs [T] of the canary caption, under the same condition."""
         self._check(version)

@@ -33,12 +33,15 @@ class HfEngine:
     def __init__(self, setup: EngineSetup) -> None:
         from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
+        from rayrl.windows import use_windowed_attention
+
         trust = setup.trust_remote_code
         config = AutoConfig.from_pretrained(setup.folder, trust_remote_code=trust)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = AutoModelForImageTextToText.from_config(
             config, dtype=getattr(torch, setup.config.dtype), trust_remote_code=trust
         )
+        use_windowed_attention(self._model)
         self._model.to(self._device).eval()
         if (setup.folder / "generation_config.json").is_file():
             self._model.generation_config = GenerationConfig.from_pretrained(setup.folder)

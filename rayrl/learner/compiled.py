@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import AttentionInterface
 
+from rayrl import windows
 from rayrl.learner.attention import NAME, tree_attention
 from rayrl.learner.forward import Forward
 from rayrl.vlm import prompt_inputs
@@ -25,8 +26,8 @@ def compile_layers(model: Any) -> None:
 
     What surrounds a layer stays outside: the hooks that gather its parameters where they are
     sharded, and the second run of a layer that recomputes (``recompute_layers``, called after
-    this).  So does attention over the tree of a group: its rows differ in every batch, and the
-    kernels it calls are compiled already.
+    this).  So does attention over the tree of a group, and in windows of pictures: their rows
+    differ in every batch, and the kernels they call are compiled already.
 
     Raises ValueError where the compiler is turned off, in which case PyTorch would compile nothing
     and not say so, and for a model whose layers are not marked as such."""
@@ -37,8 +38,9 @@ def compile_layers(model: Any) -> None:
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"{_name(model)} has no layers that are marked as such")
-    disabled = torch.compiler.disable(tree_attention)  # type: ignore[no-untyped-call]
-    AttentionInterface.register(NAME, disabled)
+    for name, attention in ((NAME, tree_attention), (windows.NAME, windows.windowed_attention)):
+        disabled = torch.compiler.disable(attention)  # type: ignore[no-untyped-call]
+        AttentionInterface.register(name, disabled)
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)
 

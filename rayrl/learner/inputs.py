@@ -83,6 +83,8 @@ class InputCache:
                 with suppress(OSError, ValueError):
                     size = _num_bytes(self._entry(prompt, begun))
                     if self._ahead and waiting + size > self._max_bytes:
+                        for other in begun.values():
+                            other.cancel()
                         return
                     self._ahead.add(prompt.key)
                     waiting += size

@@ -51,5 +51,13 @@ def test_one_piece_is_held_at_a_time(local_ray):
         assert name in files._held[1] and len(files._held[1]) <= 2
 
 
+def test_what_is_emptied_on_the_way_arrives_whole(local_ray):
+    given = Checkpoint(step=1, model_files=dict(ARRAYS), arrays=dict(ARRAYS), meta={})
+    sent = shipped(given, emptied=True)
+    assert given.arrays == given.model_files == {}
+    assert list(sent.arrays) == list(sent.model_files) == list(ARRAYS)
+    assert all(np.array_equal(sent.arrays[name], array) for name, array in ARRAYS.items())
+
+
 def test_nothing_is_as_many_arrays(local_ray):
     assert dict(in_pieces({})) == {}

@@ -50,6 +50,25 @@ def test_only_the_newest_are_kept_in_numeric_order(tmp_path):
     assert list_checkpoints(tmp_path) == [10, 11]
 
 
+def test_what_the_reading_of_arrays_raises_leaves_nothing_half_written(tmp_path):
+    class Gone(dict):
+        def __getitem__(self, name):
+            raise LookupError("lost with its node")
+
+    save_checkpoint(tmp_path, make(1), keep=2)
+    with pytest.raises(LookupError, match="lost with its node"):
+        save_checkpoint(tmp_path, replace(make(2), arrays=Gone(a=1)), keep=2)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["latest", "step_1"]
+
+
+def test_arrays_whose_axes_lie_in_another_order_are_kept_as_they_are(tmp_path):
+    arrays = {"a": np.arange(6.0).reshape(2, 3).T, "scalar": np.array(3.0)}
+    place = save_checkpoint(tmp_path, replace(make(1), arrays=arrays), keep=1)
+    loaded = load_checkpoint(place).arrays
+    for name, array in arrays.items():
+        assert loaded[name].shape == array.shape and np.array_equal(loaded[name], array)
+
+
 @pytest.mark.parametrize("files_before_full", [0, 1, 2])
 def test_a_full_disk_leaves_the_previous_one_whole_and_nothing_half_written(
     tmp_path, monkeypatch, files_before_full
@@ -122,6 +141,9 @@ def test_a_missing_or_damaged_checkpoint_is_named(tmp_path):
     meta.unlink()
     with pytest.raises(FileNotFoundError, match=r"no trainer/meta\.json"):
         load_checkpoint(place)
+    (place / "trainer.json").write_text("{}")
+    with pytest.raises(ValueError, match="step_1: an earlier version of rayrl wrote it"):
+        load_checkpoint(place)
 
 
 class Counted(dict):
@@ -131,10 +153,9 @@ class Counted(dict):
         super().__init__(*given)
         self.asked = []
 
-    def items(self):
-        for name in self:
-            self.asked.append(name)
-            yield name, self[name]
+    def __getitem__(self, name):
+        self.asked.append(name)
+        return super().__getitem__(name)
 
 
 def test_many_arrays_lie_in_files_of_bounded_size_and_are_read_one_by_one(tmp_path, monkeypatch):
@@ -156,7 +177,7 @@ def test_many_arrays_lie_in_files_of_bounded_size_and_are_read_one_by_one(tmp_pa
     assert list(loaded.arrays) == ["9", "2", "12", "3", "4"] and len(loaded.arrays) == 5
     shutil.rmtree(place)
     assert {k: v.tolist() for k, v in loaded.arrays.items()} == {
-        name: [float(name)] * int(name) for name in arrays
+        name: [float(name)] * int(name) for name in list(arrays)
     }
     assert loaded.arrays.get("none") is None
 

@@ -9,8 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 
 from rayrl.actors import cluster, rollout
+from rayrl.actors.losses import LOST
+from rayrl.actors.pool import RestartBudget, TooManyLost
 from rayrl.actors.rollout import RolloutActor
 from rayrl.buckets import fill
 from rayrl.config import Config, EngineConfig
@@ -125,14 +128,7 @@ def test_an_engine_that_was_sent_nothing_is_woken_by_the_pull_that_follows(worke
     assert calls[-4:] == ["wake weights", "load 3", "read back", "wake cache"]
 
 
-class Ended(BaseException):
-    """In place of the end of this process."""
-
-
-def test_a_worker_whose_gpu_fails_it_ends_and_is_no_error_of_the_run(worker, monkeypatch, caplog):
-    def end(code):
-        raise Ended(code)
-
+def test_a_worker_whose_gpu_fails_it_is_lost_and_no_error_of_the_run(worker):
     def failing_with(error):
         def fail(prompts, max_tokens):
             raise error
@@ -141,16 +137,34 @@ def test_a_worker_whose_gpu_fails_it_ends_and_is_no_error_of_the_run(worker, mon
 
     actor, _ = worker
     actor.load((), version(0))
-    monkeypatch.setattr(rollout.os, "_exit", end)
     actor._engine.greedy = failing_with(torch.AcceleratorError("CUDA error: unspecified launch"))
-    with pytest.raises(Ended):
+    with pytest.raises(LOST, match="its GPU failed it: CUDA error: unspecified launch") as raised:
         actor.greedy([], 5, 0)
-    assert "GPU failed it, so it ends: CUDA error: unspecified launch" in caplog.text
+    # As the driver sees it.
+    seen = RayTaskError("greedy", "trace", raised.value).as_instanceof_cause()
+    assert isinstance(seen, LOST)
+    with pytest.raises(TooManyLost, match="first cause: its GPU failed it: CUDA error: unspecif"):
+        RestartBudget(0).spend("rollout worker 0 was lost and is replaced", seen)
     # Of these the next worker would fail too.
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("size mismatch")):
         actor._engine.greedy = failing_with(error)
         with pytest.raises(type(error)):
             actor.greedy([], 5, 0)
+
+
+def test_a_way_that_a_gpu_does_not_offer_is_no_failure_of_the_gpu(worker):
+    """The driver has the engine pull, and counts it."""
+    actor, calls = worker
+    manifest, _ = fill(VALUES.items(), 3)
+    actor._transport = Way(calls, None)
+
+    def refuse(manifest):
+        raise RuntimeError("CUDA error: invalid argument")
+
+    actor._transport.receive = refuse
+    with pytest.raises(RuntimeError, match="invalid argument") as raised:
+        actor.receive((), manifest)
+    assert not isinstance(raised.value, LOST)
 
 
 class Llm:

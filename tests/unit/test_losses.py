@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +71,7 @@ def test_the_learner_is_rebuilt(error):
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `create`"),
             RayTaskError,
         ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling"), RayTaskError),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RayTaskError),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b"), RayTaskError),
         (ValueError("prompt a/0: the engine used other prompt ids"), RayTaskError),
@@ -152,3 +155,28 @@ def test_what_a_renewed_worker_was_asked_for_before_is_nobodys_loss(monkeypatch)
     (after,) = workers.wait()
     assert after is not before and after.actor is before.actor
     assert (workers._budget.spent, ray.killed) == (0, [])
+
+
+def test_the_first_cause_holds_nothing_of_where_it_was_raised():
+    """Gigabytes of a checkpoint, which were on their way when the learner was lost."""
+    budget, alive = RestartBudget(1), []
+
+    class Held:
+        pass
+
+    def fail():
+        held = Held()
+        alive.append(weakref.ref(held))
+        raise ObjectLostError("ab" * 28, None, "")
+
+    for _ in range(2):
+        try:
+            fail()
+        except ObjectLostError as error:
+            if alive[1:]:
+                with pytest.raises(TooManyLost, match="the first cause"):
+                    budget.spend("a learner is rebuilt", error)
+            else:
+                budget.spend("a learner is rebuilt", error)
+    gc.collect()
+    assert alive[0]() is None

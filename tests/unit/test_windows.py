@@ -11,7 +11,12 @@ from tiny_families import CASES, build, make_batch
 from torch.nn.functional import scaled_dot_product_attention
 
 from rayrl import windows
+from rayrl.config import EngineConfig
+from rayrl.engine.base import EngineSetup
+from rayrl.engine.hf import HfEngine
+from rayrl.vlm import load_captioner
 from rayrl.windows import NAME, use_windowed_attention, windowed_attention
+from tests.captioners import qwen_without_video, write_captioner
 
 LENGTHS = [4, 2, 4, 4, 1, 2, 4]
 
@@ -73,3 +78,18 @@ def test_a_tower_computes_the_same_with_a_call_for_each_length(case, monkeypatch
     # No two calls of a layer are for windows of one length.
     layers = tower.depth
     assert 0 < len(calls.shapes) <= layers * len({shape[2] for shape in calls.shapes})
+
+
+@pytest.mark.parametrize("load", ["captioner", "engine"])
+def test_models_that_are_loaded_attend_so(tmp_path, load):
+    folder = write_captioner("qwen2.5-vl", ["a red square", "a blue circle"], tmp_path / "model")
+    with qwen_without_video():
+        if load == "captioner":
+            model = load_captioner(folder).model
+        else:
+            setup = EngineSetup(folder=folder, config=EngineConfig(backend="hf"), group_size=2)
+            model = HfEngine(setup)._model
+    assert model.config.vision_config._attn_implementation == NAME
+    assert model.config.text_config._attn_implementation == "sdpa"
+    model.save_pretrained(tmp_path / "again")
+    assert NAME not in (tmp_path / "again" / "config.json").read_text()
