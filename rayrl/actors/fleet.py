@@ -6,7 +6,8 @@ Batches go through them in :mod:`rayrl.actors.batches`.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -52,7 +53,7 @@ class Fleet:
         self._direct = direct_transfer(config, learner)
         self._budget = budget
         self._versions = Versions(config)
-        self._pull_whole = False
+        self._pull_whole = self._asleep = False
         place = learner.shared_place if learner else None
         small, prepare = ray.put(without_weights(files)), self._versions.pull_newest
         self._rollout = rollout_pool(config, small, self._budget, prepare, place=place)
@@ -60,6 +61,8 @@ class Fleet:
         self._batches = Batches(
             config, self._rollout, self._reward, self._versions, greedy_baseline=greedy_baseline
         )
+        if learner and config.rollout.colocate:
+            learner.alone = self._aside
         self._recent: list[StepTimes] = []
         self._term_s: dict[str, float] = {}
         self._step_began, self._waited, self._sampling_s = time.perf_counter(), 0.0, 0.0
@@ -99,7 +102,7 @@ class Fleet:
         """
         workers, whole = self._rollout.constructed, self._pull_whole
         self._versions.publish(workers, version, trained, frozen, source=source, whole=whole)
-        self._pull_whole = False
+        self._pull_whole = self._asleep = False
 
     def sleep(self) -> None:
         """Have an engine that shares the learner's GPU leave it, until it gets the next version."""
@@ -110,6 +113,22 @@ class Fleet:
         level = self._config.sleep_level
         calls = [Call(worker, worker.actor.sleep.remote(level)) for worker in workers]
         self._versions.answers(self._rollout, calls)
+        self._asleep = True
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """While entered, an engine that shares the learner's GPU has left it; where it was there it
+        comes back with the version that it had, if any."""
+        was_there = not self._asleep
+        if was_there:
+            self.sleep()
+        try:
+            yield
+        finally:
+            if was_there and self._versions.published:
+                for worker in self._rollout.constructed:
+                    self._versions.load(worker, self._versions.newest)
+                self._asleep = False
 
     def send(self, version: int, source: Source) -> bool:
         """Have every rollout worker hold the learner's weights, which are ``version``, without
@@ -119,6 +138,7 @@ class Fleet:
         sent = self._direct.send(self._rollout.constructed, version)
         if sent:
             self._versions.sent(version, source)
+            self._asleep = False
         self._pull_whole = not sent
         return sent
 

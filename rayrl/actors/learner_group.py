@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +57,7 @@ class LearnerGroup:
     ``files`` are those of the stage-1 model; lost ranks are counted against ``budget``.
 
     lost: whether a rank was lost and the group could not be built anew since
+    alone: entered while the group is built anew, for ranks that share their GPU
     step: updates until now, of a run that was resumed those before it included
     """
 
@@ -76,6 +78,7 @@ class LearnerGroup:
         self._store: Any = None
         self._built = False
         self.lost = False
+        self.alone: Callable[[], AbstractContextManager[None]] = nullcontext
         self.step = 0
         # Ray tells whoever watches a growing cluster that no machine it knows could ever take a
         # rank whose place is not there yet.
@@ -217,9 +220,10 @@ class LearnerGroup:
         self._kill()
         # Ray looks for another place itself where a machine went with the rank.
         self._placed = False
-        if self._origin is not None:
-            self._call("restore", ray.put(shipped(load_checkpoint(self._origin))))
-        self._repeat(since)
+        with self.alone():
+            if self._origin is not None:
+                self._call("restore", ray.put(shipped(load_checkpoint(self._origin))))
+            self._repeat(since)
 
     def _repeat(self, updates: Sequence[list[Any]]) -> None:
         for parts in updates:

@@ -87,6 +87,11 @@ class Versions:
         self._probes: list[_Probe] = []
 
     @property
+    def published(self) -> bool:
+        """Whether any version was."""
+        return bool(self._trained)
+
+    @property
     def newest(self) -> int:
         """The version that was published last."""
         return max(self._trained)

@@ -56,7 +56,6 @@ class VllmEngine:
             trust_remote_code=setup.trust_remote_code,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_concurrency,
-            max_num_batched_tokens=max(2048, config.max_model_len),
             kv_cache_memory_bytes=config.kv_cache_mb * 2**20,
             enforce_eager=config.enforce_eager,
             logprobs_mode="processed_logprobs",
@@ -64,7 +63,7 @@ class VllmEngine:
             mm_processor_cache_gb=0.25,
             weight_transfer_config=WeightTransferConfig(backend=TRANSFER_BACKEND),
             disable_log_stats=True,
-            **_platform_arguments(),
+            **_platform_arguments(config.max_model_len),
             enable_sleep_mode=setup.shares_gpu,
         )
         silence_thread_warnings()
@@ -246,14 +245,20 @@ def _without_last(ids: Sequence[int], count: int) -> npt.NDArray[np.int32]:
     return np.asarray(ids[: len(ids) - count], np.int32)
 
 
-def _platform_arguments() -> dict[str, Any]:
+def _platform_arguments(longest: int) -> dict[str, Any]:
+    """Where sequences have at most ``longest`` tokens."""
     import torch
 
     if torch.cuda.is_available():
-        # What must be free at the start: the cache's size is given in bytes, and a learner or
-        # another engine may be there already.
-        return {"gpu_memory_utilization": 0.05}
+        return {
+            # What must be free at the start: the cache's size is given in bytes, and a learner or
+            # another engine may be there already.
+            "gpu_memory_utilization": 0.05,
+            # Of prompts and their pictures together, which else would be few at a time.
+            "max_num_batched_tokens": max(8192, longest),
+        }
     return {
+        "max_num_batched_tokens": max(2048, longest),
         # Smaller blocks let short prompts share their key-values; 32 is the smallest on CPU.
         "block_size": 32,
         # Half a prompt samples a token that is thrown away, and rewinding a seeded generator by

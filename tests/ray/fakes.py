@@ -25,6 +25,7 @@ WORDS = ("a", "red", "green", "blue", "circle", "square", "left", "of", "the", "
 HANG, NO_MEMORY, NO_START, BALLAST_MB = "hang", "no_memory", "no_start", "ballast_mb"
 TERM_DIES, TERM_RAISES, TERM_HANGS = "term_dies", "term_raises", "term_hangs"
 SLOW_SAMPLING, SLOW_LEARNER = "slow_sampling", "slow_learner"
+AWAKE, BESIDE = "awake", "beside"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class FakeRollout:
             if weights.ballast is not None:
                 assert (weights.ballast == weights.version % 256).all()
             self._weights = FakeWeights(weights.version, np.array(weights.values))
+        (self._folder / AWAKE).touch()
         return self._weights.version
 
     def sleep(self, level) -> None:
@@ -103,6 +105,7 @@ class FakeRollout:
         time.sleep(0.3)
         kept = self._weights.values if level == 1 else np.zeros(1)
         self._weights = FakeWeights(-1, kept)
+        (self._folder / AWAKE).unlink(missing_ok=True)
 
     def generate(self, prompts, draws, sampling, version):
         started = time.perf_counter()
@@ -159,11 +162,18 @@ class FakeLearner:
     :class:`rayrl.actors.learner.LearnerActor`."""
 
     def __init__(self, config, files, rank, store) -> None:
+        self._colocated = config.rollout.colocate
+        self._look_for_an_engine()
         self._values = np.linspace(0.5, 1.5, 16)
         self._step = 0
         self.trained: list[list[str]] = []
         self._prepared: list[str] = []
         self._found: list[bool] = []
+
+    def _look_for_an_engine(self) -> None:
+        """Note one that is awake where this needs the GPU that they share."""
+        if self._colocated and (folder() / AWAKE).exists():
+            (folder() / BESIDE).touch()
 
     def prepare(self, *prompts) -> None:
         self._prepared = [prompt.prompt_id for some in prompts for prompt in some]
@@ -173,6 +183,7 @@ class FakeLearner:
         from rayrl.types import StepReport
 
         maybe_fail("update")
+        self._look_for_an_engine()
         pairs = zip(parts, prompts, strict=True)
         groups = whole([result for part, some in pairs for result in part.unpacked(some)])
         if (folder() / SLOW_LEARNER).exists():
@@ -225,6 +236,7 @@ class FakeLearner:
         )
 
     def restore(self, checkpoint) -> int:
+        self._look_for_an_engine()
         self._values, self._step = np.array(checkpoint.arrays["values"]), checkpoint.step
         self.trained = list(checkpoint.meta["trained"])
         return self._step

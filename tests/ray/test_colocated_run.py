@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import time
+
 import pytest
 
 from tests.ray.fake_run import assert_same, run
-from tests.ray.fakes import HANG
+from tests.ray.fakes import AWAKE, BESIDE, HANG
+from tests.ray.fault_kinds import kill
 from tests.ray.fault_kinds import local_ray as local
 
 pytestmark = pytest.mark.ray
@@ -45,3 +49,25 @@ def test_an_engine_that_never_sleeps_is_replaced(apart, faults, tmp_path, monkey
     )
     assert_same(shared, apart)
     assert shared.rows[-1]["workers/replaced"] == 1
+
+
+def test_an_engine_leaves_a_learner_alone_that_is_built_anew(apart, faults, tmp_path, monkeypatch):
+    struck = []
+
+    def after(step, metrics):
+        # The engine has its weights for the next step, and a checkpoint is due of every other one.
+        if step in (2, 3):
+            while not (faults / AWAKE).exists():
+                time.sleep(0.01)
+            struck.append(kill("FakeLearner")(random.Random(step)))
+
+    # Of runs before this one.
+    for left in (AWAKE, BESIDE):
+        (faults / left).unlink(missing_ok=True)
+    options = {"learner": {"gpus": 0.5}, "save_every": 2, **SHARED}
+    shared = run(tmp_path, monkeypatch, steps=STEPS, after=after, **options)
+    assert struck == [True, True]
+    assert_same(shared, apart)
+    # The learner alone: the engine came back with its weights.
+    assert shared.rows[-1]["workers/replaced"] == 2
+    assert not (faults / BESIDE).exists()
