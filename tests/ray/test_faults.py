@@ -3,8 +3,6 @@
 The driver's loop, the pools and the reward workers are the real ones; rollout workers and learner
 are fast fakes whose every answer depends on seeds, versions, groups and their order.  Every run
 must end with all its steps done and with the weights of an undisturbed one, bit for bit.
-
-Each kind is tried in one mode; ``benchmarks/bench_fault_campaign.py`` tries all in both.
 """
 
 from __future__ import annotations
@@ -89,7 +87,7 @@ def test_the_learner_knows_the_images_of_a_step_before_their_captions_come(undis
 
 @pytest.mark.parametrize(
     ("name", "staleness"),
-    [("FakeRollout", 1), ("RewardActor", 1), ("FakeLearner", 0)],
+    [("FakeRollout", 0), ("FakeRollout", 1), ("RewardActor", 1), ("FakeLearner", 0)],
 )
 def test_killed_workers_change_nothing(name, staleness, faults, undisturbed, tmp_path, monkeypatch):
     saboteur = Saboteur(kill(name), seed=staleness, faults=FAULTS, every=EVERY)
@@ -126,10 +124,10 @@ def test_workers_killed_in_later_rounds_of_a_step_change_nothing(faults, tmp_pat
     assert any(row["rounds/captions"] > 3 * (7 + row["rounds/asked_again"]) for row in done.rows)
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
 def test_engines_and_learners_that_stop_answering_change_nothing(
-    faults, undisturbed, tmp_path, monkeypatch
+    faults, undisturbed, tmp_path, monkeypatch, staleness
 ):
-    staleness = 1
     calls = ["generate", "generate", "load", "score", "update"]
     strike = ask(faults, *(f"{HANG}.{call}" for call in calls))
     saboteur = Saboteur(strike, seed=2 + staleness, faults=FAULTS, every=EVERY)

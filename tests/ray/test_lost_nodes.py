@@ -31,8 +31,9 @@ def start(monkeypatch):
             cluster.shutdown()
 
 
-def test_machines_that_go_away_change_nothing(start, tmp_path, monkeypatch):
-    machines, staleness = start(), 1
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_machines_that_go_away_change_nothing(start, tmp_path, monkeypatch, staleness):
+    machines = start()
     options = {"learner": ON_HEAD, "num_workers": 2, "cpus": 1.0, "staleness": staleness}
     quiet = run(tmp_path / "quiet", monkeypatch, **options)
     saboteur = Saboteur(machines.lose, seed=staleness)
