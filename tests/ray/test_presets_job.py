@@ -18,9 +18,7 @@ from tests.ray.conftest import metrics
 
 pytestmark = pytest.mark.ray
 
-# The other recommended ones, nsc and dr_grpo, differ from grpo in the learner alone, where every
-# preset trains (tests/learner).
-RECOMMENDED = ("grpo", "scst", "dapo")
+RECOMMENDED = ("grpo", "scst", "nsc", "dr_grpo", "dapo")
 # By preset, how many of the 6 groups of 4 captions a step has at least asked for again, and the
 # captions that it samples at least.
 ROUNDS = {
