@@ -66,9 +66,9 @@ def save_checkpoint(
         _write(trainer / _META, json.dumps(meta, indent=1).encode())
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
-    except BaseException:
+    finally:
+        # Nothing is there once it has its place.
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     point_latest_at(place)
     for old in set(list_checkpoints(folder)[:-keep]) - set(spare):
         shutil.rmtree(folder / f"step_{old}", ignore_errors=True)

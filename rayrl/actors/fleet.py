@@ -109,8 +109,8 @@ class Fleet:
         if not self._config.rollout.colocate:
             return
         self._rollout.wait()
-        workers = self._rollout.constructed
         level = self._config.sleep_level
+        workers = self._rollout.constructed
         calls = [Call(worker, worker.actor.sleep.remote(level)) for worker in workers]
         self._versions.answers(self._rollout, calls)
         self._asleep = True
