@@ -235,7 +235,10 @@ def publish(ranks, folder, batch):
         subject = learner(folder, ranks=ranks, lora=lora, lr=1e-2, trainable=("language",))
         base = subject.weights(trained_only=False)
         subject.update(batch)
-        peaks.append(peak_bytes(lambda s=subject: s.weights(trained_only=True)))
+        # gloo's threads let go of what they gathered when they come to it, on a busy machine late.
+        # That adds to a peak and takes nothing from it.
+        take = functools.partial(subject.weights, trained_only=True)
+        peaks.append(min(peak_bytes(take) for _ in range(4)))
         last = subject.weights(trained_only=True)
         published.append(last.merged(base) if form == "adapters" and last else last)
         files = subject.policy.files(whole=True)
