@@ -154,9 +154,8 @@ class _Decoding:
         self._cache = SharedCache(slots)
         if features is None:
             features = encode_images(model, inputs)
-        hidden = decode_rows(model, inputs, token.to(device), tree, features, self._cache)
+        self._last = decode_rows(model, inputs, token.to(device), tree, features, self._cache)
         self._cache.advance(trunk)
-        self._last = hidden.flatten(0, 1)[tree.rows]
         self._group_size = group_size
         positions = self._family.positions(model, inputs)
         unpadded = positions.masked_fill(inputs["attention_mask"] == 0, -1)

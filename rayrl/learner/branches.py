@@ -36,14 +36,14 @@ _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Branches:
-    """P rows of L slots, K of them the trunk's, whose nodes are in R blocks of B slots in all.
+    """P rows of L slots, K of them the trunk's, whose n nodes are in R blocks of B slots in all.
 
     trunk:  K
-    below:  additive [P, 1, L - K, K], what nodes see of the trunk; None where they see all of it
+    below:  additive [P, 1, n, K], what nodes see of the trunk; None where they see all of it
     within: additive [R, 1, B, B], what nodes see of their block
-    fold:   [R * B] the slot of the rows that a slot of a block was taken from, as p * L + slot.
-        Slots that are left over repeat some node; they see themselves, and nobody sees them
-    unfold: [P, L - K] the slot of the blocks that a node is in, as block * B + slot
+    fold:   [R * B] the node that a slot of a block was taken from, as p * n + node.  Slots that are
+        left over repeat some node; they see themselves, and nobody sees them
+    unfold: [P, n] the slot of the blocks that a node is in, as block * B + slot
     """
 
     trunk: int
@@ -52,14 +52,14 @@ class Branches:
     fold: Tensor
     unfold: Tensor
 
-    def folded(self, rows: Tensor) -> Tensor:
-        """[R, heads, B, ...] from [P, heads, L, ...]."""
+    def folded(self, nodes: Tensor) -> Tensor:
+        """[R, heads, B, ...] from [P, heads, n, ...]."""
         blocks, _, size, _ = self.within.shape
-        taken = rows.transpose(1, 2).flatten(0, 1).index_select(0, self.fold)
+        taken = nodes.transpose(1, 2).flatten(0, 1).index_select(0, self.fold)
         return taken.unflatten(0, (blocks, size)).transpose(1, 2)
 
     def unfolded(self, blocks: Tensor) -> Tensor:
-        """The nodes, [P, L - K, heads, ...], from [R, heads, B, ...]."""
+        """The nodes, [P, n, heads, ...], from [R, heads, B, ...]."""
         taken = blocks.transpose(1, 2).flatten(0, 1).index_select(0, self.unfold.flatten())
         return taken.unflatten(0, self.unfold.shape)
 
@@ -67,9 +67,9 @@ class Branches:
 def branches_of(tree: GroupTree, mask: Tensor) -> Branches | None:
     """The blocks of a tree on the CPU; None where they would save little.
 
-    mask: additive [P, 1, L - K, L], of ``tree.nodes``
+    mask: additive [P, 1, n, L], of ``tree.nodes``
     """
-    p, count, length = tree.nodes.shape
+    p, count, _ = tree.nodes.shape
     if count <= _LEAST or count**2 < _WORTH_IT:
         return None
     trunk = tree.trunk_slots
@@ -96,7 +96,7 @@ def branches_of(tree: GroupTree, mask: Tensor) -> Branches | None:
         # A copy, for a view would hold the mask, which holds this.
         below=None if bool((tree.trunk == trunk).all()) else mask[..., :trunk].contiguous(),
         within=within[:, None],
-        fold=(rows * length + trunk + nodes).flatten(),
+        fold=(rows * count + nodes).flatten(),
         unfold=torch.from_numpy(unfold),
     )
 
@@ -124,33 +124,27 @@ def _packed(first: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], int, int
 
 
 class BranchAttention(torch.autograd.Function):
-    """Attention output [P, L, heads, D] of queries, keys and values [P, heads, L, D] on the CPU:
-    causal in the trunk, and for the nodes what :class:`Branches` say."""
+    """Attention output [P, n, heads, D] of the nodes' queries [P, heads, n, D] over keys and values
+    [P, heads, L, D] on the CPU, as :class:`Branches` say."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None, where: Branches
     ) -> Tensor:
         k = where.trunk
-        trunk, l_trunk = _attend(
-            query[:, :, :k], key[:, :, :k], value[:, :, :k], is_causal=True, scale=scale
-        )
         below, l_below = _attend(
-            query[:, :, k:], key[:, :, :k], value[:, :, :k], attn_mask=where.below, scale=scale
+            query, key[:, :, :k], value[:, :, :k], attn_mask=where.below, scale=scale
         )
         within, l_within = _attend(
-            *(where.folded(each) for each in (query, key, value)),
+            *(where.folded(each) for each in (query, key[:, :, k:], value[:, :, k:])),
             attn_mask=where.within,
             scale=scale,
         )
         below, l_below = below.transpose(1, 2), l_below.transpose(1, 2)
         within, l_within = where.unfolded(within), where.unfolded(l_within)
         share = torch.sigmoid(l_within - l_below)[..., None]
-        output = torch.cat(
-            [trunk.transpose(1, 2), below.lerp(within, share.to(below.dtype))], dim=1
-        )
-        normalizer = torch.cat([l_trunk.transpose(1, 2), l_below.logaddexp(l_within)], dim=1)
-        ctx.save_for_backward(query, key, value, output, normalizer)
+        output = below.lerp(within, share.to(below.dtype))
+        ctx.save_for_backward(query, key, value, output, l_below.logaddexp(l_within))
         ctx.scale, ctx.where = scale, where
         return output
 
@@ -158,39 +152,26 @@ class BranchAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         where, scale, k = ctx.where, ctx.scale, ctx.where.trunk
         query, key, value, output, normalizer = ctx.saved_tensors
-        # One after the other [P, heads, L, ...]: gradient, query, key, value, output, normalizer.
+        # [P, heads, n, ...], as the others are.
         gradient, output, normalizer = (
             each.transpose(1, 2) for each in (gradients[0], output, normalizer)
         )
-        keys = key[:, :, :k], value[:, :, :k]
-        ends = output[:, :, :k], normalizer[:, :, :k]
-        trunk = _attend_backward(
-            gradient[:, :, :k], query[:, :, :k], *keys, *ends, 0.0, True, scale=scale
-        )
-        ends = output[:, :, k:], normalizer[:, :, k:]
-        below = _attend_backward(
-            gradient[:, :, k:],
-            query[:, :, k:],
-            *keys,
-            *ends,
+        of_query, *of_trunk = _attend_backward(
+            gradient,
+            query,
+            key[:, :, :k],
+            value[:, :, :k],
+            output,
+            normalizer,
             0.0,
             False,
             attn_mask=where.below,
             scale=scale,
         )
+        own = gradient, query, key[:, :, k:], value[:, :, k:], output, normalizer
         blocks = _attend_backward(
-            *(where.folded(each) for each in (gradient, query, key, value, output, normalizer)),
-            0.0,
-            False,
-            attn_mask=where.within,
-            scale=scale,
+            *(where.folded(each) for each in own), 0.0, False, attn_mask=where.within, scale=scale
         )
-        of_query, of_key, of_value = (where.unfolded(each) for each in blocks)
-        of_query += below[0].transpose(1, 2)
-        parts = (
-            (trunk[0], of_query),
-            (trunk[1] + below[1], of_key),
-            (trunk[2] + below[2], of_value),
-        )
-        joined = (torch.cat([of.transpose(1, 2), nodes], dim=1) for of, nodes in parts)
-        return (*(each.transpose(1, 2) for each in joined), None, None)
+        more, *of_nodes = (where.unfolded(each).transpose(1, 2) for each in blocks)
+        pairs = zip(of_trunk, of_nodes, strict=True)
+        return (of_query + more, *(torch.cat(pair, dim=2) for pair in pairs), None, None)

@@ -1,7 +1,8 @@
 """Useful floating-point operations of an update, counted from the model's shape.
 
 Every image goes through the vision tower once, every prompt and every caption token through the
-language model once; a multiplication with a matrix of n weights is 2n operations a token, and the
+language model once, of which the last layer makes keys and values alone for tokens whose states
+nobody reads, those of the prompt but its last; a multiplication with a matrix of n weights is 2n operations a token, and the
 backward pass costs as much again for the inputs and for the weights that train.  What an
 implementation does on top (copies of the prompt, recomputed activations) is not useful work, so
 that utilisation falls with it.  Embeddings, norms and activations are left out.
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayrl.learner.families import Inputs, bare_model
+from rayrl.learner.families import FAMILIES, Inputs, bare_model
+from rayrl.learner.last_layer import unread_weights
 from rayrl.parts import part_of
 
 _MATRICES = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
@@ -47,6 +49,8 @@ class FlopCounter:
                 training[part] += size * module.weight.requires_grad
         self._factors = _backward_factors(bare, self._weights, training)
         self._weights["language"] -= self._head  # counted by the tokens that it predicts
+        family = FAMILIES.get(config.model_type)
+        self._unread = unread_weights(family.decoder(bare)) if family else 0
         self._text = _attention_shape(config.get_text_config())
         self._vision = _attention_shape(getattr(config, "vision_config", None))
         self._patch = int(getattr(getattr(config, "vision_config", None), "patch_size", 1))
@@ -70,8 +74,10 @@ class FlopCounter:
         lengths = mask.sum(-1).double().cpu()
         layers, width = self._text
         # A prompt token sees half of the prompt on average, a caption token all of it.
-        seen = (prompts**2).sum() / 2 + (lengths * (prompts[:, None] + lengths / 2)).sum()
+        seen = (lengths * (prompts[:, None] + lengths / 2)).sum() * layers
+        seen += (prompts**2).sum() / 2 * (layers - bool(self._unread))
         tokens = float(prompts.sum() + lengths.sum())
+        unread = float(prompts.sum()) - len(prompts)
         head = 2.0 * self._head * float(lengths.sum())
         images, patches = self._patches(inputs)
         image_tokens = float((inputs["input_ids"] == self._image_id).sum())
@@ -85,8 +91,8 @@ class FlopCounter:
             ),
             "connector": Work(2.0 * self._weights["connector"] * image_tokens, 0.0),
             "language": Work(
-                2.0 * self._weights["language"] * tokens + head,
-                4.0 * layers * width * float(seen),
+                2.0 * (self._weights["language"] * tokens - self._unread * unread) + head,
+                4.0 * width * float(seen),
             ),
         }
 

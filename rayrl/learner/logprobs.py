@@ -28,6 +28,7 @@ from rayrl.learner.families import (
     placeholder_counts,
     refusal,
 )
+from rayrl.learner.last_layer import mark_read, read_in_last_layer
 from rayrl.learner.naive import (
     LogprobOutput,
     check,
@@ -115,9 +116,8 @@ def prefix_shared_outputs(
     tree = build_tree(prompt_mask, ids, mask, align=8 if device.type == "cuda" else 1).to(device)
     ids = ids.to(device)
     features = _features(bare, prompt_inputs, image_features)
-    hidden = decode_rows(bare, prompt_inputs, ids, tree, features)
     states = TokenStates(
-        hidden=hidden.flatten(0, 1).index_select(0, tree.rows),
+        hidden=decode_rows(bare, prompt_inputs, ids, tree, features),
         row=tree.row,
         sampled=tree.sampled,
         ids=ids,
@@ -150,8 +150,8 @@ def decode_rows(
     features: Sequence[Tensor],
     cache: Any = None,
 ) -> Tensor:
-    """Hidden states [P, L, D] of a bare model's packed rows; their keys and values go to
-    ``cache``, where one is given."""
+    """Hidden states [N, D] of the slots of a bare model's packed rows that predict a token
+    (``tree.rows``); keys and values of all slots go to ``cache``, where one is given."""
     family = FAMILIES[model.config.model_type]
     packed = torch.cat([inputs["input_ids"], ids.flatten(1)], dim=1).gather(1, tree.source)
     at_image = tree.real & (packed == model.config.image_token_id)
@@ -162,15 +162,28 @@ def decode_rows(
     deepstack = {}
     if family.deepstack:
         deepstack = {"visual_pos_masks": at_image, "deepstack_visual_embeds": list(images[1:])}
+    # A cache wants the last layer's keys and values of all slots, and features that enter there
+    # find their own.
+    everything = cache is not None or len(images) > model.config.get_text_config().num_hidden_layers
     output = family.decoder(model)(
         inputs_embeds=embeds,
-        attention_mask=_masks(model, inputs, tree, embeds),
+        attention_mask=_masks(model, inputs, tree, embeds, everything=everything),
         position_ids=_positions(family.positions(model, inputs), inputs["attention_mask"], tree),
         past_key_values=cache,
         use_cache=cache is not None,
         **deepstack,
     )
-    return output.last_hidden_state
+    return _predicting(output.last_hidden_state, tree)
+
+
+def _predicting(hidden: Tensor, tree: GroupTree) -> Tensor:
+    """[N, D] of ``tree.rows`` from the states [P, L, D] of all slots, or from those [P, 1 + n, D]
+    of each prompt's last token and the nodes."""
+    rows, length = tree.rows, tree.source.shape[1]
+    if hidden.shape[1] < length:
+        slot = (rows % length - tree.trunk_slots + 1).clamp(min=0)
+        rows = rows // length * hidden.shape[1] + slot
+    return hidden.flatten(0, 1).index_select(0, rows)
 
 
 def _positions(prompt: Tensor, prompt_mask: Tensor, tree: GroupTree) -> Tensor:
@@ -182,15 +195,21 @@ def _positions(prompt: Tensor, prompt_mask: Tensor, tree: GroupTree) -> Tensor:
     return torch.where(in_trunk, own, following + tree.rank - tree.trunk[:, None])
 
 
-def _masks(model: Any, inputs: Inputs, tree: GroupTree, embeds: Tensor) -> Any:
+def _masks(
+    model: Any, inputs: Inputs, tree: GroupTree, embeds: Tensor, *, everything: bool
+) -> Any:
     """The decoder's attention mask, made once for all layers: for the nodes alone where that is
-    enough, else for all rows."""
+    enough, else for all rows.  Unless ``everything`` is wanted of the last layer, it may leave out
+    what nobody reads."""
     family = FAMILIES[model.config.model_type]
     both_ways = _both_ways(family, inputs, tree)
     window = attention_window(model, tree.source.shape[1])
     if both_ways is None and window is None and use_tree_attention(family.decoder(model)):
         mask = layer_masks(model, tree.nodes, tree.nodes, embeds)
         mark_branches(mask, tree)
+        if not everything and tree.nodes.numel():
+            read_in_last_layer(family.decoder(model))
+            mark_read(mask, tree)
         return mask
     visible = tree.visible()
     near = visible
