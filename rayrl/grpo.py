@@ -17,11 +17,10 @@ from rayrl.actors.cluster import connect, cpus_of, failing_in_one_line, gpus_of
 from rayrl.actors.fleet import Fleet
 from rayrl.actors.learner_group import LearnerGroup
 from rayrl.actors.pending import Pending
-from rayrl.actors.pool import RestartBudget, TooFewWorkers, TooManyLost
+from rayrl.actors.pool import RestartBudget
 from rayrl.actors.reward import check_terms
 from rayrl.actors.telemetry import RayMetrics
 from rayrl.actors.tracing import Tracer
-from rayrl.actors.versions import VersionLost
 from rayrl.backup import Backup
 from rayrl.canary import Canary
 from rayrl.checkpoint import list_checkpoints
@@ -41,7 +40,7 @@ from rayrl.resume import goes_on, open_run_folder
 from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
 from rayrl.rollout_metrics import SAMPLED_GROUPS, group_metrics, sample_records, summarize
 from rayrl.rounds import Rounds
-from rayrl.saving import restore, save
+from rayrl.saving import SavedWhereItFails, restore, save
 from rayrl.skipped import Skipped
 from rayrl.stage1 import Snapshot, run_stage1
 from rayrl.types import StepReport
@@ -52,7 +51,8 @@ from rayrl.xe_curve import XeCurve
 @dataclass
 class Run:
     """The parts of a run: workers, data, logs.  The driver owns it and is the only writer of the
-    run folder.  ``base`` is the folder of the stage-1 model."""
+    run folder.  ``base`` is the folder of the stage-1 model; ``unlogged`` are a step that was
+    trained and what is known of it, until that is logged."""
 
     config: Config
     folder: Path
@@ -72,6 +72,7 @@ class Run:
     stop: StopRequest = field(default_factory=StopRequest)
     canary: Canary | None = None
     saved_step: int = -1
+    unlogged: tuple[int, Mapping[str, float]] | None = None
 
 
 def train(run: Run, start: int) -> int:
@@ -98,15 +99,18 @@ def train(run: Run, start: int) -> int:
         batch = pending.pop(0)
         _all_rounds(run, batch, version)
         with run.phases("learner"):
-            # Before the step counts as drawn: a run that ends here is saved with its prompts to go.
             run.fleet.sleep()
-            drawn = run.rounds.finish(batch.step)
+            drawn = run.rounds.complete(batch.step)
             report = run.learner.update(drawn.results)
+            # Not before: a run that fails until here is saved with the step's prompts to go.
+            run.rounds.finish(batch.step)
         version = report.weight_version
+        run.unlogged = (version, report.metrics)
         with run.phases("sync"):
             publish(run, version)
         outline = drawn.results.outline
         metrics = {**report.metrics, **group_metrics(outline, version - 1), **drawn.metrics()}
+        run.unlogged = (version, metrics)
         metrics.update(run.fleet.reward_seconds() | run.fleet.gauges(pending))
         run.fleet.adapt()
         metrics["captions_per_second"] = drawn.num_captions / (time.perf_counter() - started)
@@ -162,17 +166,10 @@ def _all_rounds(run: Run, batch: Pending, version: int) -> None:
 
 
 def train_or_save(run: Run, start: int) -> int:
-    """:func:`train`; where workers do not come back in time, too many were lost, or weights that
-    are still to be sampled with, the run is saved before it fails, unless it is already: there is
-    no moment at which a checkpoint that is written again is whole."""
-    try:
+    """:func:`train`, saved where it fails, and where it is asked to stop in a wait for workers."""
+    with SavedWhereItFails(run):
         return train(run, start)
-    except (TooFewWorkers, TooManyLost, VersionLost):
-        if run.saved_step != run.learner.step and not run.learner.lost:
-            save(run, last=True)
-        if run.saved_step == run.learner.step:
-            run.log.message(f"saved step {run.saved_step}: go on with --resume")
-        raise
+    return run.saved_step
 
 
 def publish(run: Run, version: int, *, first: bool = False) -> None:
@@ -201,6 +198,7 @@ def _log(
         groups = results.first(SAMPLED_GROUPS)
         run.log.samples(sample_records(groups, report.advantages, version))
     run.log.step(version, metrics)
+    run.unlogged = None
 
 
 def evaluate(run: Run, version: int) -> float:
@@ -254,6 +252,8 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
         )
         run.backup.base(resumed=resume)
         try:
+            run.fleet.heed(run.stop)
+            run.learner.stop = run.stop
             with run.stop.listening(run.log.message):
                 return _train_and_report(run, snapshots, resume=resume)
         finally:

@@ -9,13 +9,14 @@ there, so a planner is one pure function (:mod:`rayrl.objectives.sampling` has t
     while requests:
         results = sample and score requests        in order
         requests = rounds.go_on(step, results)     the next round, or none
-    drawn = rounds.finish(step)                    the step's groups
+    drawn = rounds.complete(step)                  the step's groups
+    rounds.finish(step)                            once they were trained on
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,6 +197,8 @@ class Rounds:
     seed: int
     _next: int = 0
     _first: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _taken: dict[int, list[int]] = field(default_factory=dict)
+    _left: list[int] = field(default_factory=list)
     _drawn: dict[int, Drawn] = field(default_factory=dict)
     _asked: dict[int, tuple[Request, ...]] = field(default_factory=dict)
     _ahead: dict[int, Prompt] = field(default_factory=dict)
@@ -258,7 +261,7 @@ class Rounds:
             self._first[step] = (self._next, self.images_per_step)
             self._next += self.images_per_step
         start, count = self._first[step]
-        prompts = tuple(self._prompts(start, count))
+        prompts = tuple(self._prompts(range(start, start + count)))
         self._drawn[step] = Drawn(
             step=step,
             total_steps=self.total_steps,
@@ -280,48 +283,63 @@ class Rounds:
         self._drawn[step] = replace(counted(drawn, asked), mean_reward=self._mean_reward)
         return self._plan(step)
 
-    def finish(self, step: int) -> Drawn:
-        """The complete step, which is then forgotten.
+    def complete(self, step: int) -> Drawn:
+        """The complete step.
 
         RuntimeError where no group is left, with the reason of the first that was dropped."""
-        del self._first[step], self._asked[step]
-        drawn = self._drawn.pop(step)
-        means = drawn.results.outline.means
-        if not len(means):
+        drawn = self._drawn[step]
+        if not len(drawn.results.outline.means):
             first = drawn.dropped[0]
             raise RuntimeError(
                 f"all {len(drawn.dropped)} groups of the step were dropped; "
                 f"the first, {first.prompt_id}: {first.reason}"
             )
-        mean = float(means.mean())
-        before = mean if self._mean_reward is None else self._mean_reward
-        self._mean_reward = before + _NEWEST * (mean - before)
         return drawn
 
+    def finish(self, step: int) -> None:
+        """Forget a complete step, whose groups were trained on: a run that is saved has it behind
+        it."""
+        del self._first[step], self._asked[step]
+        self._taken.pop(step, None)
+        mean = float(self._drawn.pop(step).results.outline.means.mean())
+        before = mean if self._mean_reward is None else self._mean_reward
+        self._mean_reward = before + _NEWEST * (mean - before)
+
     def state(self) -> dict[str, Any]:
-        """Where the run is, as JSON values: the next place, and the places of the steps that have
-        begun and are not finished."""
+        """Where the run is, as JSON values: the next place, the places of the steps that have
+        begun and are not finished, and those that their planners took."""
         first = {str(step): list(places) for step, places in self._first.items()}
-        return {"next": self._next, "first": first, "mean_reward": self._mean_reward}
+        taken = [place for step in sorted(self._taken) for place in self._taken[step]]
+        return {
+            "next": self._next,
+            "first": first,
+            "left": taken + self._left,
+            "mean_reward": self._mean_reward,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state`."""
         self._next, self._mean_reward = state["next"], state["mean_reward"]
         self._first = {int(step): (a, n) for step, (a, n) in state["first"].items()}
+        self._left = list(state.get("left", []))
 
     def _plan(self, step: int) -> tuple[Request, ...]:
         drawn = self._drawn[step]
-        supplies = {"take": self._take, "encode": self.encode}
+        supplies = {"take": functools.partial(self._take, step), "encode": self.encode}
         requests = plan(drawn, self.planners(step), supplies)
         self._asked[step] = seeded(requests, self.seed, drawn)
         return self._asked[step]
 
-    def _take(self, count: int) -> list[Prompt]:
-        start, self._next = self._next, self._next + count
-        return self._prompts(start, count)
+    def _take(self, step: int, count: int) -> list[Prompt]:
+        """The next prompts of the order: before others those that a step took which was begun
+        before the run was resumed, and begins again."""
+        again, self._left = self._left[:count], self._left[count:]
+        start, self._next = self._next, self._next + count - len(again)
+        places = [*again, *range(start, self._next)]
+        self._taken.setdefault(step, []).extend(places)
+        return self._prompts(places)
 
-    def _prompts(self, start: int, count: int) -> list[Prompt]:
-        places = range(start, start + count)
+    def _prompts(self, places: Iterable[int]) -> list[Prompt]:
         return [
             self._ahead.pop(place) if place in self._ahead else self.prompt_at(place)
             for place in places

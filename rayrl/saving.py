@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rayrl.actors.pool import TooFewWorkers
 from rayrl.adapters import with_base
 from rayrl.checkpoint import (
     Checkpoint,
@@ -43,6 +44,32 @@ def save(run: Run, *, last: bool) -> None:
     run.saved_step = step
     run.learner.rebuild_from(saved)
     run.backup.checkpoint(step, last=last)
+
+
+class SavedWhereItFails:
+    """A run that fails inside is saved, whatever fails, unless it is already: there is no moment at
+    which a checkpoint that is written again is whole.  So is one that is asked to stop while it
+    waits for workers, which is then no failure.  A learner that was lost, or stopped in the middle
+    of a step, is not saved."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        run = self._run
+        if not isinstance(error, Exception):
+            return False
+        if run.unlogged is not None:
+            run.log.step(*run.unlogged)
+        if run.saved_step != run.learner.step and not (run.learner.lost or run.learner.midway):
+            save(run, last=True)
+        if run.saved_step != run.learner.step:
+            return False
+        run.log.message(f"saved step {run.saved_step}: go on with --resume")
+        return isinstance(error, TooFewWorkers) and run.stop.requested
 
 
 def _write(run: Run, checkpoint: Checkpoint) -> Path:

@@ -9,14 +9,15 @@ the version that it was to be sampled with and then catches up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import ray
 
 from rayrl.actors.losses import LOST
-from rayrl.actors.pending import Pending, Share, late_ones, no_answer, split
+from rayrl.actors.pending import Calls, Pending, Share, late_ones, no_answer, split
 from rayrl.actors.pool import Pool
 from rayrl.actors.versions import Versions
 from rayrl.config import Config
@@ -51,6 +52,7 @@ class Batches:
             max_tokens=config.sampling.max_tokens,
             greedy_baseline=greedy_baseline,
         )
+        self.calls = Calls(config.rollout.timeout_s)
         self._staged: dict[str, tuple[list[Prompt], Any]] = {}
 
     def stage(self, prompts: Sequence[Prompt]) -> None:
@@ -94,11 +96,7 @@ class Batches:
     def wait_rollouts(self, pending: Pending) -> None:
         """Wait until every group of a batch is sampled; they go from worker to worker, and what
         is scored meanwhile comes here.  A worker that takes too long is replaced."""
-        limit_s = self._config.rollout.timeout_s
-        rollouts = [share.rollout for share in pending.shares]
-        for i in late_ones(rollouts, limit_s, lambda: self._fetch_scored(pending)):
-            self._sample_again(pending.shares[i], pending, no_answer(limit_s))
-            self._wait_sampled(pending.shares[i], pending)
+        self._wait_sampled(pending.shares, pending, lambda: self._fetch_scored(pending))
 
     def collect(self, pending: Pending) -> list[Scored]:
         """What became of each part, in order.  Lost groups are sampled or scored again."""
@@ -113,6 +111,7 @@ class Batches:
                 left_s = 0.0 if share.index in late else limit_s
                 share.result = self._scored(share, pending, left_s)
             scored.append(share.result)
+            self.calls.forget(share.rollout)
         return scored
 
     def _reference(self, prompts: list[Prompt]) -> Any:
@@ -128,15 +127,18 @@ class Batches:
         if behind:
             self._versions.load(share.worker, pending.version)
         draws = [request.draw for request in share.requests]
+        share.rollout_sent = time.monotonic()
         share.rollout = share.worker.actor.generate.remote(
             share.prompts, draws, self._sampling, pending.version
         )
+        self.calls.add(share.rollout, share.worker.number)
         if behind:
             self._versions.load(share.worker, self._versions.newest)
 
     def _send_to_score(self, share: Share, pending: Pending) -> None:
         scorers = self._reward.wait()
         share.scorer = scorers[(pending.step + share.index) % len(scorers)]
+        share.scored_sent = time.monotonic()
         share.scored = share.scorer.actor.score_part.remote(
             share.prompts, share.rollout, pending.df, max(0, SIMILARITY_GROUPS - share.first)
         )
@@ -161,7 +163,7 @@ class Batches:
                 limit_s = self._config.train.reward_timeout_s
                 self._recover(share, pending, error)
                 # It may have been given to a worker that hangs.
-                self._wait_sampled(share, pending)
+                self._wait_sampled([share], pending)
 
     def _recover(self, share: Share, pending: Pending, error: Exception) -> None:
         """Redo what was lost of a share: its groups, or only their scores."""
@@ -170,15 +172,22 @@ class Batches:
         except LOST as lost:
             self._sample_again(share, pending, lost)
         else:
-            self._reward.lost(share.scorer, error)
+            self._reward.lost(share.scorer, error, sent=share.scored_sent)
             self._send_to_score(share, pending)
 
-    def _wait_sampled(self, share: Share, pending: Pending) -> None:
-        limit_s = self._config.rollout.timeout_s
-        while late_ones([share.rollout], limit_s):
-            self._sample_again(share, pending, no_answer(limit_s))
+    def _wait_sampled(
+        self,
+        shares: Sequence[Share],
+        pending: Pending,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Wait until shares are sampled, by other workers where some do not answer in time."""
+        while late := self.calls.late([share.rollout for share in shares], meanwhile):
+            for i in late:
+                self._sample_again(shares[i], pending, no_answer(self.calls.limit_s))
 
     def _sample_again(self, share: Share, pending: Pending, cause: Exception) -> None:
-        self._versions.lost(self._rollout, share.worker, cause)
+        self.calls.forget(share.rollout)
+        self._versions.lost(self._rollout, share.worker, cause, sent=share.rollout_sent)
         self._send_to_sample(share, pending)
         self._send_to_score(share, pending)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 
 from rayrl.actors.batches import Batches
 from rayrl.actors.direct import direct_transfer
@@ -22,6 +23,7 @@ from rayrl.actors.versions import Call, Source, Versions
 from rayrl.actors.workers import reward_pool, rollout_pool
 from rayrl.canary import Canary
 from rayrl.config import Config
+from rayrl.interrupt import StopRequest
 from rayrl.rewards.statistics import Statistics
 from rayrl.rounds import Request
 from rayrl.scaling import WINDOW, StepTimes, wanted_workers
@@ -86,6 +88,10 @@ class Fleet:
         if wanted != self._rollout.wanted:
             self._recent = []
         self._rollout.resize(wanted)
+
+    def heed(self, stop: StopRequest) -> None:
+        """Wait for no worker any more once ``stop`` is requested."""
+        self._rollout.stop = self._reward.stop = stop
 
     def wait(self) -> None:
         """Wait until the minimum of rollout workers is there."""
@@ -234,15 +240,20 @@ class Fleet:
         parts = [part for part in split(list(prompts), self._config.rollout.max_workers) if part]
         sent = [self._send_greedy(i, part, version) for i, part in enumerate(parts)]
         captions: list[Completion] = []
+        calls = self._batches.calls
         for i, part in enumerate(parts):
             while True:
                 worker, ref = sent[i]
                 try:
-                    captions += ray.get(ref, timeout=self._config.rollout.timeout_s)
+                    if calls.late([ref]):
+                        raise GetTimeoutError(f"no answer within {calls.limit_s:g} s")
+                    captions += ray.get(ref)
                     break
                 except LOST as error:
                     self._versions.lost(self._rollout, worker, error)
                     sent[i] = self._send_greedy(i, part, version)
+                finally:
+                    calls.forget(ref)
         return captions
 
     def shutdown(self) -> None:
@@ -254,4 +265,6 @@ class Fleet:
         workers = self._rollout.wait()
         worker = workers[i % len(workers)]
         tokens = self._config.sampling.max_tokens
-        return worker, worker.actor.greedy.remote(part, tokens, version)
+        ref = worker.actor.greedy.remote(part, tokens, version)
+        self._batches.calls.add(ref, worker.number)
+        return worker, ref

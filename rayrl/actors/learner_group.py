@@ -29,6 +29,7 @@ from rayrl.actors.pool import RestartBudget
 from rayrl.canary import Canary
 from rayrl.checkpoint import Checkpoint, load_checkpoint
 from rayrl.config import Config
+from rayrl.interrupt import StopRequest
 from rayrl.outline import Results, whole
 from rayrl.scaling import shortage
 from rayrl.shares import Parts, Sampled, Scored
@@ -57,6 +58,8 @@ class LearnerGroup:
     ``files`` are those of the stage-1 model; lost ranks are counted against ``budget``.
 
     lost: whether a rank was lost and the group could not be built anew since
+    midway: whether it is in the middle of a step, as it stays where one raised
+    stop: once it is requested, no more room is waited for
     alone: entered while the group is built anew, for ranks that share their GPU
     step: updates until now, of a run that was resumed those before it included
     """
@@ -76,8 +79,9 @@ class LearnerGroup:
         self._origin: Path | None = None
         self._since: list[list[Any]] = []
         self._store: Any = None
-        self._built = False
-        self.lost = False
+        self._built = self._one_could = False
+        self.lost = self.midway = False
+        self.stop = StopRequest()
         self.alone: Callable[[], AbstractContextManager[None]] = nullcontext
         self.step = 0
         # Ray tells whoever watches a growing cluster that no machine it knows could ever take a
@@ -95,7 +99,9 @@ class LearnerGroup:
         """One step on the groups that were not dropped; all ranks read one copy of them on each
         node.  They lie on the driver's node, which outlives the others, for a rebuilt group."""
         parts = _references(results)
+        self.midway = True
         report: StepReport = self._surely(lambda: ray.get(self._call("update", *parts)))
+        self.midway = False
         self._since.append(parts)
         self.step = report.step
         return report
@@ -252,20 +258,25 @@ class LearnerGroup:
         ranks = {actor.__ray_ready__.remote(): rank for rank, actor in enumerate(self._ranks)}
         limit_s = self._config.rollout.start_timeout_s
         self._check(ranks, "its construction", limit_s, "rollout.start_timeout_s")
-        self._built = True
+        self._built = self._one_could = True
 
     def _wait_for_place(self) -> None:
         """Wait until Ray has room for every rank, and say every 30 s what is missing;
-        RuntimeError at the deadline."""
-        deadline = time.monotonic() + self._config.rollout.start_timeout_s
+        RuntimeError at the deadline, and once :attr:`stop` is requested."""
+        said = time.monotonic()
+        deadline = said + self._config.rollout.start_timeout_s
         while not self._placed:
             left = deadline - time.monotonic()
-            self._placed = self._place.wait(max(0.0, min(_SAY_EVERY_S, left)))
-            if self._placed:
-                return
+            self._placed = self._place.wait(max(0.0, min(1.0, left)))
+            now = time.monotonic()
+            if self._placed or (now - said < _SAY_EVERY_S and left > 0 and not self.stop.requested):
+                continue
+            said = now
             asked = self._place.bundle_specs[0]
             missing = shortage(asked, ray.cluster_resources(), ray.available_resources())
             where = f"waiting for room for the learner's {self._config.learner.num_workers} rank(s)"
+            if self.stop.requested:
+                raise RuntimeError(f"asked to stop while {where}: {missing}")
             if left <= 0:
                 raise RuntimeError(f"gave up {where}: {missing}")
             log.warning("%s: %s", where, missing)
@@ -299,7 +310,7 @@ class LearnerGroup:
         first, error = next(iter(errors.items()))
         for rank, died in errors.items():
             if isinstance(died, DIED) or lost_its_gpu(getattr(died, "cause", None)):
-                if construction_failed(died):
+                if construction_failed(died) and not self._one_could:
                     raise died
                 raise RankLost(f"learner rank {rank} of {size} died: {died}") from died
         if silent and _complains(error):

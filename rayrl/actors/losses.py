@@ -43,17 +43,18 @@ def lost_its_gpu(error: BaseException | None) -> bool:
 
 
 def construction_failed(error: Exception) -> bool:
-    """Whether an actor's constructor raised, as that of another one in its place would."""
+    """Whether an actor's constructor raised, as that of another one in its place may."""
     return isinstance(error, RayActorError) and bool(error.actor_init_failed)
 
 
-def raise_unless_lost(actor: Any, error: Exception) -> None:
-    """Raise what replacing ``actor`` would not mend: an error in its construction, or the loss of
-    another actor whose result it was waiting for."""
+def raise_unless_lost(actor: Any, error: Exception, *, one_could: bool) -> None:
+    """Raise what replacing ``actor`` would not mend: the loss of another actor whose result it was
+    waiting for, or an error in its construction, where not even one was ever constructed
+    (``one_could``).  Later it is the node that is to blame: its GPU, its memory, its disk."""
     other = (
         isinstance(error, RayActorError)
         and error.actor_id is not None
         and error.actor_id != actor._actor_id.hex()
     )
-    if other or construction_failed(error):
+    if other or (construction_failed(error) and not one_could):
         raise error

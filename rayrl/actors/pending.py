@@ -19,7 +19,8 @@ _Item = TypeVar("_Item")
 @dataclass
 class Share:
     """A part of a batch, from its request ``first`` on, and who samples and scores it; ``prompts``
-    is a reference to the requests' prompts, with the images, ``result`` what became of them."""
+    is a reference to the requests' prompts, with the images, ``result`` what became of them; they
+    were sent at these times (time.monotonic)."""
 
     index: int
     first: int
@@ -27,8 +28,10 @@ class Share:
     prompts: Any
     worker: Any = None
     rollout: Any = None
+    rollout_sent: float = 0.0
     scorer: Any = None
     scored: Any = None
+    scored_sent: float = 0.0
     result: Scored | None = None
 
 
@@ -49,25 +52,60 @@ def split(items: list[_Item], parts: int) -> list[list[_Item]]:
     return [items[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def late_ones(
-    refs: list[Any], limit_s: float, meanwhile: Callable[[], None] | None = None
-) -> list[int]:
+def late_ones(refs: list[Any], limit_s: float) -> list[int]:
     """Which of ``refs``, by place, are not there within the limit; those that failed are.
-    ``meanwhile`` is called whenever further ones are there.
 
     One call for all takes a fraction of the time of a call for each."""
-    deadline, missing = time.monotonic() + limit_s, refs
-    while missing:
-        left, count = max(0.0, deadline - time.monotonic()), 1 if meanwhile else len(missing)
-        there, missing = ray.wait(missing, num_returns=count, timeout=left, fetch_local=False)
-        if meanwhile is None or not there:
-            break
-        if missing:
-            # Those that came at the same time.
-            _, missing = ray.wait(missing, num_returns=len(missing), timeout=0.0, fetch_local=False)
-        meanwhile()
+    _, missing = ray.wait(refs, num_returns=len(refs), timeout=limit_s, fetch_local=False)
     late = set(missing)
     return [i for i, ref in enumerate(refs) if ref in late]
+
+
+@dataclass
+class Calls:
+    """Calls of workers that serve one after the other: who answers nothing for ``limit_s`` is late,
+    however long the line is in which a call waits for its turn."""
+
+    limit_s: float
+    _workers: dict[Any, Any] = field(default_factory=dict)
+
+    def add(self, ref: Any, worker: Any) -> None:
+        """``worker`` was asked for ``ref``."""
+        self._workers[ref] = worker
+
+    def forget(self, ref: Any) -> None:
+        """Nobody waits for ``ref`` any more."""
+        self._workers.pop(ref, None)
+
+    def late(self, refs: list[Any], meanwhile: Callable[[], None] = lambda: None) -> list[int]:
+        """Waits for ``refs``, all of which were added: those that are there, or failed, are not
+        late; returns by place those whose workers are, as soon as there are any.  ``meanwhile`` is
+        called whenever further ones are there."""
+        wanted, began = set(refs), time.monotonic()
+        heard: dict[Any, float] = {}
+        asked = {self._workers[ref] for ref in refs}
+        missing = [ref for ref, worker in self._workers.items() if worker in asked]
+        while left := wanted.intersection(missing):
+            waits = {self._workers[ref] for ref in left}
+            due = min(heard.get(worker, began) for worker in waits) + self.limit_s
+            timeout = max(0.0, due - time.monotonic())
+            there, missing = ray.wait(missing, timeout=timeout, fetch_local=False)
+            if not there:
+                break
+            if missing:
+                # Those that came at the same time.
+                more, missing = ray.wait(
+                    missing, num_returns=len(missing), timeout=0.0, fetch_local=False
+                )
+                there += more
+            heard.update(dict.fromkeys((self._workers[ref] for ref in there), time.monotonic()))
+            meanwhile()
+        now = time.monotonic()
+        return [
+            i
+            for i, ref in enumerate(refs)
+            if ref in left and heard.get(self._workers[ref], began) + self.limit_s <= now
+        ]
 
 
 def no_answer(limit_s: float) -> TimeoutError:

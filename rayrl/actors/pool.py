@@ -9,6 +9,7 @@ than its minimum.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from rayrl.actors.losses import LOST, raise_unless_lost
+from rayrl.interrupt import StopRequest
 from rayrl.scaling import shortage
 
 log = logging.getLogger(__name__)
@@ -71,13 +73,15 @@ class PoolSize:
 @dataclass(eq=False)
 class Worker:
     """An actor of a pool.  ``due`` is what it must have done before its next stage; it was
-    ``renewed`` so often since it was last ready."""
+    ``renewed`` so often since it was last ready.  ``charged`` is when a loss of its results was
+    counted (time.monotonic)."""
 
     number: int
     actor: Any
     due: Any
     constructed: bool = False
     renewed: int = 0
+    charged: float | None = None
 
 
 class Pool:
@@ -98,10 +102,12 @@ class Pool:
         self._name, self._start, self._prepare = name, start, prepare
         self._size, self._budget = size, budget
         self._next_number = 0
+        self._one_could = False
         self._starting: list[Worker] = []
         self._ready: list[Worker] = []
         self._leaving: list[Worker] = []
         self.wanted = size.wanted
+        self.stop = StopRequest()
         self._fill()
 
     @property
@@ -125,30 +131,36 @@ class Pool:
     def wait(self) -> list[Worker]:
         """The ready workers, at least the minimum.
 
-        Waits for those that are missing and says every 30 s why; TooFewWorkers at the deadline.
+        Waits for those that are missing and says every 30 s why; TooFewWorkers at the deadline,
+        and once :attr:`stop` is requested.
         """
         began = said = time.monotonic()
         while len(self.admit()) < self._size.minimum:
             now = time.monotonic()
             if now - began > self._size.deadline_s:
                 raise TooFewWorkers(f"{self._situation()}; gave up after {now - began:.0f} s")
+            if self.stop.requested:
+                raise TooFewWorkers(f"{self._situation()}; asked to stop meanwhile")
             if now - said >= SAY_EVERY_S:
                 said = now
                 log.warning("%s", self._situation())
             ray.wait([w.due for w in self._starting], timeout=min(1.0, self._size.deadline_s))
         return list(self._ready)
 
-    def lost(self, worker: Worker, cause: Exception) -> None:
-        """Replace a worker, once, however many of its results were lost with it.
+    def lost(self, worker: Worker, cause: Exception, *, sent: float = math.inf) -> None:
+        """Replace a worker, once, however many of its results were lost with it.  ``sent`` is when
+        it was asked for what is lost (time.monotonic): what was on its way when a loss was counted
+        went with the same node.
 
         Raises what replacing it would not mend, and TooManyLost when the budget is spent.
         """
-        raise_unless_lost(worker.actor, cause)
-        if isinstance(cause, ObjectLostError):
+        raise_unless_lost(worker.actor, cause, one_could=self._one_could)
+        if not isinstance(cause, ObjectLostError):
+            self._replace(worker, cause)
+        elif worker.charged is None or worker.charged < sent:
             # A result is gone and not the worker, as far as this tells.
+            worker.charged = time.monotonic()
             self._budget.spend(f"a result of {self._name} {worker.number} was lost", cause)
-            return
-        self._replace(worker, cause)
 
     def renew(self, worker: Worker, cause: ObjectLostError) -> None:
         """Prepare a worker of :attr:`constructed` again, for something that was on its way to it
@@ -191,7 +203,11 @@ class Pool:
             if worker in state:
                 state.remove(worker)
                 ray.kill(worker.actor)
-                self._budget.spend(f"{self._name} {worker.number} was lost and is replaced", cause)
+                said = f"{self._name} {worker.number} was lost and is replaced"
+                if worker.charged is None:
+                    self._budget.spend(said, cause)
+                else:
+                    log.warning("%s: %s", said, _first_line(cause))
         self._fill()
 
     def _fill(self) -> None:
@@ -208,11 +224,11 @@ class Pool:
             if worker.constructed and isinstance(error, ObjectLostError):
                 self.renew(worker, error)
             else:
-                raise_unless_lost(worker.actor, error)
+                raise_unless_lost(worker.actor, error, one_could=self._one_could)
                 self._replace(worker, error)
             return
         if not worker.constructed:
-            worker.constructed = True
+            worker.constructed = self._one_could = True
             worker.due = self._prepare(worker.actor, None)
             if worker.due is not None:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -215,11 +216,11 @@ class Versions:
             self.lost(pool, worker, error)
         return None
 
-    def lost(self, pool: Pool, worker: Worker, cause: Exception) -> None:
+    def lost(self, pool: Pool, worker: Worker, cause: Exception, *, sent: float = math.inf) -> None:
         """:meth:`Pool.lost`, but one that refused for having missed a version pulls the newest.
         A refusal that no lost object explains is raised."""
         if not isinstance(cause, OtherVersion) or worker not in pool.constructed:
-            pool.lost(worker, cause)
+            pool.lost(worker, cause, sent=sent)
         elif (missed := self._missed(worker)) is not None:
             pool.renew(worker, missed)
         else:

@@ -1,11 +1,11 @@
 """Useful floating-point operations of an update, counted from the model's shape.
 
 Every image goes through the vision tower once, every prompt and every caption token through the
-language model once, of which the last layer makes keys and values alone for tokens whose states
-nobody reads, those of the prompt but its last; a multiplication with a matrix of n weights is 2n operations a token, and the
-backward pass costs as much again for the inputs and for the weights that train.  What an
-implementation does on top (copies of the prompt, recomputed activations) is not useful work, so
-that utilisation falls with it.  Embeddings, norms and activations are left out.
+language model once; of a prompt's tokens but its last one, whose states nobody reads, the last
+layer makes keys and values alone.  A multiplication with a matrix of n weights is 2n operations a
+token, and the backward pass costs as much again for the inputs and for the weights that train.
+What an implementation does on top (copies of the prompt, recomputed activations) is not useful
+work, so that utilisation falls with it.  Embeddings, norms and activations are left out.
 """
 
 from __future__ import annotations

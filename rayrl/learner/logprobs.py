@@ -195,9 +195,7 @@ def _positions(prompt: Tensor, prompt_mask: Tensor, tree: GroupTree) -> Tensor:
     return torch.where(in_trunk, own, following + tree.rank - tree.trunk[:, None])
 
 
-def _masks(
-    model: Any, inputs: Inputs, tree: GroupTree, embeds: Tensor, *, everything: bool
-) -> Any:
+def _masks(model: Any, inputs: Inputs, tree: GroupTree, embeds: Tensor, *, everything: bool) -> Any:
     """The decoder's attention mask, made once for all layers: for the nodes alone where that is
     enough, else for all rows.  Unless ``everything`` is wanted of the last layer, it may leave out
     what nobody reads."""

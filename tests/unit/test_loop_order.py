@@ -7,8 +7,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from rayrl import grpo
-from rayrl.actors.pool import TooFewWorkers
+from rayrl import grpo, saving
+from rayrl.actors.pool import TooFewWorkers, TooManyLost
 from rayrl.config import Config
 from rayrl.metrics import Phases
 from rayrl.types import StepReport
@@ -91,19 +91,77 @@ def test_after_a_request_to_stop_nothing_is_sent(
     assert recorded.said[-3:] == ["publish 1", "log 1", "save the last, 1"]
 
 
+class Failed(Recorded):
+    """A run at step 3 whose loop raises ``error``."""
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        error: BaseException,
+        *,
+        saved: int = 2,
+        lost: bool = False,
+        midway: bool = False,
+    ) -> None:
+        super().__init__(monkeypatch, staleness=0)
+        self.version = 3
+        self.run.saved_step, self.run.unlogged = saved, None
+        self.run.learner.step, self.run.learner.lost, self.run.learner.midway = 3, lost, midway
+        monkeypatch.setattr(grpo, "train", MagicMock(side_effect=error))
+        monkeypatch.setattr(saving, "save", self._save)
+
+
 @pytest.mark.parametrize(
-    ("saved", "lost", "writes", "says"),
-    [(2, False, 1, True), (3, False, 0, True), (3, True, 0, True), (2, True, 0, False)],
+    ("saved", "lost", "midway", "writes", "says"),
+    [
+        (2, False, False, 1, True),
+        (3, False, False, 0, True),
+        (3, True, False, 0, True),
+        (2, True, False, 0, False),
+        (2, False, True, 0, False),
+    ],
 )
+@pytest.mark.parametrize("error", [TooFewWorkers("none came back"), ValueError("prompt a/0")])
 def test_a_run_that_fails_is_saved_once(
-    monkeypatch: pytest.MonkeyPatch, saved: int, lost: bool, writes: int, says: bool
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    saved: int,
+    lost: bool,
+    midway: bool,
+    writes: int,
+    says: bool,
+) -> None:
+    failed = Failed(monkeypatch, error, saved=saved, lost=lost, midway=midway)
+    with pytest.raises(type(error)):
+        grpo.train_or_save(failed.run, 0)
+    assert failed.said == ["save the last, 3"] * writes
+    said = [call.args[0] for call in failed.run.log.message.call_args_list]
+    assert said == ["saved step 3: go on with --resume"] * says
+
+
+def test_a_run_that_is_interrupted_twice_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = Failed(monkeypatch, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        grpo.train_or_save(failed.run, 0)
+    assert failed.said == []
+
+
+def test_a_run_that_is_asked_to_stop_while_it_waits_ends_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failed = Failed(monkeypatch, TooFewWorkers("0 are ready; asked to stop meanwhile"))
+    failed.run.stop.requested = True
+    assert grpo.train_or_save(failed.run, 0) == 3
+    assert failed.said == ["save the last, 3"]
+
+
+def test_a_step_that_was_trained_is_logged_whatever_fails_after_it(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recorded = Recorded(monkeypatch, staleness=0)
-    run, recorded.version = recorded.run, 3
-    run.saved_step, run.learner.step, run.learner.lost = saved, 3, lost
-    monkeypatch.setattr(grpo, "train", MagicMock(side_effect=TooFewWorkers("none came back")))
-    with pytest.raises(TooFewWorkers):
-        grpo.train_or_save(run, 0)
-    assert recorded.said == ["save the last, 3"] * writes
-    said = [call.args[0] for call in run.log.message.call_args_list]
-    assert said == ["saved step 3: go on with --resume"] * says
+    monkeypatch.setattr(saving, "save", recorded._save)
+    monkeypatch.setattr(grpo, "_log", MagicMock(side_effect=TooManyLost("in the evaluation")))
+    with pytest.raises(TooManyLost):
+        grpo.train_or_save(recorded.run, 0)
+    ((step, metrics),) = [call.args for call in recorded.run.log.step.call_args_list]
+    assert (step, metrics["waiting"]) == (1, 0.0)

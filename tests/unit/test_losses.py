@@ -20,7 +20,7 @@ from ray.exceptions import (
 from rayrl.actors import pool, reward
 from rayrl.actors.learner_group import LearnerGroup, RankLost
 from rayrl.actors.losses import LOST
-from rayrl.actors.pool import Pool, PoolSize, RestartBudget, TooManyLost
+from rayrl.actors.pool import Pool, PoolSize, RestartBudget, TooFewWorkers, TooManyLost
 from rayrl.rewards.term import Failure
 
 KILLED = OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.")
@@ -97,6 +97,37 @@ def test_a_term_in_its_own_actor_is_tried_again(monkeypatch, error):
     assert term.answer(deadline=0.0) == Failure("its actor died")
 
 
+def unconstructed() -> RayActorError:
+    return RayActorError(None, "the constructor raised", True)
+
+
+def test_a_constructor_that_raises_ends_the_run_unless_another_one_could(monkeypatch):
+    """The first says that nobody can be constructed, a later one that something is wrong with a
+    node."""
+    error = unconstructed()
+    size = PoolSize(wanted=1, minimum=1, deadline_s=60.0, asked={})
+    Due(monkeypatch, [error])
+    with pytest.raises(RayActorError) as raised:
+        Pool("worker", actor, size, RestartBudget(9)).wait()
+    assert raised.value is error
+    ray = Due(monkeypatch, [None, error, None])
+    workers = Pool("worker", actor, size, RestartBudget(2))
+    (first,) = workers.wait()
+    workers.lost(first, KILLED)
+    (third,) = workers.wait()
+    assert (third.number, workers._budget.spent, len(ray.killed)) == (2, 2, 2)
+
+
+def test_a_rank_that_cannot_be_constructed_is_a_loss_once_the_group_was(monkeypatch):
+    group = object.__new__(LearnerGroup)
+    group._ranks, group._one_could = ["rank 0"], False
+    with pytest.raises(RayActorError):
+        group._raise({0: unconstructed()}, silent=[])
+    group._one_could = True
+    with pytest.raises(RankLost):
+        group._raise({0: unconstructed()}, silent=[])
+
+
 LOST_WEIGHTS = ObjectLostError("ab" * 28, None, "")
 
 
@@ -141,6 +172,38 @@ def test_a_worker_whose_constructor_lost_its_arguments_is_replaced_while_the_bud
     size = PoolSize(wanted=1, minimum=1, deadline_s=60.0, asked={})
     workers = Pool("worker", actor, size, RestartBudget(2))
     with pytest.raises(TooManyLost, match="3 workers were lost"):
+        workers.wait()
+
+
+def test_a_node_that_goes_with_a_workers_results_is_one_loss(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(pool.time, "monotonic", lambda: float(next(clock)))
+    ray = Due(monkeypatch, [])
+    size = PoolSize(wanted=1, minimum=1, deadline_s=60.0, asked={})
+    workers = Pool("worker", actor, size, RestartBudget(9))
+    (worker,) = workers.wait()
+    now = next(clock)
+    for _ in range(4):
+        workers.lost(worker, LOST_WEIGHTS, sent=now)
+    assert (workers._budget.spent, ray.killed) == (1, [])
+    # Then Ray notices that the worker went too.
+    workers.lost(worker, KILLED, sent=next(clock))
+    assert (workers._budget.spent, len(ray.killed)) == (1, 1)
+    # Results that are lost again and again have a limit, whoever made them.
+    (second,) = workers.wait()
+    for count in (2, 3):
+        workers.lost(second, LOST_WEIGHTS, sent=next(clock))
+        assert workers._budget.spent == count
+
+
+def test_a_pool_that_is_asked_to_stop_waits_for_nobody(monkeypatch):
+    Due(monkeypatch, [])
+    monkeypatch.setattr(pool.ray, "wait", lambda refs, timeout: ([], refs))
+    monkeypatch.setattr(pool.Pool, "_situation", lambda self: "0 workers are ready")
+    size = PoolSize(wanted=1, minimum=1, deadline_s=60.0, asked={})
+    workers = Pool("worker", actor, size, RestartBudget(0))
+    workers.stop.requested = True
+    with pytest.raises(TooFewWorkers, match="0 workers are ready; asked to stop meanwhile"):
         workers.wait()
 
 

@@ -182,5 +182,5 @@ def test_what_joins_a_group_in_a_later_round_keeps_the_images_rewards(stage1):
     more = steps.go_on(0, subject.joined(Here(results)))
     assert more
     assert not steps.go_on(0, subject.joined(Here([scored(r, flat(r)) for r in more])))
-    for i, group in enumerate(groups_of(steps.finish(0))):
+    for i, group in enumerate(groups_of(steps.complete(0))):
         np.testing.assert_allclose(group.fields["reference_rewards"], [i, i + 0.1, i + 0.2])

@@ -60,6 +60,10 @@ def rounds(objective: str = "dapo", **changes) -> Rounds:
     )
 
 
+def places_and_seeds(requests) -> list[tuple[int, str, int]]:
+    return [(r.slot, r.prompt.prompt_id, r.seed) for r in requests]
+
+
 def asked(requests) -> list[tuple[int, str, int]]:
     return [(r.slot, r.prompt.prompt_id, r.size) for r in requests]
 
@@ -86,7 +90,7 @@ def test_without_planners_a_step_is_one_round_of_the_next_prompts():
     assert asked(first) == [(0, "p0", 2), (1, "p1", 2), (2, "p2", 2)]
     assert [r.seed for r in first] == [request_seed(7, 0, f"p{i}") for i in range(3)]
     assert subject.go_on(0, answer(first, flat)) == ()
-    drawn = subject.finish(0)
+    drawn = subject.complete(0)
     assert [g.group.prompt.prompt_id for g in groups_of(drawn)] == ["p0", "p1", "p2"]
     assert drawn.metrics() == {
         "rounds/count": 1.0,
@@ -108,7 +112,7 @@ def test_flat_and_dropped_groups_are_refilled_by_the_next_prompts():
     third = subject.go_on(0, Here([scored(second[0], [3, 4]), scored(second[1], [2, 2])]))
     assert asked(third) == [(2, "p5", 2)]
     assert subject.go_on(0, Here([scored(third[0], [5, 6])])) == ()
-    drawn = subject.finish(0)
+    drawn = subject.complete(0)
     assert [g.group.prompt.prompt_id for g in groups_of(drawn)] == ["p3", "p1", "p5"]
     assert [g.rewards.tolist() for g in groups_of(drawn)] == [[3, 4], [0, 1], [5, 6]]
     assert drawn.metrics() == {
@@ -125,7 +129,7 @@ def test_refilling_is_bounded_and_keeps_the_step_whole():
     while requests:
         count += 1
         requests = subject.go_on(0, answer(requests, flat))
-    drawn = subject.finish(0)
+    drawn = subject.complete(0)
     assert count == drawn.round == 3
     assert [g.group.prompt.prompt_id for g in groups_of(drawn)] == ["p6", "p7", "p8"]
 
@@ -135,7 +139,7 @@ def test_a_refill_that_cannot_be_scored_leaves_the_flat_group():
     first = subject.begin(0)
     second = subject.go_on(0, answer(first, flat))
     assert subject.go_on(0, Here([Dropped(r.prompt.prompt_id, "late") for r in second])) == ()
-    drawn = subject.finish(0)
+    drawn = subject.complete(0)
     assert [g.group.prompt.prompt_id for g in groups_of(drawn)] == ["p0", "p1", "p2"]
     assert len(drawn.dropped) == 3
 
@@ -155,7 +159,7 @@ def test_a_step_without_any_group_says_why():
     requests = subject.begin(0)
     subject.go_on(0, Here([Dropped(r.prompt.prompt_id, "the scorer is down") for r in requests]))
     with pytest.raises(RuntimeError, match=r"all 3 groups .* the first, p0: the scorer is down"):
-        subject.finish(0)
+        subject.complete(0)
 
 
 def drive(
@@ -208,6 +212,36 @@ def test_every_prompt_is_taken_once_and_a_resumed_run_takes_the_same(ahead):
     resumed.restore(state)
     assert drive(resumed, 3, 8, ahead, broken) == end
     assert broken == straight
+
+
+def test_a_run_that_is_saved_in_the_middle_of_a_step_takes_the_same_prompts_for_it_again():
+    subject = rounds()
+    first, ahead = subject.begin(0), subject.begin(1)
+    more = subject.go_on(0, answer(first, flat))
+    assert [r.prompt.prompt_id for r in more] == ["p6", "p7", "p8"]
+    state = json.loads(json.dumps(subject.state()))
+    resumed = rounds()
+    resumed.restore(state)
+    assert resumed.state() == state
+    for again, before in ((resumed.begin(0), first), (resumed.begin(1), ahead)):
+        assert places_and_seeds(again) == places_and_seeds(before)
+    assert places_and_seeds(resumed.go_on(0, answer(first, flat))) == places_and_seeds(more)
+    # The next ones are new.
+    other = resumed.go_on(1, answer(ahead, flat))
+    assert [r.prompt.prompt_id for r in other] == ["p9", "p10", "p11"]
+    assert [r.prompt.prompt_id for r in resumed.begin(2)] == ["p12", "p13", "p14"]
+
+
+def test_a_step_that_is_complete_is_not_behind_a_run_until_it_was_trained_on():
+    subject = rounds("grpo")
+    requests = subject.begin(0)
+    assert subject.go_on(0, answer(requests, spread)) == ()
+    subject.complete(0)
+    resumed = rounds("grpo")
+    resumed.restore(subject.state())
+    assert places_and_seeds(resumed.begin(0)) == places_and_seeds(requests)
+    subject.finish(0)
+    assert subject.state()["first"] == {}
 
 
 @pytest.mark.parametrize("ahead", [0, 2])

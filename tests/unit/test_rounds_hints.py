@@ -30,7 +30,7 @@ def test_a_failing_group_is_sampled_again_whole_after_a_part_of_a_reference():
     # A quarter of "a b c d" in the first third of the run.
     assert [(r.slot, r.size, r.forced) for r in second] == [(0, 2, (A,)), (2, 2, (A,))]
     assert subject.go_on(0, answer(second, lambda r: [1.0, 2.0])) == ()
-    drawn = subject.finish(0)
+    drawn = subject.complete(0)
     groups = groups_of(drawn)
     assert [g.rewards.tolist() for g in groups] == [[1, 2], pytest.approx([0, 0.1]), [1, 2]]
     assert [g.group.group_size for g in groups_of(drawn)] == [2, 2, 2]
@@ -58,7 +58,7 @@ def test_guided_captions_join_the_failed_ones_and_train_without_the_hint():
     assert second[0].prompt.text == "Describe. Hint: a b c d"
     results = answer(second, lambda r: [1.0, 2.0, 3.0, 4.0])
     assert subject.go_on(0, results) == ()
-    first, middle, _ = groups_of(subject.finish(0))
+    first, middle, _ = groups_of(subject.complete(0))
     assert first.group.prompt.text == "Describe."
     assert first.rewards.tolist() == [0, 0, 1, 2, 3, 4]
     assert first.terms["cider_d"].tolist() == [0, 0, 1, 2, 3, 4]
@@ -72,7 +72,7 @@ def test_injected_captions_replace_the_worst_where_they_are_better():
     second = subject.go_on(0, answer(first, lambda r: [-0.5, 0.0, -0.1]))
     assert [(r.slot, r.size, r.forced) for r in second] == [(i, 2, (A, B)) for i in range(3)]
     subject.go_on(0, answer(second, lambda r: [-0.2, 0.9]))
-    group = groups_of(subject.finish(0))[0]
+    group = groups_of(subject.complete(0))[0]
     # The best new one replaces the worst; the other one, -0.2, is worse than the next, -0.1.
     assert group.rewards.tolist() == pytest.approx([0.9, 0.0, -0.1])
     assert [c.token_ids.tolist() for c in group.group.completions] == [[A, B, 11], [11], [12]]
@@ -96,7 +96,7 @@ def test_further_captions_go_where_rewards_spread():
     # A quarter of twelve captions, all for the one image whose spread is ten times as wide.
     assert asked(second) == [(1, "p1", 3)]
     subject.go_on(0, answer(second, lambda r: [5, 6, 7]))
-    drawn = subject.finish(0)
+    drawn = subject.complete(0)
     assert drawn.num_captions == 15
     batch = make_batch(groups_of(drawn))
     assert batch.valid.tolist() == [[1] * 4 + [0] * 3, [1] * 7, [1] * 4 + [0] * 3]
@@ -130,7 +130,7 @@ def test_a_tree_branches_at_its_depths():
     third = subject.go_on(0, Here([grown(r) for r in second]))
     assert [r.forced for r in third] == [(1, 2, 3), (), (1, 50, 51), ()]
     assert subject.go_on(0, Here([grown(r) for r in third])) == ()
-    (group,) = groups_of(subject.finish(0))
+    (group,) = groups_of(subject.complete(0))
     ids = [c.token_ids.tolist() for c in group.group.completions]
     assert ids[:4] == [[1, 2, 3, 4], [5], [1, 50, 51, 52], [50, 51, 52]]
     assert ids[4:] == [[1, 2, 3, 50, 51, 52], [50, 51, 52], [1, 50, 51, 50, 51, 52], [50, 51, 52]]
@@ -162,7 +162,7 @@ def test_a_tree_that_branches_at_its_root_is_a_group_of_independent_captions():
     assert all(request.forced == () for request in second)
     assert len(drawn) == len(set(drawn)) == 3 * 8
     assert subject.go_on(0, answer(second, lambda r: [3.0] * r.size)) == ()
-    assert [g.group.group_size for g in groups_of(subject.finish(0))] == [8, 8, 8]
+    assert [g.group.group_size for g in groups_of(subject.complete(0))] == [8, 8, 8]
 
 
 def test_a_tree_that_does_not_fill_the_group_is_refused():

@@ -110,7 +110,7 @@ def test_a_refusal_is_excused_by_a_version_that_was_lost_and_by_nothing_else(
     pool = SimpleNamespace(
         constructed=[worker],
         renew=lambda worker, cause: said.append(cause),
-        lost=lambda worker, cause: said.append(cause),
+        lost=lambda worker, cause, sent: said.append(cause),
     )
     versions.load(worker, 2)
     with pytest.raises(OtherVersion):
