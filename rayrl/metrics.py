@@ -63,6 +63,8 @@ class StepSink(Protocol):
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class RunLog:
     """The log of one run folder; ``also`` hears of each step too.
@@ -93,8 +95,7 @@ class RunLog:
         self._first_score = scores[0] if scores else math.nan
         self._last_score = scores[-1] if scores else math.nan
         self._total, self._last_step = total_steps, keep
-        self._events = TensorBoard(folder) if tensorboard else None
-        self._sinks = [*also, *([self._events] if self._events else [])]
+        self._sinks = [*also, *([TensorBoard(folder)] if tensorboard else [])]
         self._clock = clock
         self._started: tuple[int, float] | None = None
         self._progress: Progress = open_progress()
@@ -150,12 +151,12 @@ class RunLog:
         ]
 
     def close(self) -> None:
-        """Write what waits, take the progress line away and end the event file.  A second call does
-        nothing."""
+        """Write what waits, take the progress line away and close what hears of each step.  A second
+        call does nothing."""
         for name, file in self._files.items():
             self.attempt(name, file.flush)
-        if self._events is not None:
-            self.attempt("TensorBoard", self._events.close)
+        for sink in self._sinks:
+            self.attempt(type(sink).__name__, sink.close)
         self._progress.close()
 
     def _show(self, step: int, metrics: Mapping[str, float], now: float) -> None:

@@ -39,10 +39,12 @@ class Tracer:
             self._collect(self._file, timeout_s=0.0)
 
     def close(self) -> None:
-        """Collect the rest and end the file; before the workers are killed."""
+        """Collect the rest and end the file; before the workers are killed.  A second call does
+        nothing."""
         if self._file:
-            self._collect(self._file, timeout_s=_LAST_WAIT_S)
-            self._file.close()
+            file, self._file = self._file, None
+            self._collect(file, timeout_s=_LAST_WAIT_S)
+            file.close()
 
     def _collect(self, file: TraceFile, *, timeout_s: float) -> None:
         waiting = set(self._asked.values())

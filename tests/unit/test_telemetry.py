@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from pathlib import Path
 
+from rayrl.actors import telemetry
 from rayrl.metrics import RunLog
 from rayrl.telemetry import SERIES, samples
 
@@ -93,3 +95,42 @@ def test_the_page_names_every_series():
     for series in SERIES:
         assert series.exported in page
         assert series.source.rstrip("/") in page
+
+
+class Metric:
+    """A gauge or counter that remembers what it was told."""
+
+    def __init__(self, name, description, tag_keys):
+        self.name, self.told = name, []
+        self.again = threading.Event()
+
+    def set(self, value, tags):
+        self.told.append((value, tags))
+        if len(self.told) >= 4:
+            self.again.set()
+
+    def inc(self, value, tags):
+        self.told.append((value, tags))
+
+
+def test_gauges_are_kept_until_the_next_step_and_counters_grow_once(monkeypatch):
+    monkeypatch.setattr(telemetry, "Gauge", Metric)
+    monkeypatch.setattr(telemetry, "Counter", Metric)
+    monkeypatch.setattr(telemetry, "_AGAIN_S", 0.01)
+    exported = telemetry.RayMetrics("here")
+    exported.step(7, ROW)
+    reward = exported._metrics["rayrl_reward_mean"]
+    assert reward.again.wait(30)
+    # A step without this number leaves it as it was.
+    exported.step(8, {"seconds/sync": 0.5})
+    exported.close()
+    assert set(map(str, reward.told)) == {str((0.5, {"run": "here"}))}
+    phases = exported._metrics["rayrl_phase_seconds"].told
+    assert {(tags["phase"], value) for value, tags in phases} == {
+        ("rollout", 1.5),
+        ("sync", 0.25),
+        ("sync", 0.5),
+    }
+    assert exported._metrics["rayrl_groups_dropped_total"].told == [(2.0, {"run": "here"})]
+    told = len(reward.told)
+    assert not exported._thread.is_alive() and len(reward.told) == told
