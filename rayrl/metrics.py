@@ -151,8 +151,9 @@ class RunLog:
         ]
 
     def close(self) -> None:
-        """Write what waits, take the progress line away and close what hears of each step.  A second
-        call does nothing."""
+        """Write what waits, take the progress line away and close what hears of each step.
+
+        A second call does nothing."""
         for name, file in self._files.items():
             self.attempt(name, file.flush)
         for sink in self._sinks:

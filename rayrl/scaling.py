@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,14 +26,21 @@ class StepTimes:
 
 
 def wanted_workers(
-    recent: Sequence[StepTimes], workers: int, *, minimum: int, maximum: int, overlaps: bool
+    recent: Sequence[StepTimes],
+    workers: int,
+    *,
+    parts: int,
+    minimum: int,
+    maximum: int,
+    overlaps: bool,
 ) -> int:
-    """One worker more, one less, or as many as now.
+    """How many workers there should be, given that there are ``workers`` now.
 
-    ``overlaps`` says whether sampling goes on while the learner trains (asynchronous runs).  The
-    learner waits for the part of a batch's sampling time, shared evenly by the workers, that does
-    not fit behind its own work: with staleness 0 that is all of it.  A worker is added where that
-    saves 5 % of a step, and let go where it costs less than 1 %.
+    ``parts`` is in how many a batch is cut, which are sampled whole: two workers take as long for
+    three of them as for four.  ``overlaps`` says whether sampling goes on while the learner trains
+    (asynchronous runs): then the next batch follows at once, so that no worker waits for the last
+    part of a batch, and the learner waits for what does not fit behind its own work.  Workers are
+    added where each of them saves 5 % of a step, and let go where that costs less than 1 %.
     """
     if len(recent) < WINDOW:
         return workers
@@ -42,12 +50,18 @@ def wanted_workers(
     behind = sum(step.seconds - step.waited for step in steps) if overlaps else 0.0
 
     def waiting(count: int) -> float:
-        return max(0.0, sampling / count - behind)
+        if overlaps:
+            return max(0.0, sampling / count - behind)
+        return sampling / parts * math.ceil(parts / count)
 
-    if workers < maximum and waiting(workers) - waiting(workers + 1) >= GAIN * seconds:
-        return workers + 1
-    if workers > minimum and waiting(workers - 1) - waiting(workers) <= COST * seconds:
-        return workers - 1
+    now = waiting(workers)
+    for more in range(workers + 1, maximum + 1):
+        # Past those that save nothing by themselves.
+        if now - waiting(more) >= (more - workers) * GAIN * seconds:
+            return more
+    for fewer in range(minimum, workers):
+        if waiting(fewer) - now <= COST * seconds:
+            return fewer
     return workers
 
 

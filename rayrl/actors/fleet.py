@@ -78,11 +78,13 @@ class Fleet:
         self._rollout.admit()
         # Steps of a pool that is changing say nothing of it.
         self._recent = [*self._recent, times][-WINDOW:] if self._rollout.settled else []
+        most = self._config.rollout.max_workers
         wanted = wanted_workers(
             self._recent,
             self._rollout.wanted,
+            parts=min(most, self._config.train.images_per_step),
             minimum=self._config.rollout.min_workers,
-            maximum=self._config.rollout.max_workers,
+            maximum=most,
             overlaps=self._config.train.max_staleness > 0,
         )
         if wanted != self._rollout.wanted:

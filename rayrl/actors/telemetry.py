@@ -10,7 +10,6 @@ from ray.util.metrics import Counter, Gauge
 
 from rayrl.telemetry import SERIES, samples
 
-
 _AGAIN_S = 1.0
 """Ray forgets a gauge that nobody has set for two of its report intervals, of a second or more."""
 
