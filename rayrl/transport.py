@@ -17,8 +17,10 @@ goes wrong is a :class:`TransferFailed` within the time limit, and the engine is
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +33,7 @@ from torch import Tensor
 from rayrl.buckets import Manifest
 
 _POLL_S = 0.0005
+_ABORT_S = 5.0
 
 
 class TransferFailed(RuntimeError):
@@ -89,6 +92,7 @@ class Collective:
 
     def __init__(self, group: Any, device: torch.device, *, timeout_s: float) -> None:
         self._group, self._device, self._timeout_s = group, device, timeout_s
+        self._connected = False
 
     def offer(self, buckets: Sequence[Tensor]) -> Any:
         return None
@@ -107,20 +111,21 @@ class Collective:
         pass
 
     def close(self) -> None:
-        self._group.abort()
+        # Beside what is stuck in connecting, whose locks it may want.
+        abort = threading.Thread(target=self._group.abort, daemon=True)
+        abort.start()
+        abort.join(_ABORT_S)
 
     def _broadcast(self, buckets: Sequence[Tensor]) -> None:
         deadline = time.monotonic() + self._timeout_s
         for i, bucket in enumerate(buckets):
+            late = f"bucket {i + 1} of {len(buckets)} did not arrive within {self._timeout_s:g} s"
             try:
-                work = self._group.broadcast([bucket], _FROM_LEARNER)
+                work = self._begun(bucket, deadline, late)
                 # Not wait(timeout): with NCCL that only enqueues.
                 while not work.is_completed():
                     if time.monotonic() > deadline:
-                        raise TransferFailed(
-                            f"bucket {i + 1} of {len(buckets)} did not arrive within "
-                            f"{self._timeout_s:g} s"
-                        )
+                        raise TransferFailed(late)
                     time.sleep(_POLL_S)
                 work.wait()
             except RuntimeError as error:
@@ -130,6 +135,27 @@ class Collective:
                     if isinstance(error, TransferFailed)
                     else TransferFailed(f"bucket {i + 1} of {len(buckets)}: {error}")
                 ) from error
+
+    def _begun(self, bucket: Tensor, deadline: float, late: str) -> Any:
+        """The broadcast of a bucket on its way.  NCCL connects with the first one, for as long as
+        an end is missing, so that one is begun in a thread that can be left behind."""
+        if self._connected:
+            return self._group.broadcast([bucket], _FROM_LEARNER)
+        begun: Future[Any] = Future()
+
+        def begin() -> None:
+            try:
+                begun.set_result(self._group.broadcast([bucket], _FROM_LEARNER))
+            except RuntimeError as error:
+                begun.set_exception(error)
+
+        threading.Thread(target=begin, daemon=True).start()
+        try:
+            work = begun.result(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise TransferFailed(f"{late}: the ends did not connect") from None
+        self._connected = True
+        return work
 
 
 def _from_learner() -> Any:

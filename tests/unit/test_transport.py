@@ -113,6 +113,25 @@ def test_what_does_not_arrive_is_aborted_whatever_the_process_group():
     assert group.calls == [("broadcast", len(buckets[0]), 0), "abort"]
 
 
+def test_an_end_that_does_not_connect_keeps_the_others_no_longer_than_they_may_wait():
+    """As with NCCL, whose first call waits for everybody, and whose locks others may want."""
+    stuck, aborted = threading.Event(), threading.Event()
+
+    class Stuck(Group):
+        def broadcast(self, tensors, options):
+            stuck.wait()
+            return Work()
+
+        def abort(self):
+            aborted.set()
+
+    transport = Collective(Stuck(), torch.device("cpu"), timeout_s=0.01)
+    with pytest.raises(TransferFailed, match="within 0.01 s: the ends did not connect"):
+        transport.send(staged()[1])
+    assert aborted.is_set()
+    stuck.set()
+
+
 class Gpu:
     """A GPU's memory as two processes see it: what one exports the other can attach."""
 
