@@ -60,22 +60,24 @@ def train_xe(
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=name,
             storage_path=str(out.resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=1),
+            # Each attempt begins at the start, and comes to the same model.
+            failure_config=ray.train.FailureConfig(max_failures=config.rollout.max_restarts),
             worker_runtime_env=worker_environment(config.learner.cpus, config.learner.gpus),
         ),
     )
     result = trainer.fit()
     if result.error:
         raise RuntimeError(f"stage 1 failed: {result.error}") from result.error
-    snapshots = []
+    # One that failed may have left some of the steps that the last attempt took too.
+    snapshots: dict[int, Snapshot] = {}
     for checkpoint, metrics in result.best_checkpoints or []:
         folder = place / f"snapshot_{metrics['steps']}"
         with checkpoint.as_directory() as source:
             shutil.copytree(source, folder, dirs_exist_ok=True)
-        snapshots.append(
-            Snapshot(steps=metrics["steps"], seconds=metrics["seconds"], folder=folder)
+        snapshots[metrics["steps"]] = Snapshot(
+            steps=metrics["steps"], seconds=metrics["seconds"], folder=folder
         )
-    return sorted(snapshots, key=lambda snapshot: snapshot.steps)
+    return [snapshots[steps] for steps in sorted(snapshots)]
 
 
 def _dataset(config: Config, steps: int) -> ray.data.Dataset:

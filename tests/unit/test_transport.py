@@ -126,7 +126,7 @@ def test_an_end_that_does_not_connect_keeps_the_others_no_longer_than_they_may_w
             aborted.set()
 
     transport = Collective(Stuck(), torch.device("cpu"), timeout_s=0.01)
-    with pytest.raises(TransferFailed, match="within 0.01 s: the ends did not connect"):
+    with pytest.raises(TransferFailed, match=r"within 0\.01 s: the ends did not connect"):
         transport.send(staged()[1])
     assert aborted.is_set()
     stuck.set()
