@@ -26,6 +26,8 @@ HANG, NO_MEMORY, NO_START, BALLAST_MB = "hang", "no_memory", "no_start", "ballas
 TERM_DIES, TERM_RAISES, TERM_HANGS = "term_dies", "term_raises", "term_hangs"
 SLOW_SAMPLING, SLOW_LEARNER = "slow_sampling", "slow_learner"
 AWAKE, BESIDE = "awake", "beside"
+_LONG = 50_000
+"""Tokens of a prompt that make a part of a batch larger than what Ray sends in a message."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ class FakeRollout:
         for weights in versions:
             if weights.ballast is not None:
                 assert (weights.ballast == weights.version % 256).all()
-            self._weights = FakeWeights(weights.version, np.array(weights.values))
+            # Copies, for a view would keep the object in the store.
+            ballast = None if weights.ballast is None else weights.ballast[:0].copy()
+            self._weights = FakeWeights(weights.version, np.array(weights.values), ballast)
         (self._folder / AWAKE).touch()
         return self._weights.version
 
@@ -136,9 +140,11 @@ class FakeRollout:
             raise OtherVersion(f"asked for version {version}, holding {self._weights.version}")
 
     def _group(self, prompt: Prompt, seed: int, size: int) -> RolloutGroup:
+        # With ballast, what is sampled lies on the worker's node too, and in no message.
+        length = 2 if self._weights.ballast is None else _LONG
         return RolloutGroup(
             prompt=prompt,
-            prompt_token_ids=np.array([1, 2], np.int32),
+            prompt_token_ids=np.arange(1, length + 1, dtype=np.int32),
             completions=tuple(self._completion(seed + i) for i in range(size)),
             group_size=size,
         )
