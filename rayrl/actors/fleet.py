@@ -59,7 +59,8 @@ class Fleet:
         place = learner.shared_place if learner else None
         small, prepare = ray.put(without_weights(files)), self._versions.pull_newest
         self._rollout = rollout_pool(config, small, self._budget, prepare, place=place)
-        self._reward = reward_pool(config, (ray.put(statistics),), self._budget)
+        beside = learner.place if learner else None
+        self._reward = reward_pool(config, (ray.put(statistics),), self._budget, beside)
         self._batches = Batches(
             config, self._rollout, self._reward, self._versions, greedy_baseline=greedy_baseline
         )

@@ -60,6 +60,7 @@ class LearnerGroup:
     lost: whether a rank was lost and the group could not be built anew since
     midway: whether it is in the middle of a step, as it stays where one raised
     stop: once it is requested, no more room is waited for
+    place: the placement group of the ranks, None once it is given back
     alone: entered while the group is built anew, for ranks that share their GPU
     step: updates until now, of a run that was resumed those before it included
     """
@@ -74,8 +75,8 @@ class LearnerGroup:
             # A bundle has its own GPU, of which both then get their shares.
             asked = {"CPU": learner.cpus + config.rollout.cpus, "GPU": 1}
         bundle = {name: amount for name, amount in asked.items() if amount}
-        self._place = placement_group([bundle] * learner.num_workers, strategy="PACK")
-        self._placed = self._place.wait(_ROOM_S)
+        self.place = placement_group([bundle] * learner.num_workers, strategy="PACK")
+        self._placed = self.place.wait(_ROOM_S)
         self._origin: Path | None = None
         self._since: list[list[Any]] = []
         self._store: Any = None
@@ -138,7 +139,7 @@ class LearnerGroup:
         """Where an engine is to be put that shares the learner's GPU; None where none does."""
         if not self._config.rollout.colocate:
             return None
-        return PlacementGroupSchedulingStrategy(self._place, placement_group_bundle_index=0)
+        return PlacementGroupSchedulingStrategy(self.place, placement_group_bundle_index=0)
 
     @property
     def first(self) -> Any:
@@ -182,10 +183,10 @@ class LearnerGroup:
 
     def shutdown(self) -> None:
         """End every rank and give the resources back; a second time does nothing."""
-        if self._place is not None:
+        if self.place is not None:
             self._kill()
-            remove_placement_group(self._place)
-            self._place = None
+            remove_placement_group(self.place)
+            self.place = None
 
     def _start(self) -> list[Any]:
         learner = self._config.learner
@@ -202,7 +203,7 @@ class LearnerGroup:
                 num_gpus=learner.gpus,
                 runtime_env=worker_environment(learner.cpus, learner.gpus),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._place, placement_group_bundle_index=rank
+                    self.place, placement_group_bundle_index=rank
                 ),
             ).remote(self._config, self._files, rank, place)
             for rank in range(learner.num_workers)
@@ -267,12 +268,12 @@ class LearnerGroup:
         deadline = said + self._config.rollout.start_timeout_s
         while not self._placed:
             left = deadline - time.monotonic()
-            self._placed = self._place.wait(max(0.0, min(1.0, left)))
+            self._placed = self.place.wait(max(0.0, min(1.0, left)))
             now = time.monotonic()
             if self._placed or (now - said < _SAY_EVERY_S and left > 0 and not self.stop.requested):
                 continue
             said = now
-            asked = self._place.bundle_specs[0]
+            asked = self.place.bundle_specs[0]
             missing = shortage(asked, ray.cluster_resources(), ray.available_resources())
             where = f"waiting for room for the learner's {self._config.learner.num_workers} rank(s)"
             if self.stop.requested:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ray.exceptions import ObjectLostError
+from ray.util.placement_group import placement_group_table
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrl.actors.cluster import worker_environment
 from rayrl.actors.pool import Pool, PoolSize, RestartBudget
@@ -50,15 +52,19 @@ def rollout_pool(
     return Pool("rollout worker", start, size, budget, prepare=prepare)
 
 
-def reward_pool(config: Config, statistics: tuple[Any], budget: RestartBudget) -> Pool:
+def reward_pool(
+    config: Config, statistics: tuple[Any], budget: RestartBudget, learner: Any = None
+) -> Pool:
     """Reward workers, of which one is enough to go on; ``statistics`` holds a reference to what
-    rewards are scored against."""
+    rewards are scored against.  They start on the machine of ``learner``, the learner's placement
+    group, where that is known and has room: on one of a rollout worker they would keep it from
+    leaving once that is let go."""
     train = config.train
     needs = scored_needs(build(config.objective).needs, config.objective.sources)
 
     def start() -> Any:
         return RewardActor.options(  # type: ignore[attr-defined]
-            num_cpus=train.reward_cpus
+            num_cpus=train.reward_cpus, scheduling_strategy=_beside(learner)
         ).remote(config.reward, statistics, train.reward_timeout_s, needs)
 
     size = PoolSize(
@@ -68,3 +74,12 @@ def reward_pool(config: Config, statistics: tuple[Any], budget: RestartBudget) -
         asked={"CPU": train.reward_cpus},
     )
     return Pool("reward worker", start, size, budget)
+
+
+def _beside(place: Any) -> Any:
+    """Where a worker is to be started that wants to be on the machine of a placement group's first
+    bundle, and else anywhere."""
+    nodes = placement_group_table(place)["bundles_to_node_id"] if place is not None else {}
+    if not nodes.get(0):
+        return "DEFAULT"
+    return NodeAffinitySchedulingStrategy(nodes[0], soft=True, _spill_on_unavailable=True)

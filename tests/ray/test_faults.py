@@ -286,7 +286,7 @@ def test_without_room_for_its_learner_a_run_says_what_is_missing_and_stops(monke
     assert any("waiting for room" in message for message in caplog.messages)
     # None was asked for that has no place, which Ray would report as impossible.
     assert learner.workers() == {}
-    place = learner._place
+    place = learner.place
     learner.shutdown()
     assert placement_group_table(place)["state"] == "REMOVED"
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
-from rayrl.actors import fleet
+from rayrl.actors import fleet, workers
 from rayrl.actors.pool import RestartBudget
 from rayrl.config import Config
 from rayrl.rewards.statistics import Statistics
@@ -47,3 +48,22 @@ def test_an_engine_that_slept_is_sent_what_trains_alone(monkeypatch: pytest.Monk
     subject.sleep()
     subject.publish(3, "trained")
     assert sent == [False]
+
+
+def test_reward_workers_are_beside_the_learner_where_its_place_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a rollout worker's machine they would keep it from leaving."""
+    node, places = "ab" * 28, {"there": "ab" * 28, "waiting": ""}
+    table = lambda place: {"bundles_to_node_id": {0: places[place]}}  # noqa: E731
+    monkeypatch.setattr(workers, "placement_group_table", table)
+    options: list[Any] = []
+    actor = SimpleNamespace(remote=lambda *_: SimpleNamespace(started=MagicMock()))
+    fake = SimpleNamespace(options=lambda **given: options.append(given) or actor)
+    monkeypatch.setattr(workers, "RewardActor", fake)
+    config = Config.model_validate({"train": {"reward_workers": 1}})
+    for place in ("there", "waiting", None):
+        workers.reward_pool(config, (None,), RestartBudget(0), place)
+    first, *others = (given["scheduling_strategy"] for given in options)
+    assert (first.node_id, first.soft) == (node, True)
+    assert others == ["DEFAULT", "DEFAULT"]
