@@ -1,7 +1,8 @@
 """From YAML and the command line to a :class:`Config`: `--config FILE --learner.lr 1e-5 …`.
 
-Later sources win: defaults, then the file, then the overrides.  An unknown key, in the file or on
-the command line, is an error that names the nearest known one.
+Later sources win: defaults, then the file, then the overrides.  A run that is continued has its own
+file, where none is given.  An unknown key, in the file or on the command line, is an error that
+names the nearest known one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from pydantic_settings import (
 from rayrl.config import Config
 from rayrl.credentials import CREDENTIAL, redacted
 
+RUN_CONFIG = "config.yaml"
+"""The resolved configuration in a run folder."""
 REPLAY_CONFIG = "run.yaml"
 """The run's configuration inside a replay, so that the folder can be looked at anywhere."""
 
@@ -56,13 +59,22 @@ def parse(argv: Sequence[str], *, program: str, description: str) -> Invocation:
         _fail(program, str(error))
 
 
-def load(file: Path | None, overrides: Sequence[str] = (), *, program: str = "rayrl") -> Config:
+def load(
+    file: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    program: str = "rayrl",
+    resolved: bool = False,
+) -> Config:
     """A configuration from a YAML file (or the defaults) and dotted overrides.
 
+    What follows from other keys in a ``resolved`` file follows from overrides of those too.
     Raises UsageError, whose text is one line a problem.
     """
     values = _read_yaml(file) if file else {}
     _check_keys(values, str(file))
+    if resolved:
+        values = _without_what_follows(values)
     _check_flags(overrides)
     values = _merged(values, _overrides(overrides, program, ""))
     try:
@@ -124,14 +136,31 @@ def _parse(argv: list[str], program: str, description: str) -> Invocation:
     )
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--replay", type=Path)
+    parser.add_argument("--run_folder")
     known, rest = parser.parse_known_args(argv)
     if "--help" in rest or "-h" in rest:
         _overrides(["--help"], program, description)
     replay = None if known.replay is None else _replay_folder(known.replay)
+    run = known.run_folder or Config.model_fields["run_folder"].default
     file = known.config if replay is None or known.config else replay / REPLAY_CONFIG
-    return Invocation(
-        load(file, rest, program=program), known.dry_run, known.resume, replay, known.trace
-    )
+    own = file is None and _goes_on(Path(run), known.resume)
+    if own:
+        file = Path(run) / RUN_CONFIG
+        print(f"configuration: {file}", flush=True)
+        # The folder may have been moved since the file was written.
+        known.run_folder = run
+    if known.run_folder is not None:
+        rest += ["--run_folder", known.run_folder]
+    config = load(file, rest, program=program, resolved=own)
+    return Invocation(config, known.dry_run, known.resume, replay, known.trace)
+
+
+def _goes_on(run: Path, resume: Resume) -> bool:
+    """Whether a run with a configuration of its own is continued.  Under "auto" only one that has
+    come as far as a checkpoint: else it is begun anew."""
+    if resume == "auto" and not any((run / "checkpoints").glob("step_*")):
+        return False
+    return resume != "never" and (run / RUN_CONFIG).is_file()
 
 
 def _replay_folder(path: Path) -> Path:
@@ -146,8 +175,9 @@ def _overrides(flags: Sequence[str], program: str, description: str) -> dict[str
     """Dotted flags as a nested dictionary, parsed and typed by pydantic-settings."""
     epilog = (
         "  --config FILE  read this YAML first    --dry-run  print the resolved sizes and stop    "
-        "--resume  continue from the run's newest checkpoint; `--resume auto` starts the run where "
-        "there is none yet, so that one command can be tried again    "
+        "--resume  continue from the newest checkpoint of --run_folder, with the configuration "
+        "there if no other is given; `--resume auto` starts the run where there is none yet, so "
+        "that one command can be tried again    "
         "--trace  write a timeline of all workers to trace.json in the run folder    "
         "--replay FILE  run the learner alone on a step that a run skipped, with that run's "
         "configuration, and say what is not finite"
@@ -180,6 +210,16 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{file}: want a mapping of sections, got {type(values).__name__}")
     return values
+
+
+def _without_what_follows(values: dict[str, Any]) -> dict[str, Any]:
+    """The values without bounds of the pool that are its size: nobody may have given them."""
+    rollout = values.get("rollout")
+    if not isinstance(rollout, dict):
+        return values
+    size, bounds = rollout.get("num_workers"), ("min_workers", "max_workers")
+    kept = {key: value for key, value in rollout.items() if key not in bounds or value != size}
+    return {**values, "rollout": kept}
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

@@ -93,7 +93,7 @@ def load_config(options: Options, overrides: Sequence[str]) -> Config:
                 f"{options.checkpoint}: no model folder (one with a config.json), such as "
                 "RUN_FOLDER/checkpoints/latest"
             )
-        of_run = folder.parent.parent / "config.yaml"
+        of_run = folder.parent.parent / cli.RUN_CONFIG
         if file is None and of_run.is_file():
             print(f"configuration: {of_run}")
             file = of_run

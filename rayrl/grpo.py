@@ -231,14 +231,14 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     # What an objective lacks is said before hours of stage 1, not after.
     check_objective(config)
     train_data, val_data = load_split(config.data, "train"), load_split(config.data, "val")
-    copies = open_run_folder(folder, config, resume=resume, say=print)
+    copies = open_run_folder(folder, config, train_data.fingerprint(), resume=resume, say=print)
     count = min(len(val_data), config.train.eval_images)
     heldout = Heldout([val_data[i] for i in range(count)], folder)
     statistics = reward_statistics(train_data.references(), config.reward)
     local = connect(cpus_of(config), gpus_of(config))
     try:
         check_terms(config, statistics)
-        snapshots = run_stage1(config, folder)
+        snapshots = run_stage1(config, folder, resume=resume)
         run = _start(
             config,
             folder,

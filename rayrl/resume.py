@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import yaml
 
 from rayrl import cli
 from rayrl.backup import Say, fetch_newest, remote_steps
-from rayrl.checkpoint import Checkpoint, list_checkpoints
+from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from rayrl.config import Config
 from rayrl.jsonl import write_atomically
+from rayrl.receipt import other_data, other_model, read_receipt
 from rayrl.remote import STORAGE_ERRORS, RemoteCopies, open_copies
 
 
@@ -26,13 +27,17 @@ def goes_on(config: Config, resume: cli.Resume) -> bool:
     return bool(here or (copies is not None and remote_steps(copies)))
 
 
-def open_run_folder(folder: Path, config: Config, *, resume: bool, say: Say) -> RemoteCopies | None:
-    """Refuse to mix runs in one folder, or at one remote place; fetch the newest remote checkpoint
+def open_run_folder(
+    folder: Path, config: Config, fingerprint: str, *, resume: bool, say: Say
+) -> RemoteCopies | None:
+    """Refuse to mix runs in one folder, or at one remote place, and to go on as another run, with
+    other training data (``fingerprint``) or from another model; fetch the newest remote checkpoint
     if it is later than what is here; save the resolved configuration.  Returns the remote place.
 
     FileNotFoundError where there is nothing to resume, ValueError where a run would be
-    overwritten, OSError where nothing can be written to the remote place.
+    overwritten or become another, OSError where nothing can be written to the remote place.
     """
+    check_folder(folder)
     copies = open_copies(config.train.checkpoint_uri)
     checkpoints = folder / "checkpoints"
     done = list_checkpoints(checkpoints)
@@ -50,26 +55,55 @@ def open_run_folder(folder: Path, config: Config, *, resume: bool, say: Say) -> 
     if resume and not list_checkpoints(checkpoints):
         also = f" or {config.train.checkpoint_uri}" if copies is not None else ""
         raise FileNotFoundError(f"--resume: no checkpoint in {checkpoints}{also}")
+    before = _check_same_run(folder, config, fingerprint) if resume else {}
     if copies is not None:
         _check_writable(copies, config.train.checkpoint_uri)
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "config.yaml"
     text = cli.dump(config)
-    if resume and file.is_file():
-        for line in changes(yaml.safe_load(file.read_text("utf-8")), yaml.safe_load(text)):
+    if before:
+        for line in changes(before, yaml.safe_load(text)):
             say(f"resuming with another {line}")
-    write_atomically(file, text)
+    write_atomically(folder / cli.RUN_CONFIG, text)
     return copies
 
 
-def check_same_data(checkpoint: Checkpoint, fingerprint: str) -> None:
-    """ValueError where a checkpoint was made with other training data."""
+def _check_same_run(folder: Path, config: Config, fingerprint: str) -> Mapping[str, Any]:
+    """The configuration that the run in ``folder`` had, if it says so.
+
+    ValueError where ``config`` starts from another model or trains on other data: what was done
+    cannot have come from there."""
+    file = folder / cli.RUN_CONFIG
+    before: Mapping[str, Any] = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+    made_of = read_receipt(folder / "stage1").get("settings", before)
+    if changed := other_model(made_of, config):
+        raise ValueError(
+            f"--resume: {folder} started from another model ({'; '.join(changed)}): give it the "
+            f"same settings, which without --config are those of its {cli.RUN_CONFIG}, or start "
+            "another run with another --run_folder"
+        )
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    checkpoint = load_checkpoint(folder / "checkpoints" / f"step_{newest}")
+    check_same_data(checkpoint, fingerprint, other_data(made_of, config))
+    return before
+
+
+def check_same_data(checkpoint: Checkpoint, fingerprint: str, settings: Sequence[str] = ()) -> None:
+    """ValueError where a checkpoint was made with other training data; ``settings`` that may tell
+    why are named."""
     found = checkpoint.meta.get("data")
     if found != fingerprint:
         raise ValueError(
-            f"the training data changed since step {checkpoint.step} (fingerprint {found}, now "
-            f"{fingerprint}): resume with the same data or start a new run folder"
+            f"the training data changed since step {checkpoint.step} "
+            f"({'; '.join([*settings, f'fingerprint {fingerprint}, was {found}'])}): resume with "
+            "the same data or start a new run folder"
         )
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError where a run folder cannot be one."""
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"--run_folder {folder}: {place} is a file, want a folder or nothing")
 
 
 def _refuse_to_mix(place: str, done: list[int], flag: str) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rayrl.config import Config, ModelConfig
 from rayrl.data import load_split
+from rayrl.receipt import (
+    NAME,
+    other_settings,
+    read_receipt,
+    source_fingerprint,
+    write_receipt,
+)
 from rayrl.vlm import build_tiny_captioner, load_processor
 
 
@@ -60,21 +67,23 @@ def _with_image_processor(model: ModelConfig, source: Path, folder: Path) -> Pat
     return folder
 
 
-def run_stage1(config: Config, run_folder: Path) -> list[Snapshot]:
+def run_stage1(config: Config, run_folder: Path, *, resume: bool = False) -> list[Snapshot]:
     """Build or find the starting model, train it, and return the snapshots, the last one under
-    ``stage1/final``.  A finished stage 1 of the same settings is used again."""
+    ``stage1/final``.
+
+    A finished stage 1 of the same settings and source is used again; that of a run which goes on
+    (``resume``) whatever the settings: :func:`rayrl.resume.open_run_folder` has compared them."""
     folder = run_folder / "stage1"
-    final, receipt = folder / "final", folder / "stage1.json"
-    settings = json.loads(
-        config.model_dump_json(include={"seed", "data", "model", "xe", "sampling"})
-    )
-    if receipt.is_file():
-        found = json.loads(receipt.read_text())
-        if found["settings"] == settings and final.is_dir():
-            return [
-                Snapshot(steps=s["steps"], seconds=s["seconds"], folder=folder / s["folder"])
-                for s in found["snapshots"]
-            ]
+    final, found = folder / "final", read_receipt(folder)
+    source = source_fingerprint(config.model)
+    if final.is_dir():
+        if resume:
+            return _snapshots(found, folder) or [Snapshot(steps=0, seconds=0.0, folder=final)]
+        if not (reasons := _reasons_to_do_it_again(found, config, source)):
+            return _snapshots(found, folder)
+        print(f"stage 1 is done again: another {', '.join(reasons)}", flush=True)
+    elif resume:
+        print(f"stage 1 is done again: {final} is not there", flush=True)
     captions = [text for texts in load_split(config.data, "train").references() for text in texts]
     start = start_folder(config, folder / "start", captions)
     snapshots = [Snapshot(steps=0, seconds=0.0, folder=start)]
@@ -83,16 +92,47 @@ def run_stage1(config: Config, run_folder: Path) -> list[Snapshot]:
         from rayrl.xe import train_xe
 
         snapshots += train_xe(config, start, folder, name="xe")
-    shutil.rmtree(final, ignore_errors=True)
-    shutil.copytree(snapshots[-1].folder, final)
     last = snapshots[-1]
+    _replace(final, last.folder, receipt=folder / NAME)
     snapshots[-1] = Snapshot(steps=last.steps, seconds=last.seconds, folder=final)
     record = [
         {"steps": s.steps, "seconds": s.seconds, "folder": _relative(s.folder, folder)}
         for s in snapshots
     ]
-    receipt.write_text(json.dumps({"settings": settings, "snapshots": record}, indent=1))
+    write_receipt(folder, config, source, record)
     return snapshots
+
+
+def _reasons_to_do_it_again(found: Mapping[str, Any], config: Config, source: str) -> list[str]:
+    """In what stage 1 would be another than the one that ``found`` tells of."""
+    if "settings" not in found:
+        return ["one, of which nothing is known"]
+    changed = other_settings(found["settings"], config)
+    if not changed and found.get("source") != source:
+        changed = [f"content of model.path {config.model.path}"]
+    return changed
+
+
+def _snapshots(found: Mapping[str, Any], folder: Path) -> list[Snapshot]:
+    return [
+        Snapshot(steps=s["steps"], seconds=s["seconds"], folder=folder / s["folder"])
+        for s in found.get("snapshots", [])
+    ]
+
+
+def _replace(final: Path, model: Path, *, receipt: Path) -> None:
+    """Put a copy of ``model`` in the place of ``final``, which is whole whenever it is there and
+    never that of another's ``receipt``."""
+    partial = final.with_name(".final.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(model, partial)
+        receipt.unlink(missing_ok=True)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    finally:
+        # Nothing is there once it has its place.
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _relative(path: Path, folder: Path) -> str:

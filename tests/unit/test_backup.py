@@ -18,13 +18,15 @@ from rayrl.config import Config
 from rayrl.remote import RemoteCopies, open_copies
 from rayrl.resume import changes, goes_on, open_run_folder
 
+DATA = "fingerprint"
+
 
 def checkpoint(step: int) -> Checkpoint:
     return Checkpoint(
         step=step,
         model_files={"config.json": np.frombuffer(b"{}", np.uint8)},
         arrays={"optimizer/w/exp_avg": np.full((2, 3), step, np.float32)},
-        meta={"weight_version": step},
+        meta={"weight_version": step, "data": DATA},
     )
 
 
@@ -191,7 +193,10 @@ def test_what_a_resumed_run_started_from_is_not_copied_again(tmp_path, copies):
 
 def with_uri(tmp_path, **train) -> Config:
     return Config.model_validate(
-        {"train": {"checkpoint_uri": f"file://{tmp_path}/remote", **train}, "xe": {"steps": 0}}
+        {
+            "train": {"checkpoint_uri": f"file://{tmp_path}/remote", **train},
+            "xe": {"control": False},
+        }
     )
 
 
@@ -202,18 +207,18 @@ def test_a_fresh_machine_resumes_from_the_remote_place(tmp_path, copies):
     machine.backup.close()
     said: list[str] = []
     config = with_uri(tmp_path, steps=120)
-    open_run_folder(tmp_path / "fresh", config, resume=True, say=said.append)
+    open_run_folder(tmp_path / "fresh", config, DATA, resume=True, say=said.append)
     assert list_checkpoints(tmp_path / "fresh/checkpoints") == [6]
     assert said[0] == f"fetched step 6 from file://{tmp_path}/remote"
     assert "resuming with another train.steps: 120, was 90" in said
-    assert "resuming with another xe.steps: 0, was 400" in said
+    assert "resuming with another xe.control: False, was True" in said
     assert yaml.safe_load((tmp_path / "fresh/config.yaml").read_text())["train"]["steps"] == 120
 
 
 def test_a_command_that_is_tried_again_starts_the_run_once_and_then_continues_it(tmp_path, copies):
     first = with_uri(tmp_path, steps=120).model_copy(update={"run_folder": str(tmp_path / "run")})
     assert not goes_on(first, "auto") and goes_on(first, "always")
-    open_run_folder(tmp_path / "run", first, resume=goes_on(first, "auto"), say=print)
+    open_run_folder(tmp_path / "run", first, DATA, resume=goes_on(first, "auto"), say=print)
     machine = Machine(tmp_path / "run", copies)
     machine.backup.base(resumed=False)
     # What the first attempt began to copy is no checkpoint.
@@ -228,7 +233,7 @@ def test_a_command_that_is_tried_again_starts_the_run_once_and_then_continues_it
     # On another machine only the remote place has something.
     elsewhere = first.model_copy(update={"run_folder": str(tmp_path / "fresh")})
     resume = goes_on(elsewhere, "auto")
-    open_run_folder(tmp_path / "fresh", elsewhere, resume=resume, say=print)
+    open_run_folder(tmp_path / "fresh", elsewhere, DATA, resume=resume, say=print)
     assert load_checkpoint(tmp_path / "fresh/checkpoints/latest").step == 6
 
 
@@ -236,7 +241,7 @@ def test_a_place_that_takes_nothing_is_said_before_the_run_begins(tmp_path):
     (tmp_path / "remote").write_text("not a folder")
     config = with_uri(tmp_path, checkpoint_uri=f"file://{tmp_path}/remote/run")
     with pytest.raises(OSError, match=r"--train\.checkpoint_uri file://.*nothing can be written"):
-        open_run_folder(tmp_path / "run", config, resume=False, say=print)
+        open_run_folder(tmp_path / "run", config, DATA, resume=False, say=print)
     assert not (tmp_path / "run").exists()
 
 
@@ -248,7 +253,7 @@ def test_the_later_checkpoint_wins(tmp_path, copies, here, there, wanted):
     local = Machine(tmp_path / "run", None)
     local.save(here)
     said: list[str] = []
-    open_run_folder(tmp_path / "run", with_uri(tmp_path), resume=True, say=said.append)
+    open_run_folder(tmp_path / "run", with_uri(tmp_path), DATA, resume=True, say=said.append)
     assert list_checkpoints(tmp_path / "run/checkpoints")[-1] == wanted
     assert load_checkpoint(tmp_path / "run/checkpoints/latest").step == wanted
     assert any(line.startswith("fetched") for line in said) == (there > here)
@@ -257,14 +262,14 @@ def test_the_later_checkpoint_wins(tmp_path, copies, here, there, wanted):
 def test_runs_are_not_mixed_and_nothing_to_resume_is_said(tmp_path, copies):
     config, say = with_uri(tmp_path), [].append
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*checkpoints or file://"):
-        open_run_folder(tmp_path / "fresh", config, resume=True, say=say)
+        open_run_folder(tmp_path / "fresh", config, DATA, resume=True, say=say)
     machine = Machine(tmp_path / "run", copies)
     machine.save(6)
     machine.backup.close()
     with pytest.raises(ValueError, match=r"remote holds a run of 6 steps.*--train.checkpoint_uri"):
-        open_run_folder(tmp_path / "new", config, resume=False, say=say)
+        open_run_folder(tmp_path / "new", config, DATA, resume=False, say=say)
     with pytest.raises(ValueError, match=r"run holds a run of 6 steps.*another --run_folder"):
-        open_run_folder(tmp_path / "run", Config(), resume=False, say=say)
+        open_run_folder(tmp_path / "run", Config(), DATA, resume=False, say=say)
     assert not (tmp_path / "new").exists()
 
 
