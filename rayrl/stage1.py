@@ -18,6 +18,7 @@ from rayrl.receipt import (
     write_receipt,
 )
 from rayrl.vlm import build_tiny_captioner, load_processor
+from rayrl.weights import ADAPTER_CONFIG
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +39,39 @@ def start_folder(config: Config, folder: Path, captions: Sequence[str]) -> Path:
         )
     path = Path(config.model.path)
     if not path.is_dir():
-        from huggingface_hub import snapshot_download
-
-        path = Path(snapshot_download(config.model.path))
+        path = _from_hub(config.model.path)
+    _check_model_folder(path, config.model.path)
     if not config.model.image_processor:
         return path
     return _with_image_processor(config.model, path, folder)
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of a hub's model.  ValueError, with the key that named it, where it is not had."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"model.path {name}: no such folder here, and no such model from the hub: {reason}"
+        ) from error
+
+
+def _check_model_folder(folder: Path, given: str) -> None:
+    """ValueError unless the folder of ``given`` can be a captioner: before it is copied into the
+    run, for nobody would look for what is wrong there."""
+    found = {file.name for file in folder.iterdir()}
+    for want in (
+        ("config.json", ADAPTER_CONFIG),
+        ("processor_config.json", "preprocessor_config.json"),
+    ):
+        if not found.intersection(want):
+            raise ValueError(
+                f"model.path {given}: no {' or '.join(want)} in {folder}, want a folder with a "
+                "captioner and its processor, as save_pretrained writes it"
+            )
 
 
 def _with_image_processor(model: ModelConfig, source: Path, folder: Path) -> Path:

@@ -1,12 +1,16 @@
-"""The model that a run starts from, with other settings of its image processor."""
+"""The model that a run starts from: found, checked, with other settings of its image processor."""
 
 from __future__ import annotations
+
+import json
+import os
+import shutil
 
 import pytest
 from safetensors.numpy import load_file
 
 from rayrl.config import Config
-from rayrl.stage1 import start_folder
+from rayrl.stage1 import run_stage1, start_folder
 from rayrl.vlm import load_captioner, prompt_inputs
 from tests.conftest import COLOURS, INSTRUCTION, encoded_picture
 
@@ -47,3 +51,95 @@ def test_a_setting_that_a_processor_does_not_have_is_refused(tiny_folder, tmp_pa
         started(tiny_folder, tmp_path, max_pixels=1000)
     with pytest.raises(ValueError, match=r"with path tiny: want model\.tiny"):
         Config.model_validate({"model": {"image_processor": {"do_resize": False}}})
+
+
+@pytest.fixture
+def model(tiny_folder, tmp_path):
+    """A model folder of this test's own."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def without_training(model, **changes) -> Config:
+    return Config.model_validate({"model": {"path": str(model)}, "xe": {"steps": 0}, **changes})
+
+
+def final_config(run) -> dict:
+    return json.loads((run / "stage1/final/config.json").read_text())
+
+
+def test_a_finished_stage_1_is_used_for_what_makes_no_other_model(model, tmp_path, capsys):
+    run_stage1(without_training(model), tmp_path / "run")
+    marked = tmp_path / "run/stage1/final/mark"
+    marked.write_text("")
+    same = without_training(model, data={"max_val": 3}, sampling={"temperature": 0.5})
+    run_stage1(same, tmp_path / "run")
+    assert marked.exists() and not capsys.readouterr().out
+    run_stage1(without_training(model, seed=3), tmp_path / "run")
+    assert not marked.exists()
+    assert capsys.readouterr().out == "stage 1 is done again: another seed: 3, was 0\n"
+
+
+def test_a_model_that_was_trained_again_in_its_place_is_picked_up(model, tmp_path, capsys):
+    run = tmp_path / "run"
+    run_stage1(without_training(model), run)
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**content, "again": True}))
+    run_stage1(without_training(model), run)
+    assert final_config(run)["again"]
+    assert f"another content of model.path {model}" in capsys.readouterr().out
+    # A time alone says so too: weights of another training have the same size.
+    os.utime(model / "model.safetensors", (1, 1))
+    run_stage1(without_training(model), run)
+    assert "another content" in capsys.readouterr().out
+    # But not to a run that has begun, which keeps what it has.
+    (model / "config.json").write_text(json.dumps(content))
+    run_stage1(without_training(model), run, resume=True)
+    assert final_config(run)["again"]
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        (["config.json"], r"no config\.json or adapter_config\.json in"),
+        (
+            ["processor_config.json", "preprocessor_config.json"],
+            r"no processor_config\.json or preprocessor_config\.json in",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_captioner_is_refused_under_its_own_name(
+    model, tmp_path, gone, message
+):
+    for name in gone:
+        (model / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=rf"^model\.path {model}: {message} {model}, want"):
+        run_stage1(without_training(model), tmp_path / "run")
+    assert not (tmp_path / "run/stage1/final").exists()
+
+
+def test_a_name_that_is_no_folder_is_named_with_its_key(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def refuse(name):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("check your\ninternet connection")
+
+    path = tmp_path / "mistyped"
+    with pytest.raises(ValueError, match=rf"^model\.path {path}: no such folder here, and no such"):
+        run_stage1(without_training(path), tmp_path / "run")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ValueError, match=r"^model\.path who/what: .* check your internet"):
+        run_stage1(without_training("who/what"), tmp_path / "run")
+
+
+def test_a_copy_that_breaks_off_is_no_stage_1(model, tmp_path, monkeypatch):
+    def full(source, target):
+        target.mkdir(parents=True)
+        raise OSError("no space left")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="no space"):
+        broken.setattr("rayrl.stage1.shutil.copytree", full)
+        run_stage1(without_training(model), run)
+    assert list((run / "stage1").iterdir()) == []
+    run_stage1(without_training(model), run)
+    assert final_config(run)
