@@ -37,6 +37,19 @@ Resume = Literal["never", "always", "auto"]
 """Start a run, continue one, or continue it where there is something to continue."""
 
 
+OPTIONS = {
+    "--config": "FILE  read this YAML first",
+    "--dry-run": " print the resolved sizes and stop",
+    "--resume": " continue from the newest checkpoint of --run_folder, with the configuration "
+    "there if no other is given; `--resume auto` starts the run where there is none yet, so that one "
+    "command can be tried again",
+    "--trace": " write a timeline of all workers to trace.json in the run folder",
+    "--replay": "FILE  run the learner alone on a step that a run skipped, with that run's "
+    "configuration, and say what is not finite",
+}
+"""What the main job is told beside its configuration; others take some of it."""
+
+
 class Invocation(NamedTuple):
     """What a job was asked to do."""
 
@@ -51,10 +64,13 @@ class UsageError(ValueError):
     """The command line or the file asks for something that does not exist or cannot be."""
 
 
-def parse(argv: Sequence[str], *, program: str, description: str) -> Invocation:
-    """Read a job's command line; prints help or an error and exits where one is due."""
+def parse(
+    argv: Sequence[str], *, program: str, description: str, options: Sequence[str] = tuple(OPTIONS)
+) -> Invocation:
+    """Read a job's command line; prints help or an error and exits where one is due.  Of
+    :data:`OPTIONS` it takes these."""
     try:
-        return _parse(list(argv), program, description)
+        return _parse(list(argv), program, description, options)
     except UsageError as error:
         _fail(program, str(error))
 
@@ -127,7 +143,7 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _parse(argv: list[str], program: str, description: str) -> Invocation:
+def _parse(argv: list[str], program: str, description: str, options: Sequence[str]) -> Invocation:
     parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--dry-run", action="store_true")
@@ -139,7 +155,12 @@ def _parse(argv: list[str], program: str, description: str) -> Invocation:
     parser.add_argument("--run_folder")
     known, rest = parser.parse_known_args(argv)
     if "--help" in rest or "-h" in rest:
-        _overrides(["--help"], program, description)
+        listed = "    ".join(f"{name} {OPTIONS[name]}" for name in options)
+        _overrides(["--help"], program, f"{description}\n\n  {listed}")
+    for name in OPTIONS:
+        given = vars(known)[name[2:].replace("-", "_")]
+        if name not in options and given not in (None, False, "never"):
+            raise UsageError(f"{name} is for grpo_coco.py; {program} would do nothing with it")
     replay = None if known.replay is None else _replay_folder(known.replay)
     run = known.run_folder or Config.model_fields["run_folder"].default
     file = known.config if replay is None or known.config else replay / REPLAY_CONFIG
@@ -173,22 +194,13 @@ def _replay_folder(path: Path) -> Path:
 
 def _overrides(flags: Sequence[str], program: str, description: str) -> dict[str, Any]:
     """Dotted flags as a nested dictionary, parsed and typed by pydantic-settings."""
-    epilog = (
-        "  --config FILE  read this YAML first    --dry-run  print the resolved sizes and stop    "
-        "--resume  continue from the newest checkpoint of --run_folder, with the configuration "
-        "there if no other is given; `--resume auto` starts the run where there is none yet, so "
-        "that one command can be tried again    "
-        "--trace  write a timeline of all workers to trace.json in the run folder    "
-        "--replay FILE  run the learner alone on a step that a run skipped, with that run's "
-        "configuration, and say what is not finite"
-    )
 
     class Flags(BaseSettings, Config):
         model_config = SettingsConfigDict(
             cli_prog_name=program, nested_model_default_partial_update=True
         )
 
-    Flags.__doc__ = f"{description}\n\n{epilog}"
+    Flags.__doc__ = description
     try:
         source = CliSettingsSource[Any](
             Flags, cli_parse_args=list(flags), cli_hide_none_type=True, cli_avoid_json=True

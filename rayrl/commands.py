@@ -40,6 +40,7 @@ def xe(argv: Sequence[str] | None = None) -> None:
         sys.argv[1:] if argv is None else argv,
         program="xe_coco.py",
         description="Stage 1: cross-entropy on reference captions, with Ray Train.",
+        options=("--config", "--dry-run"),
     )
     if invocation.dry_run:
         print(cli.describe(invocation.config))

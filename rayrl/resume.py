@@ -99,6 +99,17 @@ def check_same_data(checkpoint: Checkpoint, fingerprint: str, settings: Sequence
         )
 
 
+def refuse_begun(folder: Path) -> None:
+    """ValueError where a run in ``folder`` has checkpoints: its stage 1 is no longer to be had by
+    another, for it is its reference and the base of its adapters."""
+    check_folder(folder)
+    if steps := list_checkpoints(folder / "checkpoints"):
+        raise ValueError(
+            f"{folder} holds the checkpoints of a run ({', '.join(f'step_{n}' for n in steps)}), "
+            "which started from its stage1/final: choose another --run_folder"
+        )
+
+
 def check_folder(folder: Path) -> None:
     """ValueError where a run folder cannot be one."""
     for place in (folder, *folder.parents):

@@ -18,11 +18,14 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
 
+from rayrl import cli
 from rayrl.actors.cluster import connect, failing_in_one_line, worker_environment
 from rayrl.actors.pieces import in_pieces
 from rayrl.config import Config
 from rayrl.data import load_split
 from rayrl.data.order import prompt_indices
+from rayrl.jsonl import write_atomically
+from rayrl.resume import refuse_begun
 from rayrl.stage1 import Snapshot, run_stage1
 from rayrl.weights import ModelFiles, read_model_files, write_model_files
 
@@ -162,9 +165,14 @@ def _report(trainer: Any, steps: int, seconds: float, loss: float, rank: int) ->
 
 
 def main(config: Config) -> None:
-    """`jobs/xe_coco.py`: train stage 1 alone and leave the model in RUN_FOLDER/stage1/final."""
+    """`jobs/xe_coco.py`: train stage 1 alone and leave the model in RUN_FOLDER/stage1/final, and
+    beside it the configuration, by which evaluation knows its data."""
+    folder = Path(config.run_folder)
     with failing_in_one_line("xe_coco.py"):
+        refuse_begun(folder)
         workers, learner = config.xe.num_workers, config.learner
         connect(learner.cpus * workers + 2, learner.gpus * workers)
-        final = run_stage1(config, Path(config.run_folder))[-1]
+        final = run_stage1(config, folder)[-1]
+        # Not before: until then a model of another configuration may be there.
+        write_atomically(folder / cli.RUN_CONFIG, cli.dump(config))
     print(f"{final.steps} steps in {final.seconds:.0f} s; model: {final.folder}")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from rayrl import cli
+from rayrl import cli, commands
 from rayrl.config import Config
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -120,6 +120,21 @@ def test_a_run_is_continued_when_asked(flags, resume):
     argv = [*flags, "--train.steps", "7"]
     invocation = cli.parse(argv, program="grpo_coco.py", description="d")
     assert (invocation.resume, invocation.config.train.steps) == (resume, 7)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--resume"], ["--resume", "auto"], ["--trace"], ["--replay", "x"]]
+)
+def test_stage_1_alone_refuses_what_it_would_not_do(flags, capsys):
+    with pytest.raises(SystemExit) as raised:
+        commands.xe([*flags, "--dry-run"])
+    assert raised.value.code == 2
+    assert f"xe_coco.py: {flags[0]} is for grpo_coco.py" in capsys.readouterr().err
+    commands.xe(["--dry-run"])
+    with pytest.raises(SystemExit):
+        commands.xe(["--help"])
+    text = capsys.readouterr().out
+    assert "--dry-run" in text and "--trace" not in text
 
 
 def test_a_dry_run_says_the_sizes_in_words():

@@ -9,6 +9,7 @@ import shutil
 import pytest
 from safetensors.numpy import load_file
 
+from rayrl import cli, eval_cli, xe
 from rayrl.config import Config
 from rayrl.stage1 import run_stage1, start_folder
 from rayrl.vlm import load_captioner, prompt_inputs
@@ -143,3 +144,30 @@ def test_a_copy_that_breaks_off_is_no_stage_1(model, tmp_path, monkeypatch):
     assert list((run / "stage1").iterdir()) == []
     run_stage1(without_training(model), run)
     assert final_config(run)
+
+
+def test_stage_1_alone_leaves_the_configuration_by_which_it_is_evaluated(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(xe, "connect", lambda cpus, gpus: False)
+    run = tmp_path / "run"
+    config = without_training(model, run_folder=str(run), data={"instruction": "What is it?"})
+    xe.main(config)
+    assert cli.load(run / "config.yaml") == config
+    options, flags = eval_cli.parse(["--checkpoint", str(run / "stage1/final")])
+    assert eval_cli.load_config(options, flags).data == config.data
+
+
+def test_the_stage_1_of_a_run_that_has_begun_is_not_for_another(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(xe, "connect", lambda cpus, gpus: False)
+    run = tmp_path / "run"
+    xe.main(without_training(model, run_folder=str(run)))
+    (run / "checkpoints/step_2").mkdir(parents=True)
+    (run / "checkpoints/step_4").mkdir()
+    with pytest.raises(SystemExit, match=r"run holds the checkpoints of a run \(step_2, step_4\)"):
+        xe.main(without_training(model, run_folder=str(run), seed=5))
+    assert cli.load(run / "config.yaml").seed == 0
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(SystemExit, match=r"--run_folder .*/file: .*/file is a file"):
+        xe.main(without_training(model, run_folder=str(file)))
