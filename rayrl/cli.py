@@ -41,8 +41,8 @@ OPTIONS = {
     "--config": "FILE  read this YAML first",
     "--dry-run": " print the resolved sizes and stop",
     "--resume": " continue from the newest checkpoint of --run_folder, with the configuration "
-    "there if no other is given; `--resume auto` starts the run where there is none yet, so that one "
-    "command can be tried again",
+    "there if no other is given; `--resume auto` starts the run where there is none yet, so that "
+    "one command can be tried again",
     "--trace": " write a timeline of all workers to trace.json in the run folder",
     "--replay": "FILE  run the learner alone on a step that a run skipped, with that run's "
     "configuration, and say what is not finite",

@@ -27,6 +27,7 @@ def grpo(argv: Sequence[str] | None = None) -> None:
 
         with failing_in_one_line("grpo_coco.py"):
             check_objective(invocation.config)
+            invocation.config.data.check_validation_apart()
         print(cli.describe(invocation.config))
         return
     from rayrl.grpo import main

@@ -26,7 +26,7 @@ from rayrl.canary import Canary
 from rayrl.checkpoint import list_checkpoints
 from rayrl.cli import Invocation
 from rayrl.config import Config
-from rayrl.data import Dataset, load_split
+from rayrl.data import Dataset, load_train_and_val
 from rayrl.heldout import Heldout
 from rayrl.interrupt import StopRequest
 from rayrl.learner.provided import check_objective
@@ -230,7 +230,7 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     folder = Path(config.run_folder)
     # What an objective lacks is said before hours of stage 1, not after.
     check_objective(config)
-    train_data, val_data = load_split(config.data, "train"), load_split(config.data, "val")
+    train_data, val_data = load_train_and_val(config.data)
     copies = open_run_folder(folder, config, train_data.fingerprint(), resume=resume, say=print)
     count = min(len(val_data), config.train.eval_images)
     heldout = Heldout([val_data[i] for i in range(count)], folder)

@@ -125,6 +125,12 @@ def _read_all(
     config: DataConfig, splits: Sequence[Split], output: Path
 ) -> list[tuple[Split, list[Record], Rejections]]:
     """All annotations first: a mistake in the last file should not cost the work on the others."""
+    if config.same_for(*splits):
+        raise ValueError(
+            f"--path {config.path}: {' and '.join(splits)} would be the same images; want "
+            "{split} in it, as in annotations/captions_{split}2014.json, or one of them alone, "
+            f"as in --splits {splits[0]}"
+        )
     work = []
     for split in splits:
         image_folder(config, split)

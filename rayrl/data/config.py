@@ -74,6 +74,16 @@ class DataConfig(Section):
             raise ValueError(f"source {self.source} needs images: the folder of the image files")
         return self
 
+    @model_validator(mode="after")
+    def _scenes_have_no_paths(self) -> DataConfig:
+        for name, value in (("path", self.path), ("images", self.images)):
+            if self.source == "scenes" and value:
+                raise ValueError(
+                    f"{name} {value} with source scenes, which draws its own pictures: want source "
+                    f"parquet, coco or karpathy for it, or no {name}"
+                )
+        return self
+
     def limit(self, split: Split) -> int:
         """How many images of a split are used at most; 0 for all."""
         return self.max_train if split == "train" else self.max_val
@@ -81,6 +91,21 @@ class DataConfig(Section):
     def path_of(self, split: Split) -> str:
         """`path` for a split."""
         return self.path.replace("{split}", split)
+
+    def same_for(self, *splits: Split) -> bool:
+        """Whether different splits would be read from one file that does not tell them apart."""
+        paths = {self.path_of(split) for split in splits}
+        return self.source in ("parquet", "coco") and len(paths) < len(set(splits))
+
+    def check_validation_apart(self) -> None:
+        """ValueError where training and validation would be the same images."""
+        if self.same_for("train", "val"):
+            raise ValueError(
+                f"data.path {self.path}: training and validation would be the same images; want "
+                "{split} in it, which stands for train or val, as in "
+                f"{'coco/{split}.parquet' if self.source == 'parquet' else 'captions_{split}.json'}"
+                ", or data.source karpathy, whose one file says which image is in which split"
+            )
 
     def images_of(self, split: Split) -> str:
         """`images` for a split."""

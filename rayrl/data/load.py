@@ -32,3 +32,10 @@ def load_split(config: DataConfig, split: Split) -> Dataset:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dataset.rejected.items())
         logger.warning("data, %s: %d images kept; skipped: %s", split, len(dataset), reasons)
     return dataset
+
+
+def load_train_and_val(config: DataConfig) -> tuple[Dataset, Dataset]:
+    """What a run trains on and what it is judged by.  Raises as :func:`load_split`, and ValueError
+    where both are the same."""
+    config.check_validation_apart()
+    return load_split(config, "train"), load_split(config, "val")

@@ -150,7 +150,7 @@ def test_without_the_token_a_job_is_refused(cluster, small_job, tmp_path, creden
 
 
 def test_a_failing_job_exits_non_zero_with_its_reason_in_the_last_lines(cluster, small_job):
-    done = submit(small_job(data__source="parquet", data__path="nowhere.parquet"), cluster)
+    done = submit(small_job(data__source="parquet", data__path="{split}/nowhere.parquet"), cluster)
     assert done.returncode != 0
     last = "\n".join(done.stdout.strip().splitlines()[-12:])
     assert "grpo_coco.py: failed:" in last and "nowhere.parquet" in last

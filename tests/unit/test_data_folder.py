@@ -7,7 +7,8 @@ import logging
 import pytest
 from PIL import Image
 
-from rayrl.data import DataConfig, load_split
+from rayrl import commands, prepare
+from rayrl.data import DataConfig, load_split, load_train_and_val
 from rayrl.data.images import read_file
 
 
@@ -241,3 +242,42 @@ def test_a_source_needs_its_paths():
         DataConfig(source="coco", path="captions.json")
     with pytest.raises(ValueError, match="Input should be 'scenes', 'parquet', 'coco' or 'karpa"):
         DataConfig(source="flickr")
+
+
+def test_pictures_that_are_drawn_have_no_path():
+    with pytest.raises(ValueError, match=r"path my\.parquet with source scenes, .*: want source"):
+        DataConfig(path="my.parquet")
+    with pytest.raises(ValueError, match="images coco with source scenes"):
+        DataConfig(images="coco")
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "way_out"),
+    [
+        ("parquet", "my.parquet", "coco/{split}.parquet"),
+        ("coco", "captions.json", "captions_{split}.json"),
+    ],
+)
+def test_one_file_for_training_and_validation_is_refused(source, path, way_out, capsys):
+    with pytest.raises(ValueError, match=rf"^data\.path {path}: .* the same images") as raised:
+        load_train_and_val(DataConfig(source=source, path=path, images="coco/{split}"))
+    assert way_out in str(raised.value) and "data.source karpathy" in str(raised.value)
+    flags = ["--data.source", source, "--data.path", path, "--data.images", "coco", "--dry-run"]
+    with pytest.raises(SystemExit, match=rf"grpo_coco\.py: failed: data\.path {path}: "):
+        commands.grpo(flags)
+
+
+def test_one_file_that_tells_its_splits_apart_trains_and_validates(karpathy):
+    train, val = load_train_and_val(karpathy())
+    assert not set(train.ids) & set(val.ids)
+
+
+def test_one_file_is_not_prepared_as_two_splits(coco, tmp_path, capsys):
+    config = coco()
+    path = config.path_of("train")
+    flags = ["--source", "coco", "--path", path, "--images", config.images]
+    with pytest.raises(SystemExit):
+        prepare.main([*flags, "--output", str(tmp_path / "out")])
+    assert f"--path {path}: train and val would be the same images" in capsys.readouterr().err
+    alone = config.model_copy(update={"path": path})
+    assert not alone.same_for("train") and alone.same_for("train", "val")

@@ -223,6 +223,16 @@ def test_captions_of_an_annotated_folder_are_read_without_its_images(folder):
     ]
 
 
+def test_the_captions_that_are_scored_are_not_taken_for_those_of_training(folder):
+    from rayrl.config import Config
+
+    data = {"source": "coco", "path": "references.json", "images": "nowhere"}
+    options, _ = parse(["--results", "results.json", "--metrics", "health"])
+    captions, missing = evaluate._training(options, Config.model_validate({"data": data}))
+    assert captions == []
+    assert missing["novel"].endswith("(data.path references.json is the same for train and val)")
+
+
 def test_a_checkpoint_brings_the_configuration_of_its_run(tmp_path, capsys):
     checkpoint = tmp_path / "run" / "checkpoints" / "step_2"
     checkpoint.mkdir(parents=True)
