@@ -18,7 +18,7 @@ class Dataset(Sequence[Prompt]):
 
     ``read_image`` gives the encoded image of an index; ids and captions are held, images are not.
     ``image_digest`` stands for the content of all images.  ``rejected`` counts what the source
-    held and the data set does not, by reason.
+    held and the data set does not, by reason, and ``rejected_names`` names some of it.
     """
 
     ids: Sequence[str]
@@ -27,6 +27,7 @@ class Dataset(Sequence[Prompt]):
     read_image: ReadImage
     image_digest: str
     rejected: Mapping[str, int] = field(default_factory=dict)
+    rejected_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.captions):

@@ -76,6 +76,7 @@ def _load(
         read_image=images,
         image_digest=digest.hexdigest(),
         rejected=rejections.counts(),
+        rejected_names=rejections.names(),
     )
 
 

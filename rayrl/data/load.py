@@ -25,13 +25,20 @@ def load_split(config: DataConfig, split: Split) -> Dataset:
     """The prompts of one split.
 
     Raises FileNotFoundError or ValueError, in one line that names the file, where there is nothing
-    to learn from; a single bad image or caption is skipped and counted in ``Dataset.rejected``.
+    to learn from; a single bad image or caption is skipped, counted in ``Dataset.rejected``, and
+    named in the log if it is among the first of its kind.
     """
     dataset = LOADERS[config.source](config, split)
     if dataset.rejected:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dataset.rejected.items())
-        logger.warning("data, %s: %d images kept; skipped: %s", split, len(dataset), reasons)
+        skipped = "; ".join(_named(dataset, reason) for reason in dataset.rejected)
+        logger.warning("data, %s: %d images kept; skipped: %s", split, len(dataset), skipped)
     return dataset
+
+
+def _named(dataset: Dataset, reason: str) -> str:
+    """``5 corrupt image (8, 11, 30, …)``"""
+    names = ", ".join(dataset.rejected_names.get(reason, ()))
+    return f"{dataset.rejected[reason]} {reason} ({names})"
 
 
 def load_train_and_val(config: DataConfig) -> tuple[Dataset, Dataset]:

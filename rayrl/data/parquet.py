@@ -46,6 +46,7 @@ def load_parquet(config: DataConfig, split: Split) -> Dataset:
         read_image=shards,
         image_digest=digest,
         rejected=rejections.counts(),
+        rejected_names=rejections.names(),
     )
 
 

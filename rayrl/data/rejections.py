@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+NAMED = 3
+"""So many items of a reason are named where they are counted."""
+
 
 class Rejection(NamedTuple):
     """An image, or one caption of it, that was left out."""
@@ -41,6 +44,16 @@ class Rejections:
     def counts(self) -> dict[str, int]:
         """How many, by reason."""
         return dict(Counter(rejection.reason for rejection in self._found))
+
+    def names(self) -> dict[str, list[str]]:
+        """The first few items of each reason, each once, and "…" where there are more."""
+        found: dict[str, dict[str, None]] = {}
+        for rejection in self._found:
+            found.setdefault(rejection.reason, {})[rejection.item] = None
+        return {
+            reason: [*list(items)[:NAMED], *["…"][: len(items) > NAMED]]
+            for reason, items in found.items()
+        }
 
     def nothing_left(self, source: str) -> ValueError:
         """The error for a source of which nothing could be used; it names an item of the most

@@ -61,7 +61,7 @@ def test_coco_keeps_what_has_an_image_and_a_caption_and_counts_the_rest(coco, ca
         "empty caption": 1,
         "image without captions": 1,
     }
-    assert "2 images kept; skipped: 1 caption of an unlisted image" in caplog.text
+    assert "2 images kept; skipped: 1 caption of an unlisted image (55); " in caplog.text
     picture = Image.open(io.BytesIO(data[1].image))
     assert picture.size == (32, 32)
     assert picture.getpixel((16, 16))[2] > 240
@@ -75,6 +75,18 @@ def test_single_bad_images_are_counted_and_skipped(coco, tmp_path):
     assert list(data.ids) == ["9"]
     assert data.rejected["corrupt image"] == 1
     assert data.rejected["missing image"] == 1
+
+
+def test_the_first_of_what_is_skipped_are_named_in_the_log(coco, tmp_path, caplog):
+    def many(content) -> None:
+        for i in range(20, 25):
+            content["images"].append({"id": i, "file_name": f"{i}.jpg"})
+            content["annotations"].append({"image_id": i, "caption": "nothing to see"})
+            (tmp_path / f"images/{i}.jpg").write_bytes(b"no image")
+
+    with caplog.at_level(logging.WARNING):
+        load_split(coco(many), "train")
+    assert "5 corrupt image (20, 21, 22, …)" in caplog.text
 
 
 def test_a_source_without_a_usable_image_is_an_error_that_names_the_first(coco, tmp_path):
