@@ -19,18 +19,20 @@ def read_results(path: str | Path) -> dict[ImageId, str]:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if isinstance(loaded, _Object):
+        if isinstance(loaded.get("images"), list):
+            raise ValueError(f"{path}: holds annotations, want results; is it for --references?")
         loaded = [{"image_id": image, "caption": caption} for image, caption in loaded.pairs]
     if not isinstance(loaded, list):
         raise ValueError(f"{path}: holds {type(loaded).__name__}, want a list of results")
     captions: dict[ImageId, str] = {}
     for i, entry in enumerate(loaded):
         if not isinstance(entry, dict) or not {"image_id", "caption"} <= set(entry):
-            raise ValueError(f"{path}: entry {i} is {entry!r}, want image_id and caption")
+            raise ValueError(f"{path}: entry {i} is {entry!r:.60}, want image_id and caption")
         image, caption = entry["image_id"], entry["caption"]
         if not isinstance(image, int | str) or isinstance(image, bool):
-            raise ValueError(f"{path}: entry {i} has image_id {image!r}, want an int or a str")
+            raise ValueError(f"{path}: entry {i} has image_id {image!r:.60}, want an int or a str")
         if not isinstance(caption, str):
-            raise ValueError(f"{path}: image {image} has caption {caption!r}, want one str")
+            raise ValueError(f"{path}: image {image} has caption {caption!r:.60}, want one str")
         if image in captions:
             raise ValueError(f"{path}: image {image} has two captions, want one for each image")
         captions[image] = caption

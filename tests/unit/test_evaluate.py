@@ -91,6 +91,8 @@ def test_a_results_file_is_scored_times_100_and_written_as_the_server_takes_it(f
         ([{"image_id": 7, "caption": ["a list"]}], "image 7 has caption ['a list'], want one str"),
         ([{"image_id": 1.5, "caption": "a"}], "entry 0 has image_id 1.5, want an int or a str"),
         ([{"image": 7}], "entry 0 is {'image': 7}, want image_id and caption"),
+        ([{"image_id": 7, "caption": ["long"] * 99}], f"{['long'] * 99!r:.60}, want one str"),
+        (["long" * 99], f"{'long' * 99!r:.60}, want image_id and caption"),
         ("text", "holds str, want a list of results"),
     ],
 )
@@ -106,6 +108,10 @@ def test_a_wrong_results_file_is_one_line_and_exit_code_2(folder, capsys, conten
     ("flags", "message"),
     [
         (("--results", "no.json", "--references", "references.json"), "no.json: No such file"),
+        (
+            ("--results", "references.json", "--references", "references.json"),
+            "is it for --references?",
+        ),
         (("--results", ".", "--references", "references.json"), ".: Is a directory"),
         (("--results", "results.json", "--references", "no.json"), "no.json: no such file"),
         (("--results", "results.json", "--references", "one.json"), "1 image: CIDEr-D counts"),
