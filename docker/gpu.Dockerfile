@@ -1,5 +1,6 @@
 # GPU nodes.  The host brings the NVIDIA driver (580 or newer, for CUDA 13) and the NVIDIA container
-# toolkit; CUDA itself comes with the Python packages.  Build it from the repository's root:
+# toolkit, or what GKE has in its place; CUDA itself comes with the Python packages.  Build it from
+# the repository's root:
 #   docker build -f docker/gpu.Dockerfile -t rayrl:0.1.0-gpu .
 FROM python:3.11.14-slim-bookworm
 
@@ -29,6 +30,11 @@ ENV HOME=/home/ray \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONUNBUFFERED=1
+
+# GKE has no container toolkit: it mounts the driver here and leaves finding it to the image.
+# Elsewhere there are no such folders.
+ENV PATH=/usr/local/nvidia/bin:$PATH \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib64
 USER ray
 WORKDIR /home/ray
 CMD ["python", "/opt/rayrl/jobs/grpo_coco.py"]

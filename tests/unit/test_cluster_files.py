@@ -210,6 +210,10 @@ def test_the_kuberay_job_retries_ends_and_frees_everything():
     assert spec["shutdownAfterJobFinishes"] is True
     assert 0 < spec["preRunningDeadlineSeconds"] < spec["activeDeadlineSeconds"]
     words = spec["entrypoint"].split()
+    # The deadline that counts where no GPU comes, in all attempts, as the file and the guide say.
+    config = cli.parse(words[2:], program="grpo_coco.py", description="").config
+    assert config.rollout.start_timeout_s == 1800 and spec["backoffLimit"] == 3
+    assert config.rollout.start_timeout_s * 4 < spec["activeDeadlineSeconds"]
     scripts = [word for word in words if word.startswith("/opt/rayrl/")]
     assert all((ROOT / Path(word).relative_to("/opt/rayrl")).is_file() for word in scripts)
 
@@ -262,6 +266,14 @@ def test_images_run_as_nobody_special(name):
     assert not re.search(r"TOKEN|SECRET|PASSWORD|KEY", environment)
     created = " ".join(rest for word, rest in parsed if word == "RUN")
     assert "useradd --create-home --uid 1000" in created
+
+
+def test_the_gpu_image_finds_the_driver_where_gke_mounts_it():
+    environment = [rest for word, rest in instructions("gpu.Dockerfile") if word == "ENV"]
+    values = dict(entry.split("=", 1) for line in environment for entry in shlex.split(line))
+    assert values["LD_LIBRARY_PATH"].split(":") == ["/usr/local/nvidia/lib64"]
+    # Before what the base image has, which holds Python.
+    assert values["PATH"].split(":") == ["/usr/local/nvidia/bin", "$PATH"]
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
