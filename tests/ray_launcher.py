@@ -61,8 +61,9 @@ class Shell:
     def check_started(self, image: str) -> str:
         """The command that started Ray, in a container of this image that has the shared folder
         and asks everybody for the token."""
-        steps = ["sudo mkdir -p /shared", "docker pull", "docker run", "ray start"]
-        places = [self.place(step) for step in steps]
+        steps = ["nfs-common", "sudo mkdir -p /shared", "docker pull", "docker run", "ray start"]
+        first, *places = (self.place(step) for step in steps)
+        assert first < places[0], self.commands
         assert places == sorted(places), self.commands
         pulled, container = self.commands[places[1]], self.commands[places[2]]
         assert image in pulled and image in container

@@ -3,6 +3,7 @@ and what would run on machines over SSH is written down instead."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,33 @@ def test_ray_up_starts_a_head_that_can_start_spot_workers(region: str, tmp_path:
         assert one["SecurityGroups"] == head["SecurityGroups"]
     (volume,) = {v["VolumeType"] for v in ec2.describe_volumes()["Volumes"] if v["Encrypted"]}
     assert volume == "gp3" and len(ec2.describe_volumes()["Volumes"]) == 2
+
+
+def test_the_head_needs_no_permission_that_it_lacks_to_start_a_worker(region: str) -> None:
+    bootstrapped(FILE)
+    policies = boto3.client("iam", region).list_attached_role_policies(RoleName="ray-autoscaler-v1")
+    held = {policy["PolicyName"] for policy in policies["AttachedPolicies"]}
+    assert held == {"AmazonEC2FullAccess", "AmazonS3FullAccess"}
+    # So an image's id, and not a name of Systems Manager; and no role that it would hand on.
+    for kind in yaml.safe_load(FILE.read_text())["available_node_types"].values():
+        assert re.fullmatch("ami-[0-9a-f]{17}", kind["node_config"]["ImageId"])
+        assert "IamInstanceProfile" not in kind["node_config"]
+
+
+def test_ray_takes_the_group_that_was_made_before_it_and_fills_it(
+    region: str, tmp_path: Path
+) -> None:
+    ec2 = boto3.client("ec2", region)
+    (vpc,) = ec2.describe_vpcs()["Vpcs"]
+    made = ec2.create_security_group(GroupName="early", Description="d", VpcId=vpc["VpcId"])
+    file = tmp_path / "aws.yaml"
+    file.write_text(FILE.read_text().replace("GroupName: rayrl", "GroupName: early"))
+    kinds = bootstrapped(file)["available_node_types"].values()
+    assert [kind["node_config"]["SecurityGroupIds"] for kind in kinds] == [[made["GroupId"]]] * 2
+    (group,) = ec2.describe_security_groups(GroupIds=[made["GroupId"]])["SecurityGroups"]
+    ssh, inside = sorted(group["IpPermissions"], key=lambda rule: rule["IpProtocol"], reverse=True)
+    assert ssh["FromPort"] == 22 and inside["IpProtocol"] == "-1"
+    assert [pair["GroupId"] for pair in inside["UserIdGroupPairs"]] == [made["GroupId"]]
 
 
 def test_nothing_but_ssh_is_open_to_the_world(region: str) -> None:
