@@ -368,11 +368,16 @@ def test_the_guide_names_files_that_exist():
     assert missing == set()
 
 
+def shell_lines(text: str) -> list[str]:
+    """The lines of a page's shell blocks, continued ones as one."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    return [line.strip() for line in blocks.splitlines()]
+
+
 def guide_commands() -> list[list[str]]:
     """The words of each `ray ...` line in the guide's shell blocks."""
-    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)).replace("\\\n", " ")
-    lines = (line.strip() for line in blocks.splitlines())
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("ray ")]
+    lines = [line for line in shell_lines(GUIDE) if line.startswith("ray ")]
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 def test_the_guides_ray_commands_and_options_exist():
@@ -396,3 +401,35 @@ def test_the_guides_jobs_are_given_options_they_have():
         if script == "jobs/grpo_coco.py":
             names = {flag.removeprefix("--") for flag in flags if flag.startswith("--")}
             assert names <= set(known_keys()), names
+
+
+# The readme
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def readme_lines() -> list[str]:
+    section = README.partition("## A cluster\n")[2].partition("\n## ")[0]
+    return shell_lines(section)
+
+
+def test_the_readme_makes_the_token_and_starts_the_job_as_the_guide_does():
+    lines = readme_lines()
+    ours = [line for line in lines if re.match(r"mkdir|\(umask|export|ray job submit", line)]
+    assert [line.split()[0] for line in ours] == ["mkdir", "(umask", "export", "ray"]
+    guide = [shlex.split(line) for line in shell_lines(GUIDE) if "'" not in line]
+    assert all(shlex.split(line) in guide for line in ours)
+    # The launcher copies the token, and the job goes through the tunnel.
+    first = [i for i, line in enumerate(lines) if line.startswith(("(umask", "ray up", "ray dash"))]
+    assert first == sorted(first) and lines.index(ours[-1]) > first[-1]
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_the_readmes_job_fits_into_the_clusters(name):
+    (line,) = (line for line in readme_lines() if line.startswith("ray job submit"))
+    words = shlex.split(line)
+    config = cli.load(None, words[words.index("python") + 2 :])
+    asked = config.rollout.num_workers * config.rollout.gpus + config.learner.gpus
+    machines = load(name)["available_node_types"]["gpu"]
+    assert 0 < asked <= machines["max_workers"] * machines["resources"]["GPU"]
