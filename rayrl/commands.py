@@ -11,10 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from rayrl import cli
+from rayrl.own_modules import find_here
 
 
 def grpo(argv: Sequence[str] | None = None) -> None:
     """`jobs/grpo_coco.py`."""
+    find_here()
     invocation = cli.parse(
         sys.argv[1:] if argv is None else argv,
         program="grpo_coco.py",

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +14,7 @@ from ray.exceptions import RayError
 
 from rayrl.actors.reward import placements
 from rayrl.config import Config
+from rayrl.own_modules import import_path
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ def connect(num_cpus: float, num_gpus: float | None = None) -> bool:
         ray.init(logging_level=logging.WARNING)
         _say_what_is_unused(num_gpus)
         return False
-    package_root = str(Path(__file__).resolve().parents[2])
     # Else Ray starts a worker for every CPU beforehand, without the environment that ours ask for.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     ray.init(
@@ -47,8 +46,7 @@ def connect(num_cpus: float, num_gpus: float | None = None) -> bool:
         configure_logging=True,
         logging_level=logging.WARNING,
         log_to_driver=False,
-        # Workers import rayrl also where it is run from a clone without being installed.
-        runtime_env={"env_vars": {"PYTHONPATH": package_root}},
+        runtime_env={"env_vars": {"PYTHONPATH": import_path()}},
     )
     found = ray.cluster_resources().get("GPU", 0.0)
     if num_gpus and num_gpus > found:

@@ -36,6 +36,7 @@ from rayrl.objectives import (
 )
 from rayrl.objectives.inject import BoundPart, bind
 from rayrl.objectives.plan import Part, near
+from rayrl.own_modules import WHERE
 
 MODULES: Mapping[str, tuple[ModuleType, ...]] = {
     "rollout": (sampling,),
@@ -74,6 +75,10 @@ def _imported(slot: str, path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"slot {slot}: cannot import {path!r}: no module {error.name!r}; {WHERE}"
+        ) from None
     except ImportError as error:
         raise ValueError(f"slot {slot}: cannot import {path!r}: {error}") from None
     if not callable(function):

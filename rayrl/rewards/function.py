@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rayrl.own_modules import WHERE
 from rayrl.rewards.term import Failure, Item, Judged, Scores
 from rayrl.types import Prompt
 
@@ -60,10 +61,7 @@ def load_function(path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"function {path!r}: no module {error.name!r}; is its folder on PYTHONPATH, on every "
-            "worker too (ray job submit --working-dir)?"
-        ) from error
+        raise ValueError(f"function {path!r}: no module {error.name!r}; {WHERE}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"function {path!r}: {module_name} has no function {name!r}")

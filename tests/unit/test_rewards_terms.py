@@ -347,7 +347,10 @@ def test_wrong_scores_of_a_users_function_drop_the_group_and_mistakes_stop() -> 
     ("path", "message"),
     [
         ("rayrl.types", "want package.module:function"),
-        ("no_such_package.rewards:score", "no module 'no_such_package'.*PYTHONPATH"),
+        (
+            "no_such_package.rewards:score",
+            "no module 'no_such_package'; want it in the folder that",
+        ),
         ("rayrl.types:no_such", "rayrl.types has no function 'no_such'"),
     ],
 )
