@@ -21,7 +21,7 @@ from rayrl.config import Config
 from rayrl.data import Dataset, load_split
 from rayrl.data.references import load_captions, load_references
 from rayrl.decoding import Captions, Decoding
-from rayrl.engine.base import vllm_importable
+from rayrl.engine.base import chosen_backend
 from rayrl.eval_cli import PROGRAM, Options, refuse
 from rayrl.jsonl import write_atomically
 from rayrl.rewards.bootstrap import compare, comparison_table, scaled
@@ -74,7 +74,7 @@ def evaluate_checkpoint(options: Options, config: Config) -> None:
         samples=options.samples,
         temperature=config.sampling.temperature,
     )
-    config = _with_backend(config, decoding)
+    config = _with_backend(config, decoding, options.subject)
     data = _at_least_two(load_split(config.data, options.split))
     workers, rollout = config.rollout.num_workers, config.rollout
     local = connect(workers * rollout.cpus + 1, workers * rollout.gpus)
@@ -272,15 +272,18 @@ def _at_least_two(data: Dataset) -> Dataset:
     return data
 
 
-def _with_backend(config: Config, decoding: Decoding) -> Config:
+def _with_backend(config: Config, decoding: Decoding, checkpoint: Path) -> Config:
     """The configuration with the engine that will run, by name, for the record."""
-    backend = config.engine.backend
+    from rayrl.vlm import base_folder
+
+    asked = config.engine.backend
     if decoding.beams > 1:
-        if backend == "vllm":
+        if asked == "vllm":
             raise ValueError(f"--beam {decoding.beams} needs --engine.backend hf, got vllm")
-        backend = "hf"
-    elif backend == "auto":
-        backend = "vllm" if vllm_importable() else "hf"
+        asked = "hf"
+    # Workers see the GPUs that they ask for, and no others.
+    gpu = config.rollout.gpus > 0
+    backend = chosen_backend(asked, Path(base_folder(checkpoint)), gpu=gpu)
     return config.model_copy(
         update={"engine": config.engine.model_copy(update={"backend": backend})}
     )

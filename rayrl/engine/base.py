@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from rayrl.config import EngineConfig, Part
 from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
@@ -107,14 +107,12 @@ def request_seed(run_seed: int, step: int, prompt_id: str, round: int = 0) -> in
 
 
 def make_engine(setup: EngineSetup) -> RolloutEngine:
-    """The engine that the configuration asks for.  ValueError where that is vLLM, and vLLM computes
-    another model than the learner, or is built for GPUs and sees none."""
-    backend, why_not = setup.config.backend, _no_vllm(setup.folder)
-    if backend == "auto":
-        backend = "vllm" if vllm_importable() and not why_not else "hf"
-    if backend == "vllm":
-        if why_not:
-            raise ValueError(f"engine.backend vllm: {why_not}")
+    """The engine that the configuration asks for, in the process that will sample with it; raises
+    as :func:`chosen_backend`."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if chosen_backend(setup.config.backend, setup.folder, gpu=gpu) == "vllm":
         from rayrl.engine.vllm import VllmEngine
 
         return VllmEngine(setup)
@@ -123,11 +121,27 @@ def make_engine(setup: EngineSetup) -> RolloutEngine:
     return HfEngine(setup)
 
 
-def _no_vllm(folder: Path) -> str:
-    """Why captions of a model folder cannot be sampled with vLLM here; empty where they can."""
+def chosen_backend(
+    asked: Literal["auto", "vllm", "hf"], folder: Path, *, gpu: bool
+) -> Literal["vllm", "hf"]:
+    """Which engine that is for a model folder, on a worker with a GPU or without.  ValueError where
+    vLLM is asked for, and computes another model than the learner, or is built for GPUs and has
+    none."""
+    if asked == "hf":
+        return asked
+    why_not = _no_vllm(folder, gpu)
+    if asked == "auto":
+        return "vllm" if vllm_importable() and not why_not else "hf"
+    if why_not:
+        raise ValueError(f"engine.backend vllm: {why_not}")
+    return asked
+
+
+def _no_vllm(folder: Path, gpu: bool) -> str:
+    """Why captions of a model folder cannot be sampled with vLLM; empty where they can."""
     import torch
 
-    if torch.version.cuda and not torch.cuda.is_available():
+    if torch.version.cuda and not gpu:
         return "its build is for GPUs and this worker has none; want rollout.gpus, or backend hf"
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind == "paligemma":

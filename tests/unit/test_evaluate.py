@@ -255,6 +255,42 @@ def test_a_checkpoint_brings_the_configuration_of_its_run(tmp_path, capsys):
     assert (config.seed, config.data.instruction) == (4, "Describe the image.")
 
 
+@pytest.mark.parametrize(
+    ("kind", "cuda", "gpus", "want"),
+    [
+        ("idefics3", None, 0.0, "vllm"),
+        ("paligemma", None, 0.0, "hf"),
+        # A build for GPUs, for workers without and with one.
+        ("idefics3", "13.0", 0.0, "hf"),
+        ("idefics3", "13.0", 1.0, "vllm"),
+        ("paligemma", "13.0", 1.0, "hf"),
+    ],
+)
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_engine_that_is_left_open_is_one_that_can_caption_with_the_model(
+    tmp_path, monkeypatch, kind, cuda, gpus, want, adapters
+):
+    from rayrl import cli
+    from rayrl.decoding import Decoding
+    from rayrl.engine import base
+
+    folder = base_of = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    if adapters:
+        folder = tmp_path / "adapters"
+        folder.mkdir()
+        named = json.dumps({"base_model_name_or_path": str(base_of)})
+        (folder / "adapter_config.json").write_text(named)
+    monkeypatch.setattr(base, "vllm_importable", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    config = cli.load(None, ["--rollout.gpus", str(gpus)])
+    one = Decoding(beams=1, max_tokens=5, samples=0, temperature=1.0)
+    assert evaluate._with_backend(config, one, folder).engine.backend == want
+    several = Decoding(beams=3, max_tokens=5, samples=0, temperature=1.0)
+    assert evaluate._with_backend(config, several, folder).engine.backend == "hf"
+
+
 def test_damaged_weights_are_named_with_their_folder(tiny_folder, tmp_path):
     from rayrl.actors.captioner import share_model
     from rayrl.config import Config
