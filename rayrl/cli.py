@@ -1,19 +1,23 @@
 """From YAML and the command line to a :class:`Config`: `--config FILE --learner.lr 1e-5 …`.
 
 Later sources win: defaults, then the file, then the overrides.  A run that is continued has its own
-file, where none is given.  An unknown key, in the file or on the command line, is an error that
-names the nearest known one.
+file, where none is given.  Of a mapping whose names are the user's own, as `reward.terms`, the
+override `name=value` changes one entry of the file's, and `{"name": value}` takes the place of all
+of them, `{}` of whatever there is.  An unknown key, in the file or on the command line, is an error
+that names the nearest known one.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -48,6 +52,10 @@ OPTIONS = {
     "configuration, and say what is not finite",
 }
 """What the main job is told beside its configuration; others take some of it."""
+_MAPPINGS = (
+    "Of mappings (reward.terms, objective.set, ...) name=value changes one entry, and "
+    "'{\"name\": value}' takes the place of the file's; '{}' empties it"
+)
 
 
 class Invocation(NamedTuple):
@@ -92,7 +100,7 @@ def load(
     if resolved:
         values = _without_what_follows(values)
     _check_flags(overrides)
-    values = _merged(values, _overrides(overrides, program, ""))
+    values = _merged(values, _overrides(overrides, program, ""), set(_whole_mappings(overrides)))
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -156,7 +164,7 @@ def _parse(argv: list[str], program: str, description: str, options: Sequence[st
     known, rest = parser.parse_known_args(argv)
     if "--help" in rest or "-h" in rest:
         listed = "    ".join(f"{name} {OPTIONS[name]}" for name in options)
-        _overrides(["--help"], program, f"{description}\n\n  {listed}")
+        _overrides(["--help"], program, f"{description}\n\n  {listed}    {_MAPPINGS}")
     for name in OPTIONS:
         given = vars(known)[name[2:].replace("-", "_")]
         if name not in options and given not in (None, False, "never"):
@@ -197,7 +205,10 @@ def _overrides(flags: Sequence[str], program: str, description: str) -> dict[str
 
     class Flags(BaseSettings, Config):
         model_config = SettingsConfigDict(
-            cli_prog_name=program, nested_model_default_partial_update=True
+            cli_prog_name=program,
+            nested_model_default_partial_update=True,
+            # With a line that says what is wrong, and not with a page of usage.
+            cli_exit_on_error=False,
         )
 
     Flags.__doc__ = description
@@ -207,8 +218,11 @@ def _overrides(flags: Sequence[str], program: str, description: str) -> dict[str
         )
     except SettingsError as error:
         key = re.search(r" for ([\w.]+):", str(error))
-        where = f"--{key[1]}" if key else str(error)
-        raise UsageError(f"{where}: cannot be read; a mapping wants name=value") from None
+        if not key:
+            raise UsageError(str(error).removeprefix("error parsing CLI: ")) from None
+        raise UsageError(
+            f"--{key[1]}: cannot be read; a mapping wants name=value, or '{{\"name\": value}}'"
+        ) from None
     return dict(source())
 
 
@@ -242,6 +256,35 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
             yield from known_keys(field.annotation, f"{prefix}{name}.")
 
 
+def mapping_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all mappings whose names are the user's own."""
+    for name, field in model.model_fields.items():
+        if get_origin(field.annotation) is dict:
+            yield prefix + name
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from mapping_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _whole_mappings(flags: Sequence[str]) -> Iterator[str]:
+    """The mappings that are given whole: as JSON, and not name by name."""
+    for flag, following in pairwise([*flags, ""]):
+        key, equals, value = flag.removeprefix("--").partition("=")
+        try:
+            given = json.loads(value if equals else following)
+        except ValueError:
+            continue
+        if flag.startswith("--") and isinstance(given, dict):
+            yield from _mappings_within(given, key)
+
+
+def _mappings_within(value: Any, key: str) -> Iterator[str]:
+    if key in mapping_keys():
+        yield key
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _mappings_within(inner, f"{key}.{name}")
+
+
 def _free_form(key: str) -> bool:
     """Whether ``key`` lies inside a mapping whose keys are the user's own (reward terms …)."""
     model: Any = Config
@@ -266,12 +309,30 @@ def _check_keys(values: dict[str, Any], where: str, prefix: str = "") -> None:
 
 def _check_flags(flags: Sequence[str]) -> None:
     keys = set(known_keys())
-    for flag in flags:
+    for flag, following in pairwise([*flags, ""]):
         if not flag.startswith("--"):
             continue
-        dotted = flag[2:].partition("=")[0]
-        if dotted not in keys and not _free_form(dotted):
-            raise UsageError(f"unknown option --{dotted}{_nearest(dotted, keys)}")
+        dotted, equals, value = flag[2:].partition("=")
+        if dotted in keys:
+            continue
+        for mapping in mapping_keys():
+            name = dotted.removeprefix(f"{mapping}.")
+            if name != dotted:
+                value = value if equals or following.startswith("--") else following
+                raise UsageError(
+                    f"unknown option --{dotted}; want --{mapping} {_as_entry(name, value)}"
+                )
+        raise UsageError(f"unknown option --{dotted}{_nearest(dotted, keys)}")
+
+
+def _as_entry(name: str, value: str) -> str:
+    """How an entry of a mapping is given, for one who wrote it as an option of its own."""
+    value = value or "VALUE"
+    if "." not in name:
+        return f"{name}={value}"
+    for part in reversed(name.split(".")):
+        value = f'{{"{part}": {value}}}'
+    return f"'{value}', with all its other entries, or the entry in the file"
 
 
 _CUTS = ("top_k", "top_p", "min_p")
@@ -293,11 +354,15 @@ def _nearest(key: str, keys: set[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merged(
+    base: dict[str, Any], over: dict[str, Any], whole: Set[str], prefix: str = ""
+) -> dict[str, Any]:
+    """``base`` with what ``over`` changes; of the keys that are ``whole`` nothing is left."""
     out = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merged(out[key], value) if both else value
+        dotted = f"{prefix}{key}"
+        both = isinstance(value, dict) and isinstance(out.get(key), dict) and dotted not in whole
+        out[key] = _merged(out[key], value, whole, f"{dotted}.") if both else value
     return out
 
 

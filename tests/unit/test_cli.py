@@ -36,6 +36,39 @@ def test_lists_nested_sections_and_booleans_are_read_from_flags():
     assert config.xe.control is False
 
 
+@pytest.mark.parametrize(
+    ("flags", "want"),
+    [
+        (["--reward.terms", '{"bleu": 2}'], {"bleu": 2.0}),
+        (['--reward.terms={"bleu": 2}'], {"bleu": 2.0}),
+        (["--reward", '{"terms": {"bleu": 2}}'], {"bleu": 2.0}),
+        (["--reward.terms", "bleu=2"], {"cider_d": 1.0, "rouge_l": 0.5, "bleu": 2.0}),
+        (["--reward.terms", "rouge_l=2"], {"cider_d": 1.0, "rouge_l": 2.0}),
+        # A section is not such a mapping: what it does not name stays.
+        (["--reward", '{"eos": false}'], {"cider_d": 1.0, "rouge_l": 0.5}),
+    ],
+)
+def test_a_mapping_given_whole_takes_the_place_of_the_files(tmp_path, flags, want):
+    file = write(tmp_path, "reward: {df: caption, terms: {cider_d: 1.0, rouge_l: 0.5}}\n")
+    reward = cli.load(file, flags).reward
+    assert {name: term.weight for name, term in reward.terms.items()} == want
+    assert reward.df == "caption"
+
+
+def test_an_empty_mapping_clears_the_files():
+    flags = ["--model.path", "elsewhere", "--model.image_processor", "{}", "--objective.set", "{}"]
+    config = cli.load(JOBS / "coco.yaml", flags)
+    assert config.model.image_processor == {} and config.objective.set == {}
+    assert config.model.trainable == ("connector", "language")
+    several = ["--model.image_processor", '{"max_pixels": 200704}']
+    assert cli.load(JOBS / "coco.yaml", several).model.image_processor == {"max_pixels": 200704}
+
+
+def test_the_mappings_are_those_of_the_configuration():
+    found = {"model.image_processor", "reward.terms", "reward.constraints", "objective.set"}
+    assert set(cli.mapping_keys()) == found
+
+
 def test_the_resolved_file_reads_back_as_the_same_configuration(tmp_path):
     config = cli.load(None, ["--learner.lr", "3e-5", "--seed", "9"])
     assert cli.load(write(tmp_path, cli.dump(config))) == config
@@ -47,6 +80,18 @@ def test_the_resolved_file_reads_back_as_the_same_configuration(tmp_path):
         (["--learner.lrr", "1"], "unknown option --learner.lrr; did you mean 'learner.lr'?"),
         (["--lr", "1"], "did you mean 'learner.lr'?"),
         (["--objective.set", "kl_coef"], "--objective.set: cannot be read; .* wants name=value"),
+        (
+            ["--objective.set.kl_coef", "0"],
+            "unknown option --objective.set.kl_coef; want --objective.set kl_coef=0",
+        ),
+        (["--reward.terms.bad_ending=0.5"], "; want --reward.terms bad_ending=0.5"),
+        (
+            ["--reward.terms.short.weight", "2"],
+            '; want --reward.terms \'{"short": {"weight": 2}}\', with all its other entries',
+        ),
+        (["--train.steps.more", "1"], "unknown option --train.steps.more; did you mean"),
+        (["--train.steps"], "argument --train.steps: expected one argument"),
+        (["--train.steps", "5", "more"], "unrecognized arguments: more"),
         (
             ["--sampling.top_k", "10"],
             "unknown option --sampling.top_k: captions are drawn from the",
@@ -109,6 +154,7 @@ def test_help_lists_every_key(capsys):
     leaves = [key for key in cli.known_keys() if f"--{key} " not in text]
     sections = {key for key in leaves if any(k.startswith(f"{key}.") for k in cli.known_keys())}
     assert set(leaves) == sections
+    assert "'{}' empties it" in " ".join(text.split())
     assert "--dry-run" in text and "--resume" in text and "--config" in text
 
 

@@ -175,7 +175,7 @@ def test_every_command_is_understood() -> None:
 def test_the_flag_in_the_text_is_understood() -> None:
     from rayrl import cli
 
-    (flag,) = re.findall(r"`(--reward\.terms '[^`]*')`", TEXT)
+    (flag,) = re.findall(r"`(--reward\.terms '\{[^`]*')`", TEXT)
     config = cli.load(None, shlex.split(flag))
     assert {name: term.weight for name, term in config.reward.terms.items()} == {
         "cider_d": 1.0,
