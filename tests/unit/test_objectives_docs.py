@@ -36,6 +36,15 @@ def test_the_tables_are_those_of_the_presets() -> None:
     assert [name for name, _ in rows] == list(PRESETS)
 
 
+def test_the_readme_counts_the_papers_of_the_presets() -> None:
+    rows = re.findall(
+        r"^\| (?:\*\*)?`\w+`.*ready.*$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    papers = {number for row in rows for number in re.findall(r"arxiv\.org/abs/([\d.]+)", row)}
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"[objectives of {len(papers)} papers](docs/objectives.md)" in readme
+
+
 def test_formulas_from_an_abstract_say_so_where_they_stand() -> None:
     """In the table's status, and in the docstring of a part that the preset is made of."""
     text = PAGE.read_text(encoding="utf-8")

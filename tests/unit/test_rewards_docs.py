@@ -19,6 +19,7 @@ from rayrl.eval_cli import parse
 from rayrl.rewards.config import KINDS, RewardConfig
 from rayrl.rewards.score import Scorer
 from rayrl.rewards.statistics import reward_statistics
+from rayrl.rewards.suite import METRICS
 from rayrl.types import Completion, Prompt, RolloutGroup, ScoredGroup
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
@@ -170,6 +171,11 @@ def test_every_command_is_understood() -> None:
         program, script, *flags = shlex.split(line)
         assert (program, script) == ("python", "jobs/eval_coco.py")
         parse(flags)
+
+
+def test_every_name_that_metrics_takes_is_there() -> None:
+    (names,) = re.findall(r"^`--metrics` computes some of them: (.*?); all", TEXT, re.M | re.S)
+    assert re.findall(r"`(\w+)`", names) == list(METRICS)
 
 
 def test_the_flag_in_the_text_is_understood() -> None:
