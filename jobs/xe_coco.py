@@ -1,6 +1,6 @@
 """Stage 1: train a captioner with cross-entropy on its reference captions (Ray Train).
 
-python jobs/xe_coco.py --config jobs/coco.yaml --xe.steps 2000
+python jobs/xe_coco.py --config jobs/coco.yaml --xe.steps 2000 --xe.lr 1e-5
 ray job submit --working-dir . -- python jobs/xe_coco.py
 """
 

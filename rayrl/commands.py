@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from rayrl import cli
+from rayrl.config import Config
 from rayrl.own_modules import find_here
 
 
@@ -23,6 +24,7 @@ def grpo(argv: Sequence[str] | None = None) -> None:
         description="Fine-tune a vision-language model to caption images with GRPO, or any other "
         "objective, on CIDEr-D.",
     )
+    _speak_of_stage1(invocation.config)
     if invocation.dry_run:
         from rayrl.actors.cluster import failing_in_one_line
         from rayrl.learner.provided import check_objective
@@ -45,6 +47,7 @@ def xe(argv: Sequence[str] | None = None) -> None:
         description="Stage 1: cross-entropy on reference captions, with Ray Train.",
         options=("--config", "--dry-run"),
     )
+    _speak_of_stage1(invocation.config)
     if invocation.dry_run:
         print(cli.describe(invocation.config))
         return
@@ -62,3 +65,14 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     from rayrl.evaluate import main
 
     main(options, config)
+
+
+def _speak_of_stage1(config: Config) -> None:
+    """Warn of a learning rate that nobody chose, and that undoes a pretrained model."""
+    xe, path = config.xe, config.model.path
+    if path != "tiny" and xe.steps and "lr" not in xe.model_fields_set:
+        print(
+            f"stage 1 trains {path} for {xe.steps} steps at xe.lr {xe.lr:g}, a rate for the tiny "
+            "captioner; want --xe.steps 0 for a model that captions already, or an xe.lr",
+            file=sys.stderr,
+        )

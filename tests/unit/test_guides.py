@@ -1,0 +1,147 @@
+"""docs/data.md and docs/after_training.md are true: examples run, and what they name exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rayrl import cli, commands
+from rayrl.config import Config
+from rayrl.data import load_split
+from rayrl.data.shards import SCHEMA
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+DATA = (DOCS / "data.md").read_text(encoding="utf-8")
+AFTER = (DOCS / "after_training.md").read_text(encoding="utf-8")
+PAGES = sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"])
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands_in(text: str) -> list[list[str]]:
+    lines = "\n".join(blocks(text, "sh")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("python ")]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_writer_of_shards_writes_what_the_loader_reads(here, prompts):
+    pictures = here / "pictures"
+    pictures.mkdir()
+    written = {"cat": prompts[0].image, "boat": prompts[1].image}
+    (pictures / "cat.jpg").write_bytes(written["cat"])
+    (pictures / "boat.png").write_bytes(written["boat"])
+    (block,) = blocks(DATA, "python")
+    space: dict = {}
+    exec(block, space)
+    assert space["table"].schema == SCHEMA
+    config = cli.load(None, ["--data.source", "parquet", "--data.path", "{split}.parquet"]).data
+    data = load_split(config, "train")
+    assert {one.prompt_id: one.image for one in data} == written
+    assert [one.references for one in data] == [tuple(t) for t in space["captions"].values()]
+    assert not data.rejected
+
+
+def test_the_commands_are_understood():
+    from rayrl.prepare import _parser
+
+    seen = [words[1] for words in commands_in(DATA) + commands_in(AFTER)]
+    assert seen == ["jobs/grpo_coco.py", *["jobs/prepare_coco.py"] * 2, "jobs/grpo_coco.py"]
+    for _, script, *flags in commands_in(DATA) + commands_in(AFTER):
+        if script == "jobs/grpo_coco.py":
+            cli.load(None, flags)
+        else:
+            assert _parser().parse_args(flags).image_size == 512
+    for text, flags in (
+        (DATA, r"`(--model\.path FOLDER [^`]*)`"),
+        (AFTER, r"`(--(?:lear|engi)[^`]*)`"),
+    ):
+        for found in re.findall(flags, text):
+            names = {word[2:] for word in found.split() if word.startswith("--")}
+            assert names <= set(cli.known_keys()), found
+
+
+def test_the_defaults_are_those_that_the_pages_name():
+    from rayrl.prepare import _parser
+
+    config, prepare = Config(), _parser()
+    assert config.data.image_size == 48 and prepare.get_default("image_size") == 224
+    assert (config.xe.steps, config.xe.lr, config.train.keep_checkpoints) == (400, 2e-3, 2)
+
+
+def test_the_captioner_of_the_example_says_what_an_engine_says(here, tiny_folder, prompts, capsys):
+
+    from rayrl.config import EngineConfig, Part
+    from rayrl.engine.base import EngineSetup
+    from rayrl.engine.hf import HfEngine
+    from rayrl.vlm import load_captioner
+    from rayrl.weights import pack
+
+    setup = EngineSetup(folder=tiny_folder, config=EngineConfig(backend="hf"), group_size=1)
+    engine = HfEngine(setup)
+    engine.load_weights(pack(load_captioner(tiny_folder).model, 0), changed=Part.__args__)
+    (here / "photo.jpg").write_bytes(prompts[0].image)
+    (block,) = blocks(AFTER, "python")
+    block = block.replace("runs/coco/checkpoints/latest", str(tiny_folder))
+    block = block.replace("Describe the image.", prompts[0].text)
+    exec(block, {})
+    said = capsys.readouterr().out.removesuffix("\n")
+    assert said and said == engine.greedy(prompts[:1], 25)[0].text
+
+
+def test_messages_in_the_table_of_failures_are_in_the_code():
+    code = "".join(
+        re.sub(r'"\s*f?"', "", file.read_text(encoding="utf-8"))
+        for file in (DOCS.parent / "rayrl").rglob("*.py")
+    )
+    for message in (
+        "does not compute with the weights of version",
+        "groups of the step were dropped",
+        "gave up after",
+        "s are ready, want at least",
+        "waiting for room for the learner's",
+    ):
+        assert message in code, message
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor and file.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in anchors, f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], False),
+        (["--model.path", "elsewhere"], True),
+        (["--model.path", "elsewhere", "--xe.steps", "50"], True),
+        (["--model.path", "elsewhere", "--xe.lr", "1e-5"], False),
+        (["--model.path", "elsewhere", "--xe.steps", "0"], False),
+    ],
+)
+def test_a_rate_for_the_tiny_captioner_is_spoken_of_where_it_would_train_another(
+    flags, said, capsys
+):
+    commands.grpo([*flags, "--dry-run"])
+    told = capsys.readouterr().err
+    assert ("xe.lr 0.002, a rate for the tiny captioner" in told) == said
+    assert ("--xe.steps 0" in told) == said
