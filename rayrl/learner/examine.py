@@ -18,6 +18,7 @@ from rayrl.learner.learner import Learner
 from rayrl.learner.replay import read_replay
 from rayrl.objectives import build
 from rayrl.objectives.batch import GroupBatch
+from rayrl.objectives.prepare import NotFiniteError
 
 
 def examine_folder(folder: Path, config: Config) -> Iterator[str]:
@@ -50,7 +51,13 @@ def examine(learner: Learner, replay: Checkpoint) -> Iterator[str]:
     yield f"in the run: {replay.meta['problem']}"
     found = list(_bad_parameters(learner.policy.model)) + list(_bad_fields(groups))
     groups = to_device(groups, learner.policy.device)
-    _, prepared = learner.objective.prepare(state, groups)
+    try:
+        _, prepared = learner.objective.prepare(state, _mended(groups))
+    except NotFiniteError as error:
+        yield from found
+        yield str(error)
+        return
+    prepared = dataclasses.replace(prepared, batch=groups)
     fields = {name: value.float() for name, value in prepared.fields.items()}
     found += [f"{name}: {count(value)}" for name, value in fields.items() if not _finite(value)]
     yield from found
@@ -130,13 +137,32 @@ def _bad_parameters(model: torch.nn.Module) -> Iterator[str]:
 
 def _bad_fields(groups: GroupBatch) -> Iterator[str]:
     """Fields of the batch that are not finite, with the first prompt that they are so for."""
+    for name, value in {**_numbers(groups), **groups.terms}.items():
+        if not _finite(value):
+            row = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
+            yield f"{name}: {count(value)}, first for prompt {groups.image_ids[row]}"
+
+
+def _mended(groups: GroupBatch) -> GroupBatch:
+    """The groups with 0 for what is not finite.  An objective that reads it for its advantages then
+    has some, with which each prompt can be looked at."""
+    mended = {
+        name: torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)
+        for name, value in _numbers(groups).items()
+    }
+    return dataclasses.replace(groups, **mended)  # type: ignore[arg-type]
+
+
+def _numbers(groups: GroupBatch) -> dict[str, Tensor]:
+    """Fields whose values should be finite."""
     named = {spec.name: getattr(groups, spec.name) for spec in dataclasses.fields(groups)}
     # NaN there stands for references that an image does not have.
     named.pop("reference_rewards")
-    for name, value in {**named, **groups.terms}.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not _finite(value):
-            row = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
-            yield f"{name}: {count(value)}, first for prompt {groups.image_ids[row]}"
+    return {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rayrl.learner.parallel import Ranks
+from rayrl.objectives.batch import GroupBatch, listed
 from rayrl.objectives.objective import LossOutput
 
 _TERM = "objective/loss_"
-_SHOWN = 3
 
 
 class Part(NamedTuple):
@@ -33,12 +33,28 @@ def problem(
     bad = _bad_gradients(parameters, ranks)
     for part in parts:
         if not math.isfinite(float(part.loss.loss.detach())):
-            return f"{bad_terms(part.loss)} for {_listed(part.prompt_ids)}"
+            return f"{bad_terms(part.loss)} for {listed(part.prompt_ids)}"
     for name, (nan, infinite) in bad.items():
         if nan or infinite:
             how = _counted(parameters[name].numel(), nan, infinite)
             return f"the loss is finite here, the gradient of {name} is not ({how})"
     return f"loss and gradients are finite, their norm is {norm}"
+
+
+def bad_fields(before: GroupBatch, groups: GroupBatch, names: Collection[str]) -> str:
+    """Of the fields in ``names`` that models brought, those where they said of a caption what is
+    not finite, with its prompts; nothing where there are none.  ``before``: the groups without
+    them.  Every rank holds the fields of all prompts, so all say the same."""
+    said = []
+    for name in sorted(names):
+        value = getattr(groups, name, None)
+        if not isinstance(value, Tensor) or value is getattr(before, name):
+            continue
+        bad = (~torch.isfinite(value).flatten(2).all(2) & groups.valid).any(1)
+        if bool(bad.any()):
+            prompts = listed([groups.image_ids[i] for i in bad.nonzero()[:, 0].tolist()])
+            said.append(f"{name} ({count(value)}) for {prompts}")
+    return "; ".join(said)
 
 
 def _bad_gradients(parameters: Mapping[str, Tensor], ranks: Ranks) -> dict[str, list[int]]:
@@ -74,9 +90,3 @@ def count(tensor: Tensor) -> str:
 def _counted(numel: int, nan: int, infinite: int) -> str:
     parts = [f"{n} {word}" for n, word in ((nan, "nan"), (infinite, "infinite")) if n]
     return f"of {numel} values {', '.join(parts) or 'all finite'}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    shown = ", ".join(names[:_SHOWN])
-    return f"prompts {shown}, and {more} more" if more > 0 else f"prompts {shown}"

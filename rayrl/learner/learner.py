@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from rayrl.adapters import AdapterWeights
 from rayrl.checkpoint import Checkpoint, join_state, split_state
@@ -22,7 +23,7 @@ from rayrl.config import LearnerConfig, ModelConfig
 from rayrl.learner.batches import group_batch, minibatches
 from rayrl.learner.decisions import Decisions
 from rayrl.learner.earlier import EarlierCaptions
-from rayrl.learner.finite import Part, problem
+from rayrl.learner.finite import Part, bad_fields, problem
 from rayrl.learner.inputs import StepInputs
 from rayrl.learner.losses import Losses, updates_per_step
 from rayrl.learner.means import Means, short_names
@@ -43,6 +44,7 @@ from rayrl.objectives.batch import GroupBatch
 from rayrl.objectives.compile import CONFIGURED, PROVIDED
 from rayrl.objectives.config import NO_SOURCES, SourcesConfig
 from rayrl.objectives.objective import Objective, Prepared, State
+from rayrl.objectives.prepare import NotFiniteError
 from rayrl.types import FloatArray, StepReport, TrainBatch
 from rayrl.weights import Weights
 
@@ -120,38 +122,30 @@ class Learner:
         stay, the report says why, and :meth:`replay` has what it takes to look at it."""
         policy = self.policy
         meter = StepMeter(policy.device, policy.model.dtype, self._named, self._ranks)
-        flops, sums, problems = policy.forward.flops, Means(), list[str]()
+        flops, sums = policy.forward.flops, Means()
         self._replay = None
         group_size = batch.shape[1]
         batch = self._completed(batch)
         inputs = policy.inputs(batch)
-        groups = self.losses.with_start_fields(group_batch(batch, policy.device), inputs)
+        given = group_batch(batch, policy.device)
+        groups = self.losses.with_start_fields(given, inputs)
         before = self._objective_state
-        self._objective_state, prepared = self.objective.prepare(before, groups)
-        rate = learning_rate(self.step, self._total_steps, self._config)
-        # The order is a function of (seed, step), so that a resumed run continues.
-        order = np.random.default_rng((self._seed, self.step, 1))
-        for indices in minibatches(len(batch.images), self._config, order):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * self._decisions.lr_scale
-            problem = self._minibatch(prepared, inputs, indices, sums)
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if problem else 0
-            if problem:
-                problems.append(problem)
-                self._keep(batch, groups, indices, before, problem)
-                continue
-            self._objective_state, decisions = self.objective.control(
-                self._objective_state, sums.means()
-            )
-            if not self._decisions.take(decisions):
-                break
+        self._set_rate()
+        prepared, problem = self._prepared(given, groups)
+        if prepared is None:
+            # There is nothing to take any update with: the step skips one for all.
+            problems = [problem]
+            self._skip(batch, groups, list(range(len(batch.images))), before, problem)
+            advantages = torch.zeros(batch.shape[:2])
+        else:
+            problems = self._updates(batch, prepared, inputs, before, sums)
+            advantages = prepared.caption_advantages().cpu()
         if not sums.means():
             # Nothing was learned, so nothing of what was not finite may stay behind.
-            self._objective_state = {**before, "step": self._objective_state["step"]}
+            self._objective_state = {**before, "step": int(before["step"]) + 1}
         self._decisions.end_step()
         self.policy.masters.publish()
         self.step += 1
-        advantages = prepared.caption_advantages().cpu().numpy()
         return StepReport(
             step=self.step,
             weight_version=self.weight_version,
@@ -162,16 +156,57 @@ class Learner:
                 "learner/skipped_in_a_row": float(self._skipped_in_a_row),
                 **meter.metrics(policy.forward.flops - flops),
             },
-            advantages=advantages.astype(np.float32)[:, :group_size],
+            advantages=advantages.numpy().astype(np.float32)[:, :group_size],
             problem=problems[0] if problems else "",
         )
+
+    def _updates(
+        self, batch: TrainBatch, prepared: Prepared, inputs: StepInputs, before: State, sums: Means
+    ) -> list[str]:
+        """Take the step's optimizer steps, whose metrics go into ``sums``; returns why each that
+        was skipped was.  ``before``: the objective's state before the step."""
+        problems = []
+        # The order is a function of (seed, step), so that a resumed run continues.
+        order = np.random.default_rng((self._seed, self.step, 1))
+        for indices in minibatches(len(batch.images), self._config, order):
+            self._set_rate()
+            problem = self._minibatch(prepared, inputs, indices, sums)
+            if problem:
+                problems.append(problem)
+                self._skip(batch, prepared.batch, indices, before, problem)
+                continue
+            self._skipped_in_a_row = 0
+            self._objective_state, decisions = self.objective.control(
+                self._objective_state, sums.means()
+            )
+            if not self._decisions.take(decisions):
+                break
+        return problems
+
+    def _prepared(self, given: GroupBatch, groups: GroupBatch) -> tuple[Prepared | None, str]:
+        """What the objective makes of the groups; or nothing, and why, where models brought to it
+        what is not finite, or its advantages are not.  ``given``: the groups before models saw
+        them.  Every rank holds all groups, so all decide alike."""
+        reads = self.objective.prepare_reads(self.step)
+        if problem := bad_fields(given, groups, reads):
+            return None, problem
+        try:
+            self._objective_state, prepared = self.objective.prepare(self._objective_state, groups)
+        except NotFiniteError as error:
+            return None, str(error)
+        return prepared, ""
+
+    def _set_rate(self) -> None:
+        rate = learning_rate(self.step, self._total_steps, self._config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * self._decisions.lr_scale
 
     def _completed(self, batch: TrainBatch) -> TrainBatch:
         """The batch with what becomes of it here: characters as tokens, captions of before."""
         batch = with_token_fields(batch, self.policy.processor.tokenizer)
         return batch if self._earlier is None else self._earlier.joined(batch)
 
-    def _keep(
+    def _skip(
         self,
         batch: TrainBatch,
         groups: GroupBatch,
@@ -179,7 +214,8 @@ class Learner:
         state: State,
         problem: str,
     ) -> None:
-        """Keep the first minibatch that this step skips."""
+        """Count an update that is not taken, and keep the first of a step."""
+        self._skipped_in_a_row += 1
         if self._replay is None:
             self._replay = make_replay(
                 batch,

@@ -45,6 +45,16 @@ GRAPH_FIELDS = {
 """Tensors that come from the model's current weights, with gradient; arguments of the loss."""
 
 
+_SHOWN = 3
+
+
+def listed(image_ids: Sequence[str]) -> str:
+    """``prompts a, b, c, and 4 more``."""
+    more = len(image_ids) - _SHOWN
+    shown = ", ".join(image_ids[:_SHOWN])
+    return f"prompts {shown}, and {more} more" if more > 0 else f"prompts {shown}"
+
+
 @dataclass(frozen=True, eq=False)
 class GroupBatch:
     """P groups of G captions.

@@ -91,6 +91,12 @@ class Compiled:
     def needs(self) -> frozenset[str]:
         return frozenset(self.needs_of)
 
+    @property
+    def read_before_loss(self) -> frozenset[str]:
+        """Inputs of the parts that run once a step, those with a default included."""
+        parts = (part for slot in _BEFORE_LOSS for part in self.slots[slot])
+        return frozenset(name for part in parts for name in part.inputs)
+
     def one(self, slot: str) -> BoundPart | None:
         """The only part of a slot that holds at most one."""
         return self.slots[slot][0] if self.slots[slot] else None

@@ -131,6 +131,10 @@ class Objective:
         ``OPTIONAL_FIELDS`` and ``GRAPH_FIELDS``, and of ``SERVICES``."""
         return self._compiled.needs
 
+    def prepare_reads(self, step: int) -> frozenset[str]:
+        """Names of all that :meth:`prepare` looks at in step ``step`` (from 0), beyond rewards."""
+        return self._compiled.read_before_loss
+
     def check(self, provides: Collection[str]) -> None:
         """Raise ValueError, in words, where ``provides`` lacks something that this needs."""
         lacking = self.needs - set(provides)

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from rayrl.objectives import stats
-from rayrl.objectives.batch import GroupBatch
+from rayrl.objectives.batch import GroupBatch, listed
 from rayrl.objectives.compile import Compiled
 from rayrl.objectives.inject import BoundPart
+
+
+class NotFiniteError(ValueError):
+    """Advantages that nothing can be learned from, of fields that were finite: an overflow."""
 
 
 class Preparation:
@@ -92,14 +96,21 @@ class Preparation:
         return result
 
     def _laid_out(self, advantages: Tensor) -> Tensor:
-        """[P,N,G,T or 1] from [P,G], [P,G,T] or [N,P,G,T or 1]; ValueError on a NaN."""
-        if not bool(torch.isfinite(advantages).all()):
-            raise ValueError(f"advantages of step {self.state['step']} are not finite")
+        """[P,N,G,T or 1] from [P,G], [P,G,T] or [N,P,G,T or 1]; NotFiniteError, naming the prompts,
+        on a NaN."""
         if advantages.ndim == 2:
-            return advantages[:, None, :, None]
-        if advantages.ndim == 3:
-            return advantages[:, None]
-        return advantages.transpose(0, 1)
+            laid = advantages[:, None, :, None]
+        elif advantages.ndim == 3:
+            laid = advantages[:, None]
+        else:
+            laid = advantages.transpose(0, 1)
+        bad = ~torch.isfinite(laid).flatten(1).all(1)
+        if bool(bad.any()):
+            prompts = listed([self._batch.image_ids[i] for i in bad.nonzero()[:, 0].tolist()])
+            raise NotFiniteError(
+                f"advantages of step {self.state['step']} are not finite for {prompts}"
+            )
+        return laid
 
 
 def _of_valid(batch: GroupBatch) -> tuple[Tensor, dict[str, Tensor]]:

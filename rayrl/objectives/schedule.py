@@ -41,6 +41,9 @@ class Schedule(Objective):
     def planners(self, step: int) -> tuple[BoundPart, ...]:
         return self._objectives[self.phase_at(step)].planners(step)
 
+    def prepare_reads(self, step: int) -> frozenset[str]:
+        return self._objectives[self.phase_at(step)].prepare_reads(step)
+
     def phase_at(self, step: int) -> int:
         """Which objective step ``step`` (from 0) uses."""
         within = step % sum(self._steps)

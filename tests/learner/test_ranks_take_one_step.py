@@ -18,6 +18,7 @@ from rayrl.learner.parallel import SOLO
 from tests.learner.rank_processes import RankProcesses
 from tests.unit.allocated import peak_bytes
 from tests.unit.test_learner import batch, largest_difference, learner
+from tests.unit.test_skipped_steps import marked, spoil
 
 __all__ = ["batch"]
 
@@ -306,3 +307,21 @@ def test_ranks_name_the_gradient_that_one_of_them_spoiled(two, tiny_folder, batc
     said = two.run(mode, skipped_for_a_gradient, tiny_folder, batch, name)
     assert said[0] == said[1]
     assert f"the gradient of {name} is not (of " in said[0] and "1 nan" in said[0]
+
+
+def skipped_before_the_first_update(ranks, folder, batch):
+    """What a rank says of a step whose advantages one image would spoil, and whether it takes the
+    next one."""
+    subject = learner(folder, ranks=ranks, objective="chi_squared_reward", minibatches=2)
+    spoil(subject, 7)
+    problem = subject.update(marked(batch, 5)).problem
+    return problem, subject.replay() is not None, subject.update(batch).metrics["learner/skipped"]
+
+
+@pytest.mark.parametrize("mode", ["data", "fsdp"])
+def test_ranks_skip_alike_a_step_that_one_of_them_cannot_prepare(two, tiny_folder, batch, mode):
+    # The last image is of rank 1's share alone.
+    said = two.run(mode, skipped_before_the_first_update, tiny_folder, batch)
+    bad = "(of 120 values 20 nan) for prompts blue/1"
+    want = f"old_logprobs {bad}; ref_logprobs {bad}"
+    assert said == [(want, True, 0.0), (want, False, 0.0)]

@@ -34,6 +34,25 @@ def spoil(subject, prompt):
     forward._outputs = outputs
 
 
+def spoil_image(subject, batch, row):
+    """Have the connector's output overflow for one image, as if its features, known by their size,
+    were too large for it."""
+    connector = subject.policy.model.get_submodule("model.connector")
+    size = []
+    handle = connector.register_forward_hook(lambda m, args, out: size.append(args[0].abs().sum()))
+    with torch.no_grad():
+        subject.policy.model.get_image_features(
+            subject.policy.inputs(batch).select([row]).inputs["pixel_values"]
+        )
+    handle.remove()
+
+    def overflow(module, args, output):
+        hit = (args[0].abs().sum((1, 2)) - size[0]).abs() < 1e-3
+        return torch.where(hit[:, None, None], math.inf, output)
+
+    return connector.register_forward_hook(overflow)
+
+
 def marked(batch, row):
     """The batch with a prompt that :func:`spoil` recognises: all its ids are 7."""
     ids, mask = batch.token_ids.copy(), batch.mask.copy()
@@ -92,21 +111,7 @@ def test_the_gradient_that_is_not_finite_is_named(tiny_folder, batch, factor, wo
 
 def test_a_replay_names_the_prompt_the_term_and_the_first_bad_tensor(tiny_folder, batch, tmp_path):
     subject = learner(tiny_folder)
-    connector = subject.policy.model.get_submodule("model.connector")
-    size = []
-    handle = connector.register_forward_hook(lambda m, args, out: size.append(args[0].abs().sum()))
-    with torch.no_grad():
-        subject.policy.model.get_image_features(
-            subject.policy.inputs(batch).select([4]).inputs["pixel_values"]
-        )
-    handle.remove()
-
-    def overflow(module, args, output):
-        # As if the features of green/1, known by their size, were too large for the connector.
-        hit = (args[0].abs().sum((1, 2)) - size[0]).abs() < 1e-2
-        return torch.where(hit[:, None, None], math.inf, output)
-
-    connector.register_forward_hook(overflow)
+    spoil_image(subject, batch, 4)
     report = subject.update(batch)
     assert report.metrics["learner/skipped"] == 1
     config = Config(model=ModelConfig(path=str(tiny_folder)), learner=LearnerConfig(lr=1e-3))
