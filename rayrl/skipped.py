@@ -20,14 +20,13 @@ Use = Callable[[Checkpoint], Path]
 
 
 class Skipped:
-    """The optimizer steps that were skipped since the last that was taken.
+    """Says and keeps what was skipped, and ends a run in which it goes on.
 
     folder: the run's; say: tells a person
     """
 
     def __init__(self, folder: Path, config: Config, say: Callable[[str], None]) -> None:
         self._folder, self._config, self._say = folder, config, say
-        self._problems: list[str] = []
 
     def check(self, report: StepReport, fetch: Callable[[Use], Path]) -> None:
         """Say why a step was skipped and keep its batch, which ``fetch`` gets from the learner for
@@ -35,9 +34,7 @@ class Skipped:
 
         Raises RuntimeError with the first cause after ``learner.max_skipped`` in a row."""
         if not report.problem:
-            self._problems.clear()
             return
-        self._problems.append(report.problem)
         why = f"step {report.step}: an optimizer step was skipped: {report.problem}"
         try:
             place = fetch(lambda replay: save_replay(self._folder, replay, self._config))
@@ -48,7 +45,7 @@ class Skipped:
         if row >= self._config.learner.max_skipped:
             raise RuntimeError(
                 f"{row:.0f} optimizer steps in a row had no finite loss and gradient "
-                f"(learner.max_skipped); the first: {self._problems[0]}"
+                f"(learner.max_skipped); the first: {report.first_problem}"
             )
 
 

@@ -231,10 +231,12 @@ class TrainBatch:
 class StepReport:
     """What a learner step says of itself; ``weight_version`` grows by exactly one a step.
     ``advantages`` [P,G] are those that it trained with (means over tokens where they vary);
-    ``problem`` says why an optimizer step was skipped, where one was."""
+    ``problem`` says why the first optimizer step that was skipped was, where one was, and
+    ``first_problem`` why the longest streak of them began, in this step or before it."""
 
     step: int
     weight_version: int
     metrics: Mapping[str, float]
     advantages: FloatArray
     problem: str = ""
+    first_problem: str = ""

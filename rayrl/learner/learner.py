@@ -40,6 +40,7 @@ from rayrl.learner.policy import Policy
 from rayrl.learner.replay import make_replay
 from rayrl.learner.sources import FROM_REFERENCE, make_providers
 from rayrl.learner.spans import with_token_fields
+from rayrl.learner.streak import Streak
 from rayrl.objectives.batch import GroupBatch
 from rayrl.objectives.compile import CONFIGURED, PROVIDED
 from rayrl.objectives.config import NO_SOURCES, SourcesConfig
@@ -103,7 +104,7 @@ class Learner:
         self.losses = Losses(self.policy, self.providers, config, ranks)
         self._earlier = EarlierCaptions() if "earlier" in objective.needs else None
         self._replay: Checkpoint | None = None
-        self._skipped_in_a_row = 0
+        self._streak = Streak()
         self.step = 0
 
     @property
@@ -124,6 +125,7 @@ class Learner:
         meter = StepMeter(policy.device, policy.model.dtype, self._named, self._ranks)
         flops, sums = policy.forward.flops, Means()
         self._replay = None
+        self._streak.begin_step()
         group_size = batch.shape[1]
         batch = self._completed(batch)
         inputs = policy.inputs(batch)
@@ -134,11 +136,10 @@ class Learner:
         prepared, problem = self._prepared(given, groups)
         if prepared is None:
             # There is nothing to take any update with: the step skips one for all.
-            problems = [problem]
             self._skip(batch, groups, list(range(len(batch.images))), before, problem)
             advantages = torch.zeros(batch.shape[:2])
         else:
-            problems = self._updates(batch, prepared, inputs, before, sums)
+            self._updates(batch, prepared, inputs, before, sums)
             advantages = prepared.caption_advantages().cpu()
         if not sums.means():
             # Nothing was learned, so nothing of what was not finite may stay behind.
@@ -152,36 +153,34 @@ class Learner:
             metrics={
                 **short_names(sums.means()),
                 "learner/lr": self.optimizer.param_groups[0]["lr"],
-                "learner/skipped": float(len(problems)),
-                "learner/skipped_in_a_row": float(self._skipped_in_a_row),
+                "learner/skipped": float(self._streak.skipped),
+                "learner/skipped_in_a_row": float(self._streak.longest),
                 **meter.metrics(policy.forward.flops - flops),
             },
             advantages=advantages.numpy().astype(np.float32)[:, :group_size],
-            problem=problems[0] if problems else "",
+            problem=self._streak.first,
+            first_problem=self._streak.cause,
         )
 
     def _updates(
         self, batch: TrainBatch, prepared: Prepared, inputs: StepInputs, before: State, sums: Means
-    ) -> list[str]:
-        """Take the step's optimizer steps, whose metrics go into ``sums``; returns why each that
-        was skipped was.  ``before``: the objective's state before the step."""
-        problems = []
+    ) -> None:
+        """Take the step's optimizer steps, whose metrics go into ``sums``.  ``before``: the
+        objective's state before the step."""
         # The order is a function of (seed, step), so that a resumed run continues.
         order = np.random.default_rng((self._seed, self.step, 1))
         for indices in minibatches(len(batch.images), self._config, order):
             self._set_rate()
             problem = self._minibatch(prepared, inputs, indices, sums)
             if problem:
-                problems.append(problem)
                 self._skip(batch, prepared.batch, indices, before, problem)
                 continue
-            self._skipped_in_a_row = 0
+            self._streak.end()
             self._objective_state, decisions = self.objective.control(
                 self._objective_state, sums.means()
             )
             if not self._decisions.take(decisions):
                 break
-        return problems
 
     def _prepared(self, given: GroupBatch, groups: GroupBatch) -> tuple[Prepared | None, str]:
         """What the objective makes of the groups; or nothing, and why, where models brought to it
@@ -215,7 +214,7 @@ class Learner:
         problem: str,
     ) -> None:
         """Count an update that is not taken, and keep the first of a step."""
-        self._skipped_in_a_row += 1
+        self._streak.skip(problem)
         if self._replay is None:
             self._replay = make_replay(
                 batch,
@@ -294,7 +293,7 @@ class Learner:
             meta={
                 "weight_version": self.weight_version,
                 "objective_state": state,
-                "skipped_in_a_row": self._skipped_in_a_row,
+                **self._streak.meta(),
                 **self.policy.meta(),
             },
         )
@@ -310,6 +309,6 @@ class Learner:
         if self._earlier is not None:
             self._earlier.restore(checkpoint.arrays)
         self._objective_state = join_state(checkpoint.meta["objective_state"], checkpoint.arrays)
-        self._skipped_in_a_row = int(checkpoint.meta.get("skipped_in_a_row", 0))
+        self._streak.restore(checkpoint.meta)
         self.step = checkpoint.step
         return self.step

@@ -14,6 +14,7 @@ from rayrl.checkpoint import load_checkpoint, save_checkpoint
 from rayrl.config import Config, LearnerConfig, ModelConfig
 from rayrl.learner.examine import examine, examine_folder
 from rayrl.learner.replay import read_replay
+from rayrl.learner.streak import Streak
 from rayrl.skipped import Skipped, save_replay
 from rayrl.types import StepReport
 from tests.unit.test_learner import batch, largest_difference, learner, parameters
@@ -211,36 +212,84 @@ def test_the_count_in_a_row_survives_a_checkpoint(tiny_folder, batch):
     assert other.update(marked(batch, 0)).metrics["learner/skipped_in_a_row"] == 2
 
 
-def reports(*problems):
-    """Reports of steps of which those with a text were skipped."""
-    row = 0
-    for step, problem in enumerate(problems, start=1):
-        row = row + 1 if problem else 0
+def scripted(subject, *updates):
+    """Have the learner skip those of its next updates that have a text, for that reason."""
+    left, original = list(updates), subject._minibatch
+
+    def minibatch(*arguments):
+        return left.pop(0) or original(*arguments)
+
+    subject._minibatch = minibatch
+
+
+def test_the_longest_streak_counts_wherever_it_lies_in_a_step(tiny_folder, batch):
+    subject = learner(tiny_folder, minibatches=3)
+    scripted(subject, "a", "", "b", "c", "d", "", "", "", "e", "", "f", "", "", "", "")
+    seen = [subject.update(batch) for _ in range(5)]
+    rows = [report.metrics["learner/skipped_in_a_row"] for report in seen]
+    assert rows == [1, 3, 1, 1, 0]
+    assert [report.metrics["learner/skipped"] for report in seen] == [2, 2, 1, 1, 0]
+    assert [report.problem for report in seen] == ["a", "c", "e", "f", ""]
+    assert [report.first_problem for report in seen] == ["a", "b", "e", "f", ""]
+
+
+def test_the_cause_of_a_streak_survives_a_checkpoint(tiny_folder, batch):
+    subject, other = learner(tiny_folder), learner(tiny_folder)
+    scripted(subject, "a")
+    subject.update(batch)
+    other.restore(subject.checkpoint())
+    scripted(other, "b", "", "c")
+    seen = [other.update(batch) for _ in range(3)]
+    assert [report.metrics["learner/skipped_in_a_row"] for report in seen] == [2, 0, 1]
+    assert [report.first_problem for report in seen] == ["a", "", "c"]
+
+
+def reports(*steps):
+    """Reports of steps, each by what its updates said: a text where one was skipped."""
+    streak = Streak()
+    for step, updates in enumerate(steps, start=1):
+        streak.begin_step()
+        for problem in updates:
+            if problem:
+                streak.skip(problem)
+            else:
+                streak.end()
         yield StepReport(
             step=step,
             weight_version=step,
-            metrics={"learner/skipped_in_a_row": float(row)},
+            metrics={"learner/skipped_in_a_row": float(streak.longest)},
             advantages=np.zeros((1, 1), np.float32),
-            problem=problem,
+            problem=streak.first,
+            first_problem=streak.cause,
         )
 
 
-def test_too_many_in_a_row_end_the_run_with_the_first_cause(tiny_folder, batch, tmp_path):
+@pytest.fixture
+def replay(tiny_folder, batch):
     subject = learner(tiny_folder)
     spoil(subject, 7)
     subject.update(marked(batch, 0))
+    return subject.replay()
+
+
+@pytest.mark.parametrize(
+    ("most", "last", "first"),
+    [
+        (2, [["three"]], "two"),
+        # In the middle of a step, whose last update is taken.
+        (4, [[""], ["four", "five", "six", "seven", ""]], "four"),
+    ],
+)
+def test_too_many_in_a_row_end_the_run_with_the_first_cause(replay, tmp_path, most, last, first):
     said = []
-
-    def fetch(use):
-        return use(subject.replay())
-
-    skipped = Skipped(tmp_path, Config(learner=LearnerConfig(max_skipped=2)), said.append)
-    for report in reports("one", "", "two"):
-        skipped.check(report, fetch)
+    skipped = Skipped(tmp_path, Config(learner=LearnerConfig(max_skipped=most)), said.append)
+    *fine, end = reports(["one"], [""], ["two"], *last)
+    for report in fine:
+        skipped.check(report, lambda use: use(replay))
     assert [line.split(";")[0][-3:] for line in said] == ["one", "two"]
-    *_, third = reports("one", "", "two", "three")
-    with pytest.raises(RuntimeError, match=r"2 optimizer steps in a row .* the first: two"):
-        skipped.check(third, fetch)
+    words = rf"{most} optimizer steps in a row .* the first: {first}$"
+    with pytest.raises(RuntimeError, match=words):
+        skipped.check(end, lambda use: use(replay))
 
 
 def test_a_full_disk_costs_the_replay_and_not_the_run(tmp_path):
@@ -250,7 +299,7 @@ def test_a_full_disk_costs_the_replay_and_not_the_run(tmp_path):
     def full(use):
         raise OSError("no space left")
 
-    skipped.check(next(reports("one")), full)
+    skipped.check(next(reports(["one"])), full)
     assert said == [
         "step 1: an optimizer step was skipped: one; its batch could not be kept: no space left"
     ]
