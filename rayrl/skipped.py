@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rayrl import cli
-from rayrl.checkpoint import Checkpoint, save_checkpoint
+from rayrl.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from rayrl.config import Config
 from rayrl.types import StepReport
 
@@ -50,7 +51,15 @@ class Skipped:
 
 
 def save_replay(folder: Path, replay: Checkpoint, config: Config) -> Path:
-    """Write ``replay/step_N`` in a run's folder, of which the newest three stay."""
+    """Write ``replay/step_N`` in a run's folder, and keep of those that were written before the
+    newest two.  By time: after a resume from an earlier step the newest has not the highest N."""
     text = np.frombuffer(cli.dump(config).encode(), np.uint8)
     files = ChainMap({cli.REPLAY_CONFIG: text}, replay.model_files)  # type: ignore[arg-type]
-    return save_checkpoint(folder / "replay", replace(replay, model_files=files), keep=_KEEP)
+    replays = folder / "replay"
+    steps = {replay.step, *list_checkpoints(replays)}
+    place = save_checkpoint(replays, replace(replay, model_files=files), keep=len(steps))
+    others = [replays / f"step_{step}" for step in steps - {replay.step}]
+    others.sort(key=lambda other: other.stat().st_mtime_ns)
+    for old in others[: 1 - _KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    return place

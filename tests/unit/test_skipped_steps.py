@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from rayrl import cli
-from rayrl.checkpoint import load_checkpoint, save_checkpoint
+from rayrl.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from rayrl.config import Config, LearnerConfig, ModelConfig
 from rayrl.learner.examine import examine, examine_folder
 from rayrl.learner.replay import read_replay
@@ -290,6 +291,17 @@ def test_too_many_in_a_row_end_the_run_with_the_first_cause(replay, tmp_path, mo
     words = rf"{most} optimizer steps in a row .* the first: {first}$"
     with pytest.raises(RuntimeError, match=words):
         skipped.check(end, lambda use: use(replay))
+
+
+def test_the_newest_replays_stay_whatever_their_steps(replay, tmp_path):
+    # The run went to step 41, and again from step 10.
+    for second, step in enumerate((30, 40, 41, 12, 11, 12)):
+        place = save_replay(tmp_path, replace(replay, step=step), Config())
+        assert (tmp_path / "replay" / "latest").resolve() == place.resolve()
+        assert load_checkpoint(place).step == step
+        os.utime(place, (second, second))
+    # 41 is older than what came after it.
+    assert list_checkpoints(tmp_path / "replay") == [11, 12, 41]
 
 
 def test_a_full_disk_costs_the_replay_and_not_the_run(tmp_path):
