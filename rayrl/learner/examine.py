@@ -22,11 +22,14 @@ from rayrl.objectives.prepare import NotFiniteError
 
 
 def examine_folder(folder: Path, config: Config) -> Iterator[str]:
-    """Load a replay's policy as the learner of ``config`` does, and :func:`examine` it."""
+    """Load a replay's policy as the learner of ``config`` does, and :func:`examine` it.
+
+    Nothing is compiled: compiled layers must first compute what others do, and a policy that is
+    broken computes nothing that can be compared."""
     learner = Learner(
         folder,
         model=config.model,
-        config=config.learner,
+        config=config.learner.model_copy(update={"compile": False}),
         objective=build(config.objective),
         temperature=config.sampling.temperature,
         instruction=config.data.instruction,

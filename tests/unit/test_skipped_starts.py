@@ -12,7 +12,7 @@ import torch
 from rayrl.checkpoint import load_checkpoint
 from rayrl.config import Config, LearnerConfig, ModelConfig
 from rayrl.learner.batches import group_batch
-from rayrl.learner.examine import examine
+from rayrl.learner.examine import examine, examine_folder
 from rayrl.learner.finite import bad_fields
 from rayrl.objectives import preset
 from rayrl.objectives.objective import Objective
@@ -122,3 +122,17 @@ def test_captions_that_do_not_exist_may_have_any_value(tiny_folder, batch):
         f"values (of {values.numel()} values 5 nan, 1 infinite) for prompts {batch.prompt_ids[0]}"
     )
     assert bad_fields(given, groups, {"ref_logprobs"}) == ""
+
+
+def test_a_broken_policy_is_examined_without_compiling_it(tiny_folder, batch, tmp_path):
+    subject = learner(tiny_folder)
+    name = "model.connector.modality_projection.proj.weight"
+    with torch.no_grad():
+        subject._named[name][0, 0] = math.nan
+    assert subject.update(batch).problem
+    compiled = LearnerConfig(lr=1e-3, compile=True)
+    config = Config(model=ModelConfig(path=str(tiny_folder)), learner=compiled)
+    place = save_replay(tmp_path, subject.replay(), config)
+    lines = list(examine_folder(place, config))
+    assert any(line.startswith(f"parameter {name}: ") for line in lines)
+    assert sum("first in the output of model.connector" in line for line in lines) == 6
