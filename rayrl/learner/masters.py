@@ -60,13 +60,14 @@ class Masters:
     @torch.no_grad()
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Inverse of :meth:`arrays`, after the model's own files were loaded; masters that are not
-        there (of a run in float32) start from those."""
-        for name in self._copied:
+        there (of a run in float32) start from those.  A parameter that is float32 now takes the
+        master that it had in bfloat16, to which the model's files are but close."""
+        for name, parameter in self._computing.items():
             stored, master = arrays.get(_PREFIX + name), self.named[name]
-            if stored is None:
-                master.copy_(self._computing[name])
-            else:
+            if stored is not None:
                 master.copy_(like(torch.from_numpy(np.array(stored)), master))
+            elif master is not parameter:
+                master.copy_(parameter)
         self.publish()
 
 

@@ -102,3 +102,14 @@ def test_a_float32_checkpoint_starts_masters_from_its_weights(tiny_folder, batch
     half.restore(full.checkpoint())
     for name, parameter in full._named.items():
         assert torch.equal(half._named[name], parameter.bfloat16().float()), name
+
+
+def test_a_run_in_float32_goes_on_from_the_masters_of_a_bfloat16_checkpoint(tiny_folder, batch):
+    half, full = learner(tiny_folder, dtype="bfloat16", lr=1e-5), learner(tiny_folder)
+    half.update(batch)
+    full.restore(half.checkpoint())
+    for name, master in half._named.items():
+        assert torch.equal(full._named[name], master), name
+    # What engines get is what trains.
+    assert full.policy.model.get_parameter(name) is full._named[name]
+    assert not any(key.startswith("master/") for key in full.checkpoint().arrays)
