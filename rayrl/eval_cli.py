@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args
 
-from rayrl import cli
+from rayrl import cli, config_keys
 from rayrl.config import Config
 from rayrl.data.config import Split
 from rayrl.rewards.suite import METRICS
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     own = [f"--{name}".replace("_", "-") for name in Options._fields]
     for flag in overrides:
         near = get_close_matches(flag, own, n=1, cutoff=0.8)
-        if near and flag.removeprefix("--") not in cli.known_keys():
+        if near and flag.removeprefix("--") not in config_keys.known_keys():
             parser.error(f"unknown option {flag}; did you mean {near[0]}?")
     if options.checkpoint is None and (options.beam > 1 or options.samples):
         parser.error("--beam and --samples decode: they need --checkpoint")

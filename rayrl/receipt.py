@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rayrl.cli import known_keys
 from rayrl.config import Config, ModelConfig
+from rayrl.config_keys import known_keys
 from rayrl.jsonl import write_atomically
 
 NAME = "stage1.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayrl import cli, commands
+from rayrl import cli, commands, config_keys
 from rayrl.config import Config
 from rayrl.data import load_split
 from rayrl.data.shards import SCHEMA
@@ -67,7 +67,7 @@ def test_the_commands_are_understood():
     ):
         for found in re.findall(flags, text):
             names = {word[2:] for word in found.split() if word.startswith("--")}
-            assert names <= set(cli.known_keys()), found
+            assert names <= set(config_keys.known_keys()), found
 
 
 def test_the_defaults_are_those_that_the_pages_name():
