@@ -55,7 +55,7 @@ def _from_hub(name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"model.path {name}: no such folder here, and no such model from the hub: {reason}"
+            f"model.path {name}: no such folder here, and not to be had from the hub: {reason}"
         ) from error
 
 
@@ -136,7 +136,7 @@ def _reasons_to_do_it_again(found: Mapping[str, Any], config: Config, source: st
     if "settings" not in found:
         return ["one, of which nothing is known"]
     changed = other_settings(found["settings"], config)
-    if not changed and found.get("source") != source:
+    if not changed and found.get("source", "") != source:
         changed = [f"content of model.path {config.model.path}"]
     return changed
 

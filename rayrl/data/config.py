@@ -40,8 +40,8 @@ class DataConfig(Section):
     """`scenes` (generated), `parquet` (shards), `coco` (captions json and an image folder) or
     `karpathy` (dataset_*.json and an image folder)."""
     path: str = ""
-    """The Parquet file or folder of shards (also `s3://…`, `gs://…`), or the annotation file; not
-    used by `scenes`."""
+    """The Parquet file or folder of shards (also `s3://…`, `gs://…`), or the annotation file; with
+    `{split}` in it where each split has its own.  Refused with `scenes`."""
     images: str = ""
     """The image folder of `coco` and `karpathy`."""
     instruction: str = Field(default="Describe the image.", min_length=1)
