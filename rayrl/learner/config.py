@@ -9,6 +9,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -25,6 +26,15 @@ class LoraConfig(Section):
     publish: Literal["merged", "adapters"] = "merged"
     """What engines pull after a step: whole weights with the adapters in them, or the adapters
     alone, which they add to the base that they hold."""
+
+    @model_validator(mode="after")
+    def _adapters_to_publish(self) -> LoraConfig:
+        if self.publish == "adapters" and not self.rank:
+            raise ValueError(
+                "publish adapters with rank 0, which trains the weights themselves: want a rank "
+                "above 0, or publish merged"
+            )
+        return self
 
 
 class LearnerConfig(Section):
@@ -77,16 +87,33 @@ class LearnerConfig(Section):
     cpus: PositiveFloat = 2.0
     """CPUs of a rank, and its threads."""
     gpus: float = Field(default=0.0, ge=0)
-    """GPUs of a rank; with 0 it computes on CPUs, whatever the machine has."""
+    """The GPU of a rank, or a share of one; with 0 it computes on CPUs, whatever the machine
+    has."""
     timeout_s: PositiveFloat = 600.0
     """A rank that keeps the others waiting for this long counts as dead, and so does one alone that
     has not answered a call, a step for example."""
 
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        for which, beta in zip(("first", "second"), betas, strict=True):
+            if not 0 <= beta < 1:
+                raise ValueError(
+                    f"{list(betas)}: the {which} moment decays by {beta:g} a step, want at least 0 "
+                    "and less than 1"
+                )
+        return betas
+
     @model_validator(mode="after")
     def _a_gpu_each(self) -> LearnerConfig:
+        if self.gpus > 1:
+            raise ValueError(
+                f"gpus {self.gpus:g}: a rank computes on one GPU and would leave the others idle; "
+                "want at most 1, and num_workers for more"
+            )
         if self.num_workers > 1 and self.gpus not in (0, 1):
             raise ValueError(
-                f"gpus {self.gpus} with num_workers {self.num_workers}: a rank runs on one GPU of "
-                "its own, want 0 or 1"
+                f"gpus {self.gpus:g} with num_workers {self.num_workers}: a rank runs on one GPU "
+                "of its own, want 0 or 1"
             )
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from rayrl.config import Config
 from rayrl.objectives import build
 from rayrl.objectives.compile import PROVIDED
@@ -27,8 +29,12 @@ def provided(config: Config) -> frozenset[str]:
 
 def check_objective(config: Config) -> None:
     """Raise ValueError, in words, where the objective's plan does not fit together, needs what a
-    run of these settings cannot bring, or does not fit its reward terms or the group's size: before
-    any work."""
+    run of these settings cannot bring, or does not fit its reward terms or the group's size, or
+    where it is to train adapters and PEFT is missing: before any work."""
+    rank = config.learner.lora.rank
+    # Found and not imported: it brings PyTorch along.
+    if rank and find_spec("peft") is None:
+        raise ValueError(f"learner.lora.rank {rank} needs PEFT: install rayrl[lora]")
     objective = build(config.objective)
     objective.check(provided(config))
     check_planners(objective.planners(0), config.train.group_size)
