@@ -100,8 +100,11 @@ def row_collisions(
 
 
 def _chunks(row: Tensor, rows: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows, each with the slice of sampled tokens that belong to them."""
+    """Slices of rows, each with the slice of sampled tokens that belong to them; of no rows (no
+    caption has a token) none."""
     starts = list(range(0, rows, size))
+    if not starts:
+        return
     edges = [0, len(row)]
     if len(starts) > 1:
         inner = torch.tensor(starts[1:], device=row.device)

@@ -168,6 +168,15 @@ def test_shortest_captions(model, longest):
     assert relative(gradients(model, got), want_gradient) < 1e-5
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_captions_without_a_token_have_log_probs_and_gradients_of_0(model, path):
+    prompts, (ids, mask) = make_prompts((9, 7, 12)), make_completions()
+    out = PATHS[path](model, prompts, ids, torch.zeros_like(mask), with_entropy=True)
+    assert torch.equal(out.logprobs, torch.zeros(ids.shape))
+    assert torch.equal(out.entropy, torch.zeros(ids.shape))
+    assert not gradients(model, *out[:2]).any()
+
+
 def test_chunks_change_nothing(model):
     prompts, (ids, mask) = make_prompts((9, 7, 12)), make_completions()
     sampling = {"temperature": 0.8, "banned_ids": (IMAGE,), "with_entropy": True}
