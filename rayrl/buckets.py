@@ -90,7 +90,7 @@ def fill(
     *,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> tuple[Manifest, list[Tensor]]:
-    """Copy tensors (or those in ``names``) into buckets, where they are; see
+    """Copy tensors (or those in ``names``) into buckets, where ``gather`` leaves them; see
     :func:`rayrl.weights.pack_tensors`, which copies the same into host memory.
 
     Raises ValueError naming the first parameter that is not finite."""

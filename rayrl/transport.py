@@ -88,7 +88,7 @@ class Meeting:
 
 class Collective:
     """Rank 0 broadcasts over ``group``, a process group of torch.distributed, from and to memory
-    of ``device``."""
+    of ``device``.  Buckets that rank 0 has elsewhere come there one at a time."""
 
     def __init__(self, group: Any, device: torch.device, *, timeout_s: float) -> None:
         self._group, self._device, self._timeout_s = group, device, timeout_s
@@ -98,7 +98,7 @@ class Collective:
         return None
 
     def send(self, buckets: Sequence[Tensor]) -> None:
-        self._broadcast([bucket.to(self._device) for bucket in buckets])
+        self._broadcast(buckets)
 
     def receive(self, manifest: Manifest) -> list[Tensor]:
         buckets = [
@@ -121,7 +121,7 @@ class Collective:
         for i, bucket in enumerate(buckets):
             late = f"bucket {i + 1} of {len(buckets)} did not arrive within {self._timeout_s:g} s"
             try:
-                work = self._begun(bucket, deadline, late)
+                work = self._begun(bucket.to(self._device), deadline, late)
                 # Not wait(timeout): with NCCL that only enqueues.
                 while not work.is_completed():
                     if time.monotonic() > deadline:

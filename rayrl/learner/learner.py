@@ -186,11 +186,11 @@ class Learner:
         """What the objective makes of the groups; or nothing, and why, where models brought to it
         what is not finite, or its advantages are not.  ``given``: the groups before models saw
         them.  Every rank holds all groups, so all decide alike."""
-        reads = self.objective.prepare_reads(self.step)
-        if problem := bad_fields(given, groups, reads):
+        state = self._objective_state
+        if problem := bad_fields(given, groups, self.objective.prepare_reads(int(state["step"]))):
             return None, problem
         try:
-            self._objective_state, prepared = self.objective.prepare(self._objective_state, groups)
+            self._objective_state, prepared = self.objective.prepare(state, groups)
         except NotFiniteError as error:
             return None, str(error)
         return prepared, ""

@@ -94,9 +94,11 @@ class Ranks:
 
     @torch.no_grad()
     def assembled(self, tensor: Tensor) -> Tensor:
-        """The same, left in the memory of rank 0's device."""
-        whole = whole_tensor(tensor).detach()
-        return whole if self.rank == 0 else torch.empty(0, dtype=tensor.dtype)
+        """The same, left in the memory of rank 0's device; of a sharded model it is in host memory
+        all the same, for that device may have no room for all parameters."""
+        if self.sharded:
+            return self.gathered(tensor)
+        return tensor.detach() if self.rank == 0 else torch.empty(0, dtype=tensor.dtype)
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The norm of all gradients together, the same on every rank."""

@@ -173,8 +173,8 @@ class Policy:
         return weights if self._ranks.rank == 0 else None
 
     def buckets(self, version: int, *, trained_only: bool) -> tuple[Manifest, list[torch.Tensor]]:
-        """The same in buckets where the parameters are, adapters merged; on rank 0, and of no use
-        on the others."""
+        """The same in buckets where the parameters are, or in host memory where they are sharded,
+        adapters merged; on rank 0, and of no use on the others."""
         named = (
             self.model.named_parameters(remove_duplicate=False)
             if self.adapters is None

@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load
 from torch._dynamo.utils import counters
 
+from rayrl.buckets import Received
 from rayrl.checkpoint import load_checkpoint, save_checkpoint
 from rayrl.learner.measure import MEASURED
 from rayrl.learner.parallel import SOLO
@@ -325,3 +326,25 @@ def test_ranks_skip_alike_a_step_that_one_of_them_cannot_prepare(two, tiny_folde
     bad = "(of 120 values 20 nan) for prompts blue/1"
     want = f"old_logprobs {bad}; ref_logprobs {bad}"
     assert said == [(want, True, 0.0), (want, False, 0.0)]
+
+
+def in_buckets(ranks, folder, batch, options):
+    """What a rank would broadcast after a step, and what it publishes to be pulled."""
+    subject = learner(folder, ranks=ranks, **options)
+    subject.update(batch)
+    manifest, buckets = subject.policy.buckets(1, trained_only=False)
+    pulled = subject.weights(trained_only=False)
+    if pulled is None:
+        return None, None
+    received = Received(manifest=manifest, buckets=buckets)
+    received.verify()
+    return [
+        {name: value.numpy() for name, value in version.tensors()} for version in (received, pulled)
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, ADAPTERS])
+def test_shards_are_broadcast_as_they_are_pulled(two, tiny_folder, batch, options):
+    (sent, pulled), _ = two.run("fsdp", in_buckets, tiny_folder, batch, options)
+    assert sent.keys() == pulled.keys()
+    assert all(np.array_equal(sent[name], pulled[name]) for name in pulled)

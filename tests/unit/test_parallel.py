@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -47,6 +49,16 @@ def test_one_rank_sums_nothing():
     assert parameter.grad.tolist() == [3.0, 4.0]
     assert float(SOLO.gradient_norm([parameter])) == 5.0
     assert whole_tensor(x) is x
+
+
+@pytest.mark.parametrize("mode", ["data", "fsdp"])
+def test_what_is_sharded_is_assembled_in_host_memory(mode):
+    on_gpu = mock.Mock(spec=torch.Tensor)
+    there = on_gpu.detach.return_value
+    first = Ranks(rank=0, size=2, mode=mode)
+    assert first.assembled(on_gpu) is (there.cpu.return_value if mode == "fsdp" else there)
+    assert Ranks(rank=1, size=2, mode=mode).assembled(torch.ones(3)).numel() == 0
+    assert torch.equal(SOLO.assembled(torch.ones(3)), torch.ones(3))
 
 
 def test_the_kth_largest_is_exact_with_ties_infinities_and_negative_zero():

@@ -90,8 +90,9 @@ def test_advantages_that_overflow_name_their_prompts_and_cost_the_step(
     original = Objective.prepare
 
     def overflow(self, state, groups):
-        groups.rewards[[1, 4], :3] = 3e38  # whose sum no float32 holds
-        return original(self, state, groups)
+        rewards = groups.rewards.clone()
+        rewards[[1, 4], :3] = 3e38  # whose sum no float32 holds
+        return original(self, state, replace(groups, rewards=rewards))
 
     monkeypatch.setattr(Objective, "prepare", overflow)
     report = subject.update(batch)

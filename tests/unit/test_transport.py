@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -90,6 +91,14 @@ class Work:
         return False
 
 
+class Done(Work):
+    def is_completed(self):
+        return True
+
+    def wait(self):
+        pass
+
+
 class Group:
     """A process group in which nothing arrives."""
 
@@ -130,6 +139,23 @@ def test_an_end_that_does_not_connect_keeps_the_others_no_longer_than_they_may_w
         transport.send(staged()[1])
     assert aborted.is_set()
     stuck.set()
+
+
+def test_buckets_in_host_memory_are_sent_through_one_at_a_time():
+    seen, alive = [], []
+
+    class Watched(Group):
+        def broadcast(self, tensors, options):
+            alive.append(sum(there() is not None for there in seen))
+            seen.append(weakref.ref(tensors[0]))
+            assert tensors[0].device.type == "meta"
+            return Done()
+
+    manifest, buckets = staged()
+    Collective(Watched(), torch.device("meta"), timeout_s=5).send(buckets)
+    assert [there.nbytes for there in buckets] == list(manifest.sizes)
+    # The one before goes when the next has come.
+    assert len(seen) == 3 and max(alive) <= 1
 
 
 class Gpu:
