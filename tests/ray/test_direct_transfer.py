@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ray
 class OneSender:
     """What a transfer uses of a LearnerGroup."""
 
-    shared_place = None
+    place = shared_place = None
 
     def __init__(self):
         self.first, self.version, self.packed = Sender.remote(), 0, 0
