@@ -10,15 +10,21 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch._dynamo import config as _config
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers import AttentionInterface
 
 from rayrl import windows
 from rayrl.learner.attention import NAME, tree_attention
 from rayrl.learner.forward import Forward
+from rayrl.learner.last_layer import LastLayer
 from rayrl.vlm import prompt_inputs
 
 _OFF = "TORCHDYNAMO_DISABLE"
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+_KINDS = 32
+"""How often a layer's code may be compiled: with and without gradient, of the inputs too, adapters
+on and off, the last layer by itself, one prompt or many.  PyTorch's own limit of 8 is too low."""
 
 
 def compile_layers(model: Any) -> None:
@@ -42,7 +48,11 @@ def compile_layers(model: Any) -> None:
         disabled = torch.compiler.disable(attention)  # type: ignore[no-untyped-call]
         AttentionInterface.register(name, disabled)
     for layer in layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+        # What chooses the tokens that a last layer is asked for stays outside too.
+        place = layer.forward if isinstance(layer.forward, LastLayer) else layer
+        # Newer than what torch says of its types.
+        limits: dict[str, Any] = {"recompile_limit": _KINDS}
+        place.forward = torch.compile(place.forward, dynamic=True, **limits)
 
 
 @contextmanager
@@ -50,12 +60,18 @@ def same_outputs(model: Any, processor: Any, forward: Forward, eos_id: int) -> I
     """Run a small batch through ``model`` before and after its layers are compiled inside; where
     they are split over ranks, every rank must.
 
-    Raises ValueError with the reason where a layer does not compile, or computes something else
-    than before."""
+    Raises ValueError with the reason where a layer does not compile, needs to so often that PyTorch
+    would leave it as it is, or computes something else than before."""
     want = _trial(model, processor, forward, eos_id)
     yield
     try:
-        got = _trial(model, processor, forward, eos_id)
+        with _config.patch(fail_on_recompile_limit_hit=True):
+            got = _trial(model, processor, forward, eos_id)
+    except FailOnRecompileLimitHit as error:
+        raise ValueError(
+            f"{_name(model)} does not compile: its layers want more than {_KINDS} versions of the "
+            "same code; TORCH_LOGS=recompiles says what differs between them"
+        ) from error
     except (RuntimeError, AssertionError) as error:
         # What the compiler raises, where it finds no C++ compiler too, is a RuntimeError.
         reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
@@ -74,13 +90,16 @@ def _name(model: Any) -> str:
 
 
 def _trial(model: Any, processor: Any, forward: Forward, eos_id: int) -> torch.Tensor:
-    """Log-probs [2, 2, 3] of meaningless captions, with and without gradient."""
+    """Log-probs [2, 2, 4] of meaningless captions, with and without gradient.
+
+    There are other numbers of prompts and of nodes in it: what is equal in its first batch, the
+    compiler takes for the same size for good, and compiles anew where it is not."""
     picture = io.BytesIO()
     Image.new("RGB", (64, 64)).save(picture, "PNG")
     inputs = prompt_inputs(processor, [picture.getvalue()] * 2, ["Describe the image."] * 2)
     inputs = inputs.to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    ids = torch.full((2, 2, 3), eos_id, device=model.device)
+    ids = torch.full((2, 2, 4), eos_id, device=model.device)
     with torch.no_grad():
         forward.plain(model, inputs, ids)
     logprobs = forward.plain(model, inputs, ids)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class _Merged(torch.autograd.Function):
         return of_x, None, None, ctx.scale * of_a.float(), ctx.scale * of_b.float(), None
 
 
-def _forward(layer: Any, scale: float, x: Tensor) -> Tensor:
+def _forward(layer: Any, x: Tensor) -> Tensor:
     """In place of PEFT's, which adds the adapters' outputs in float32: engines hold rounded sums,
     and at small learning rates most of what adapters add is less than what rounding takes."""
     base = layer.base_layer
@@ -61,8 +61,15 @@ def _forward(layer: Any, scale: float, x: Tensor) -> Tensor:
         outputs: Tensor = base(x)
         return outputs
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    merged: Tensor = _Merged.apply(x, base.weight, base.bias, a, b, scale)
+    merged: Tensor = _Merged.apply(x, base.weight, base.bias, a, b, layer.scaling["default"])
     return merged
+
+
+@functools.cache
+def _merging(kind: Any) -> Any:
+    """A class of PEFT's layers with the ``forward`` above.  One for all of them: a function that is
+    a layer's own would have torch.compile make every layer anew, and give up after some."""
+    return type(f"Merging{kind.__name__}", (kind,), {"forward": _forward})
 
 
 class Adapters:
@@ -103,7 +110,7 @@ class Adapters:
         self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
         for layer in self._layers.values():
             if layer.base_layer.weight.dtype != torch.float32:
-                layer.forward = partial(_forward, layer, self.scale)
+                layer.__class__ = _merging(layer.__class__)
 
     def off(self) -> AbstractContextManager[None]:
         """While entered, the model computes as its base."""

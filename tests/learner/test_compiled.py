@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from tests.unit.test_learner import batch, largest_difference, learner, parameters
+from rayrl.config import TinyConfig
+from rayrl.learner.last_layer import LastLayer
+from rayrl.vlm import build_tiny_captioner
+from tests.conftest import INSTRUCTION
+from tests.unit.test_learner import batch, largest_difference, learner, make_batch, parameters
 
 __all__ = ["batch"]
 
@@ -23,8 +30,9 @@ def test_compiled_layers_take_the_same_steps(tiny_folder, batch):
     # Two batches of different lengths; a frozen tower, so that there is less to compile.
     options = {"trainable": ("language",), "lr": 1e-4}
     plain, compiled = learner(tiny_folder, **options), learner(tiny_folder, compile=True, **options)
-    layers = compiled.policy.model.model.text_model.layers
-    assert all(hasattr(layer.forward, "_torchdynamo_orig_callable") for layer in layers)
+    *below, last = (layer.forward for layer in compiled.policy.model.model.text_model.layers)
+    assert isinstance(last, LastLayer)
+    assert all(hasattr(each, "_torchdynamo_orig_callable") for each in (*below, last.forward))
     for _ in range(2):
         one, other = plain.update(batch), compiled.update(batch)
         assert other.metrics["learner/grad_norm"] == pytest.approx(
@@ -32,6 +40,39 @@ def test_compiled_layers_take_the_same_steps(tiny_folder, batch):
         )
         assert other.metrics["kl"] == pytest.approx(one.metrics["kl"], abs=1e-6)
     assert largest_difference(parameters(plain), parameters(compiled)) < 1e-5
+
+
+def test_a_compiled_layer_serves_all_others(tmp_path, prompts):
+    """With adapters in bfloat16 too, however many layers there are."""
+    captions = [text for prompt in prompts for text in prompt.references] * 4
+    sizes = TinyConfig(vision_width=32, vision_layers=1, text_width=64, text_layers=9)
+    folder = build_tiny_captioner(sizes, captions, INSTRUCTION, tmp_path, seed=0)
+    options = {"trainable": ("language",), "dtype": "bfloat16", "lora": {"rank": 2}, "lr": 1e-4}
+    batch = make_batch(folder, prompts)
+    torch.compiler.reset()
+    counters.clear()
+    plain = learner(folder, **options)
+    # Without the slow last stage of the compiler.
+    quick = functools.partial(torch.compile, backend="aot_eager")
+    with mock.patch.object(torch, "compile", quick):
+        compiled = learner(folder, compile=True, **options)
+    one, other = plain.update(batch), compiled.update(batch)
+    assert other.metrics["learner/grad_norm"] == pytest.approx(
+        one.metrics["learner/grad_norm"], rel=0.02
+    )
+    frames = counters["frames"]
+    # Four pieces of a text layer and one of a vision layer, in each way they are called.
+    assert frames["ok"] == frames["total"] < 32
+    assert all("tree_attention" in reason for reason in counters["graph_break"])
+
+
+def test_layers_that_compile_ever_anew_are_refused(tiny_folder, monkeypatch):
+    monkeypatch.setattr("rayrl.learner.compiled._KINDS", 1)
+    torch.compiler.reset()
+    quick = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", quick)
+    with pytest.raises(ValueError, match="its layers want more than 1 versions of the same code"):
+        learner(tiny_folder, compile=True, trainable=("language",))
 
 
 def test_a_compiler_that_is_turned_off_is_an_error_and_not_ignored(tiny_folder, monkeypatch):

@@ -134,7 +134,7 @@ def test_in_bfloat16_the_policy_is_the_one_that_is_published(tiny_folder, batch,
     assert torch.equal(got, of(whole)) and not torch.equal(got, base)
     # What PEFT would compute is another policy.
     for layer in subject.policy.adapters._layers.values():
-        del layer.forward
+        layer.__class__ = type(layer).__base__
     assert not torch.equal(got, of(subject))
 
 
