@@ -152,12 +152,14 @@ class _Decoding:
         trunk = tree.trunk_slots
         slots = trunk + group_size * (max_tokens - 1)
         self._cache = SharedCache(slots)
+        # Before a GPU has the vision tower to run, for which they would wait.
+        positions = self._family.positions(model, inputs)
         if features is None:
             features = encode_images(model, inputs)
-        self._last = decode_rows(model, inputs, token.to(device), tree, features, self._cache)
+        given = (token.to(device), tree, features, positions)
+        self._last = decode_rows(model, inputs, *given, self._cache)
         self._cache.advance(trunk)
         self._group_size = group_size
-        positions = self._family.positions(model, inputs)
         unpadded = positions.masked_fill(inputs["attention_mask"] == 0, -1)
         self._position = unpadded.amax(-1, keepdim=True) + 1
         self._window = attention_window(model, trunk + max_tokens)

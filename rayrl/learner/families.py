@@ -31,19 +31,17 @@ def one_based_positions(model: Any, inputs: Inputs) -> Tensor:
 
 def grid_positions(model: Any, inputs: Inputs) -> Tensor:
     """[3, P, S]: time, height and width of every token (multi-axis rotary positions,
-    arXiv 2409.12191), as the model itself computes them."""
+    arXiv 2409.12191), as the model itself computes them: in dozens of small operations and with
+    values that it reads, so on the CPU, wherever the inputs are."""
     if inputs.get("mm_token_type_ids") is None:
         raise ValueError(
             f"{type(model).__name__}: prompt_inputs lack mm_token_type_ids, "
             f"got {sorted(inputs)}; positions cannot be computed without them"
         )
-    positions, _ = model.model.get_rope_index(
-        inputs["input_ids"],
-        mm_token_type_ids=inputs["mm_token_type_ids"],
-        image_grid_thw=inputs["image_grid_thw"],
-        attention_mask=inputs["attention_mask"],
-    )
-    return positions
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    positions, _ = model.model.get_rope_index(**{name: inputs[name].cpu() for name in names})
+    moved: Tensor = positions.to(inputs["input_ids"].device)
+    return moved
 
 
 def _model_decoder(model: Any) -> Any:

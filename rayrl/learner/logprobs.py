@@ -115,9 +115,11 @@ def prefix_shared_outputs(
     # Fused kernels on CUDA want the mask's rows aligned, and else copy it in every layer.
     tree = build_tree(prompt_mask, ids, mask, align=8 if device.type == "cuda" else 1).to(device)
     ids = ids.to(device)
+    # Before a GPU has the vision tower to run, for which they would wait.
+    positions = FAMILIES[bare.config.model_type].positions(bare, prompt_inputs)
     features = _features(bare, prompt_inputs, image_features)
     states = TokenStates(
-        hidden=decode_rows(bare, prompt_inputs, ids, tree, features),
+        hidden=decode_rows(bare, prompt_inputs, ids, tree, features, positions),
         row=tree.row,
         sampled=tree.sampled,
         ids=ids,
@@ -148,10 +150,13 @@ def decode_rows(
     ids: Tensor,
     tree: GroupTree,
     features: Sequence[Tensor],
+    positions: Tensor,
     cache: Any = None,
 ) -> Tensor:
     """Hidden states [N, D] of the slots of a bare model's packed rows that predict a token
-    (``tree.rows``); keys and values of all slots go to ``cache``, where one is given."""
+    (``tree.rows``); keys and values of all slots go to ``cache``, where one is given.
+
+    positions: the prompts' own, of ``Family.positions``"""
     family = FAMILIES[model.config.model_type]
     packed = torch.cat([inputs["input_ids"], ids.flatten(1)], dim=1).gather(1, tree.source)
     at_image = tree.real & (packed == model.config.image_token_id)
@@ -168,7 +173,7 @@ def decode_rows(
     output = family.decoder(model)(
         inputs_embeds=embeds,
         attention_mask=_masks(model, inputs, tree, embeds, everything=everything),
-        position_ids=_positions(family.positions(model, inputs), inputs["attention_mask"], tree),
+        position_ids=_positions(positions, inputs["attention_mask"], tree),
         past_key_values=cache,
         use_cache=cache is not None,
         **deepstack,

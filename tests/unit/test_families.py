@@ -3,6 +3,7 @@ against G full copies."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from tiny_families import CASES, IMAGE, PAD, ROPE, TEXT, VISION, build, gradients, make_batch
 
 from rayrl.checkpoint_names import checkpoint_names
-from rayrl.learner.families import family_of, refusal
+from rayrl.learner.families import family_of, grid_positions, refusal
 from rayrl.learner.logprobs import naive_outputs, prefix_shared_outputs
 
 
@@ -91,6 +92,32 @@ def test_the_image_and_the_earlier_words_matter():
         assert ((got - other_image)[mask].abs() > 1e-4).float().mean() > 0.9, case
         assert ((got - other_word)[0, 0].abs() > 1e-4).all(), case
         assert torch.equal(got[1:], other_word[1:]), case
+
+
+@pytest.mark.parametrize("case", ["qwen2.5-vl", "qwen3-vl"])
+def test_a_grids_positions_are_computed_on_the_cpu_and_before_the_vision_tower(case, monkeypatch):
+    """A GPU would wait for each value that is read, behind all that it was given before."""
+    model = build(CASES[case][0]())
+    batch = make_batch(case)
+    prompts = {name: value for name, value in batch[0].items() if name != "pixel_values"}
+    # Inputs that can do nothing but go to the CPU.
+    elsewhere = {
+        name: SimpleNamespace(cpu=lambda value=value: value, device="cpu")
+        for name, value in prompts.items()
+    }
+    want, _ = model.model.get_rope_index(**prompts)
+    assert torch.equal(grid_positions(model, elsewhere), want)
+    calls = []
+    for owner, name in ((model.model, "get_rope_index"), (model, "get_image_features")):
+        own = getattr(owner, name)
+        noted = functools.partial(
+            lambda own, name, *args, **options: calls.append(name) or own(*args, **options),
+            own,
+            name,
+        )
+        monkeypatch.setattr(owner, name, noted)
+    prefix_shared_outputs(model, *batch)
+    assert calls == ["get_rope_index", "get_image_features"]
 
 
 def test_another_family_is_computed_naively_with_one_warning():
