@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
-from rayrl.config import LearnerConfig
 from rayrl.learner.parallel import SOLO, Ranks, like
+
+if TYPE_CHECKING:  # a benchmark takes steps where there is no pydantic
+    from rayrl.config import LearnerConfig
 
 
 def make_optimizer(
@@ -25,12 +27,11 @@ def make_optimizer(
     ]
     # By itself torch steps tensor by tensor on a CPU, and on a GPU it takes as much memory again as
     # the parameters have.
-    fused = not any(isinstance(p, DTensor) for p in named.values())
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=config.betas,
-        fused=fused or None,
+        fused=True,
     )
 
 
@@ -103,8 +104,7 @@ def restore_optimizer(
             tensor = torch.from_numpy(np.array(array))
             if field == "step":
                 # A fused optimizer counts where the parameter is.
-                fused = optimizer.defaults["fused"]
-                state[field] = tensor.reshape(()).to(parameter.device if fused else "cpu")
+                state[field] = tensor.reshape(()).to(parameter.device)
             elif tensor.shape == parameter.shape:
                 state[field] = like(tensor, parameter)
             else:

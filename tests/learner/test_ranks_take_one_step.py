@@ -206,6 +206,16 @@ def test_two_ranks_continue_bit_for_bit(two, tiny_folder, batch, mode, dtype, tm
     assert largest_difference(one, other) == 0
 
 
+def steps_in_one_pass(ranks, folder):
+    return learner(folder, ranks=ranks).optimizer.defaults["fused"]
+
+
+@pytest.mark.parametrize("mode", ["data", "fsdp"])
+def test_ranks_step_all_parameters_in_one_pass(two, tiny_folder, mode):
+    # One by one, and in a dozen operations each, it takes ten times as long.
+    assert two.run(mode, steps_in_one_pass, tiny_folder) == [True, True]
+
+
 def compiled_steps(ranks, *arguments):
     """``steps`` by compiled layers, without the slow last stage of the compiler; and how many
     functions were compiled."""
