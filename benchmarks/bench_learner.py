@@ -6,7 +6,8 @@
 
 The last one needs torch and transformers alone.
 
-An update is forward, backward and AdamW on P images with G captions of 20 tokens each.  Weights,
+An update is forward, backward and the learner's step (clipping, AdamW, on float32 masters where the
+model is in bfloat16) on P images with G captions of 20 tokens each.  Weights,
 pictures and captions are random and share no words, the worst case for sharing.  The methods of a
 row run in turn, round after round, and their median counts; the first pass of each, before the
 rounds, gives FLOPs, memory and the gradient, which must be the naive one's.  What does not fit a
@@ -39,9 +40,10 @@ from typing import Any
 
 import promises
 import torch
-from learner_cost import LargeProduct, counted, timed
+from learner_cost import LargeProduct, counted, distance, timed
 from learner_models import IMAGE, MODELS, SMALL
 from learner_rows import SUITES, Row
+from learner_step import Step
 from record import RESULTS, write
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -149,9 +151,15 @@ def make_batch(row: Row, model: Any, images: Any, device: str, prompts: int) -> 
     return {key: value.to(device) for key, value in inputs.items()}, captions.to(device)
 
 
-def backward(method: Method, model: Any, batch: Batch, at_once: int) -> Tensor:
+def backward(
+    method: Method,
+    model: Any,
+    batch: Batch,
+    at_once: int,
+    collect: Callable[[], None] = lambda: None,
+) -> Tensor:
     """Log-probs [P, G, T] and the gradient of their mean, ``at_once`` captions at a time: whole
-    groups, or parts of one group."""
+    groups, or parts of one group, each followed by ``collect``."""
     inputs, ids = batch
     prompts, group, _ = ids.shape
     images, captions = max(1, at_once // group), min(group, at_once)
@@ -161,6 +169,7 @@ def backward(method: Method, model: Any, batch: Batch, at_once: int) -> Tensor:
         for g in range(0, group, captions):
             logprobs = method(model, here, ids[p : p + images, g : g + captions])
             (logprobs.sum() / ids.numel()).backward()
+            collect()
             parts.append(logprobs.detach().flatten())
     return torch.cat(parts)
 
@@ -186,15 +195,6 @@ def first_pass(
     named = model.named_parameters()
     gradient = {name: p.grad for name, p in named if p.grad is not None}
     return {"captions_at_once": at_once, **asdict(cost)}, logprobs, gradient
-
-
-def distance(gradient: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
-    """|gradient - reference| / |reference| over all parameters."""
-    if gradient.keys() != reference.keys():
-        raise ValueError(f"gradients of {sorted(gradient.keys() ^ reference.keys())[:3]} differ")
-    difference = sum(float((gradient[n] - g).float().square().sum()) for n, g in reference.items())
-    length = sum(float(g.float().square().sum()) for g in reference.values())
-    return float((difference / length) ** 0.5)
 
 
 def first_passes(
@@ -228,18 +228,6 @@ def useful_flops(model: Any, batch: Batch, label: str) -> float:
     return FlopCounter(model).count(inputs, everything, backward=True, encoded=encoded)
 
 
-def warm_optimizer(model: Any) -> torch.optim.Optimizer:
-    """AdamW as the learner has it, with its moments in memory.  A rate of 0 costs the same as any
-    other and leaves the weights where they are."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return optimizer
-
-
 def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     """One row: the first passes, then rounds in which every method runs once, and the matrix
     product that is the limit."""
@@ -248,15 +236,14 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     room = row.prompts if row.gpu else args.tokens_at_once // naive_tokens
     batch = make_batch(row, model, images, args.device, max(1, min(row.prompts, room)))
     table = methods(row, model, batch)
-    optimizer = warm_optimizer(model)
+    step = Step(model)
     entries = first_passes(row, table, model, batch, args.device)
     product = LargeProduct(args.device, model.dtype)
     timed(product, args.device)
 
     def update(label: str, method: Method) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        backward(method, model, batch, entries[label]["captions_at_once"])
-        optimizer.step()
+        backward(method, model, batch, entries[label]["captions_at_once"], step.collect)
+        step.take()
 
     products: list[float] = []
     seconds: dict[str, list[float]] = {label: [] for label in table}

@@ -1,4 +1,5 @@
-"""What a computation costs: its FLOPs, its peak memory, and what the device gives at best."""
+"""What a computation costs (FLOPs, peak memory), what the device gives at best, and how far a
+gradient is from another."""
 
 from __future__ import annotations
 
@@ -122,3 +123,12 @@ def timed(work: Callable[[], object], device: str) -> float:
     work()
     synchronize(device)
     return time.perf_counter() - start
+
+
+def distance(gradient: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """|gradient - reference| / |reference| over all parameters."""
+    if gradient.keys() != reference.keys():
+        raise ValueError(f"gradients of {sorted(gradient.keys() ^ reference.keys())[:3]} differ")
+    difference = sum(float((gradient[n] - g).float().square().sum()) for n, g in reference.items())
+    length = sum(float(g.float().square().sum()) for g in reference.values())
+    return float((difference / length) ** 0.5)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_fleet  # noqa: E402
 import bench_learner  # noqa: E402
 import learner_cost  # noqa: E402
+import learner_step  # noqa: E402
 import record  # noqa: E402
 from bench_learner import Row  # noqa: E402
 
@@ -46,15 +47,20 @@ def test_attention_counts_two_products_of_the_dense_mask():
 def test_distance_is_relative_to_the_whole_reference():
     reference = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
     moved = {"a": torch.tensor([3.0, 0.5]), "b": torch.tensor([4.0])}
-    assert bench_learner.distance(reference, reference) == 0.0
-    assert bench_learner.distance(moved, reference) == pytest.approx(0.1)
+    assert learner_cost.distance(reference, reference) == 0.0
+    assert learner_cost.distance(moved, reference) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="'b'"):
-        bench_learner.distance({"a": moved["a"]}, reference)
+        learner_cost.distance({"a": moved["a"]}, reference)
 
 
-def tiny_case(frozen_vision: bool) -> tuple:
+def tiny_case(frozen_vision: bool, dtype: str = "float32") -> tuple:
     row = Row(
-        model="tiny-1m", image_tokens=16, group_size=3, prompts=2, frozen_vision=frozen_vision
+        model="tiny-1m",
+        image_tokens=16,
+        group_size=3,
+        prompts=2,
+        frozen_vision=frozen_vision,
+        dtype=dtype,
     )
     model, images = bench_learner.make_model(row, "cpu", small=True)
     return row, model, bench_learner.make_batch(row, model, images, "cpu", row.prompts)
@@ -71,7 +77,29 @@ def test_micro_batches_give_the_gradient_of_the_whole():
         results.append((logprobs, {name: p.grad for name, p in named if p.grad is not None}))
     for logprobs, gradient in results[1:]:
         assert torch.allclose(logprobs, results[0][0], atol=1e-5)
-        assert bench_learner.distance(gradient, results[0][1]) < 1e-5
+        assert learner_cost.distance(gradient, results[0][1]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_update_takes_the_learners_step(dtype, monkeypatch):
+    """In bfloat16 on float32 masters: steps of bfloat16 moments cost half, and round away."""
+    row, model, batch = tiny_case(frozen_vision=True, dtype=dtype)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step = learner_step.Step(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert step.masters.named.keys() == trained.keys()
+    for name, master in step.masters.named.items():
+        assert (master is trained[name]) == (dtype == "float32")
+        moments = step.optimizer.state[master]
+        assert {moments[each].dtype for each in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    monkeypatch.setitem(step.optimizer.param_groups[0], "lr", 0.1)
+    shared = bench_learner.methods(row, model, batch)["shared"]
+    bench_learner.backward(shared, model, batch, 2, step.collect)
+    step.take()
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert moved and set(moved) <= trained.keys()
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_every_method_has_the_naive_gradient_and_a_wrong_one_is_refused():
