@@ -37,6 +37,9 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
     def clear(self) -> None:
         self._entries.clear()
         self.nbytes = 0

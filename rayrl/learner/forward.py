@@ -98,15 +98,19 @@ class Forward:
     ) -> LogprobOutput:
         """The same of any captions [P, N, L], at the sampling's temperature or another."""
         encoded, given = 1.0, {}
-        if self._features is not None:
-            misses = self._features.misses
-            given["image_features"] = self._features.features(model, *prompts)
-            encoded = (self._features.misses - misses) / len(prompts.image_keys)
+        if self._features is None:
+            inputs = prompts.inputs
+        else:
+            keys, misses = prompts.image_keys, self._features.misses
+            # Pixels of which all features are kept are not needed.
+            inputs = prompts.text if all(key in self._features for key in keys) else prompts.inputs
+            given["image_features"] = self._features.features(model, inputs, keys)
+            encoded = (self._features.misses - misses) / len(keys)
         backward = torch.is_grad_enabled()
-        self.flops += self._counter.count(prompts.inputs, mask, backward=backward, encoded=encoded)
+        self.flops += self._counter.count(inputs, mask, backward=backward, encoded=encoded)
         return self._outputs(
             model,
-            prompts.inputs,
+            inputs,
             ids,
             mask,
             temperature=temperature or self._temperature,

@@ -9,7 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ class _Prompt:
 
 class InputCache:
     """Processed prompts, least recently used out first, bounded in bytes: no more than the last
-    one is kept beyond the bound.  Pixels are kept in ``dtype``, the model's.
+    one is kept beyond the bound.  Pixels are kept in ``dtype``, the model's.  All else is kept for
+    longer, in an eighth of the bound that is added to it.
 
     Decoding and normalizing a picture costs more than a small captioner's update on it, so this
     is also done ahead, for the next step, and in as many threads as PyTorch computes in.
@@ -51,6 +53,10 @@ class InputCache:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._entries: OrderedDict[bytes, dict[str, torch.Tensor]] = OrderedDict()
+        self._texts: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._text_bytes = 0
+        self._unread: set[bytes] = set()
+        """Prompts of which nobody asked for pixels, the last time."""
         self._ahead: set[bytes] = set()
         self._at_once = torch.get_num_threads()
         self._threads = ThreadPoolExecutor(self._at_once, "pictures")
@@ -62,6 +68,7 @@ class InputCache:
         axis."""
         given = [instruction] * len(images) if isinstance(instruction, str) else instruction
         prompts = [_Prompt(*prompt) for prompt in zip(images, given, strict=True)]
+        self._unread.difference_update(prompt.key for prompt in prompts)
         begun = self._begin(prompts)
         entries = [self._entry(prompt, begun) for prompt in prompts]
         shapes = {tuple((k, v.shape[1:]) for k, v in e.items() if k not in _TEXT) for e in entries}
@@ -71,11 +78,24 @@ class InputCache:
             return BatchFeature(self._compact(prompt_inputs(self._processor, images, given)))
         return _collate(entries, int(self._processor.tokenizer.pad_token_id))
 
+    def texts(self, images: Sequence[bytes], instruction: str) -> BatchFeature | None:
+        """The same without pixels, and without a look at any picture; None where one of them was
+        not processed before.  Pictures of which no more is asked for are not prepared again."""
+        keys = [_Prompt(image, instruction).key for image in images]
+        if not all(key in self._texts for key in keys):
+            return None
+        for key in keys:
+            self._texts.move_to_end(key)
+        self._unread.update(keys)
+        entries = [self._texts[key] for key in keys]
+        return _collate(entries, int(self._processor.tokenizer.pad_token_id))
+
     def prepare(self, images: Sequence[bytes], instruction: str) -> None:
         """Process prompts of the next step, as many as there is room for.  Nothing pushes them out
         until others are prepared.  One that cannot be processed is left out."""
         self._ahead, waiting = set(), 0
         prompts = [_Prompt(image, instruction) for image in images]
+        prompts = [prompt for prompt in prompts if prompt.key not in self._unread]
         for start in range(0, len(prompts), self._at_once):
             some = prompts[start : start + self._at_once]
             begun = self._begin(some)
@@ -103,6 +123,7 @@ class InputCache:
             self._entries[prompt.key] = entry
             self._bytes += _num_bytes(entry)
             self._shrink()
+            self._keep_text(prompt.key, entry)
         self._entries.move_to_end(prompt.key)
         return entry
 
@@ -122,6 +143,16 @@ class InputCache:
             entry["pixel_attention_mask"] = entry["pixel_attention_mask"].bool()
         return entry
 
+    def _keep_text(self, key: bytes, entry: _Entry) -> None:
+        """It takes a thousandth of what pixels do, and is kept for longer, in room of its own."""
+        if key not in self._texts:
+            self._texts[key] = without_pixels(entry)
+            self._text_bytes += _num_bytes(self._texts[key])
+        while self._text_bytes > self._max_bytes * _TEXT_SHARE:
+            oldest, text = self._texts.popitem(last=False)
+            self._text_bytes -= _num_bytes(text)
+            self._unread.discard(oldest)
+
     def _shrink(self) -> None:
         """Forget what is not awaited, the last entry excepted, until the rest is small enough."""
         if self._bytes <= self._max_bytes:
@@ -135,6 +166,12 @@ class InputCache:
 
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_PIXELS = ("pixel_values", "pixel_attention_mask")
+_TEXT_SHARE = 0.125
+
+
+def without_pixels(inputs: Mapping[str, torch.Tensor]) -> _Entry:
+    return {name: value for name, value in inputs.items() if name not in _PIXELS}
 
 
 def _num_bytes(entry: dict[str, torch.Tensor]) -> int:
@@ -171,11 +208,21 @@ def _filled_up(pictures: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [filled_up(each) for each in pictures]
 
 
-class PromptBatch(NamedTuple):
-    """The processor's output for some prompts, and what tells their images apart."""
+class PromptBatch:
+    """The processor's output for some prompts, and what tells their images apart.
 
-    inputs: BatchFeature
-    image_keys: list[bytes]
+    text: all of it but pixels; inputs: all of it, made when first asked for
+    """
+
+    def __init__(
+        self, text: BatchFeature, image_keys: list[bytes], inputs: Callable[[], BatchFeature]
+    ) -> None:
+        self.text, self.image_keys = text, image_keys
+        self._inputs = inputs
+
+    @cached_property
+    def inputs(self) -> BatchFeature:
+        return self._inputs()
 
 
 class StepInputs:
@@ -200,10 +247,18 @@ class StepInputs:
         ValueError naming the prompt where the engine used other prompt ids."""
         images = [self._images[i] for i in indices]
         images = images if change is None else [change(image) for image in images]
-        inputs = self._cache.batch(images, self._instruction)
-        self._check(inputs, indices)
-        inputs = inputs.to(self._model.device)
-        return PromptBatch(inputs, [image_key(image) for image in images])
+        device, whole = self._model.device, None
+        text = self._cache.texts(images, self._instruction)
+        if text is None:
+            whole = self._cache.batch(images, self._instruction)
+            text = BatchFeature(without_pixels(whole))
+        self._check(text, indices)
+
+        def inputs() -> BatchFeature:
+            made = self._cache.batch(images, self._instruction) if whole is None else whole
+            return made.to(device)
+
+        return PromptBatch(text.to(device), [image_key(image) for image in images], inputs)
 
     def references(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
         """The reference captions of these prompts; ValueError where the batch has none."""

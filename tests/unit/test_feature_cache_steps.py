@@ -74,3 +74,19 @@ def test_a_resumed_run_with_an_empty_cache_repeats_bit_for_bit(tiny_folder, batc
     assert len(straight.policy.features) == 6 and len(resumed.policy.features) == 0
     assert same_numbers(straight.update(batch), resumed.update(batch))
     assert largest_difference(parameters(straight), parameters(resumed)) == 0.0
+
+
+@pytest.mark.parametrize("objective", ["grpo", "pami_changed_image"])
+def test_no_picture_is_processed_again_whose_features_are_kept(tiny_folder, batch, objective):
+    # No room for pixels between passes; that for text is a part of it.
+    subject = frozen(tiny_folder, objective=objective, input_cache_mb=1)
+    subject.policy._inputs._max_bytes = 50_000
+    plain = frozen(tiny_folder, objective=objective, feature_cache_mb=0)
+    processed, own = [], subject.policy._inputs._processed
+    subject.policy._inputs._processed = lambda one: processed.append(one) or own(one)
+    for step in range(3):
+        assert same_numbers(plain.update(batch), subject.update(batch))
+        assert bool(processed) == (step == 0)
+        processed.clear()
+        subject.prepare(batch.images)
+        assert not processed
