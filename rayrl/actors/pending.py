@@ -91,7 +91,10 @@ class Calls:
             timeout = max(0.0, due - time.monotonic())
             there, missing = ray.wait(missing, timeout=timeout, fetch_local=False)
             if not there:
-                break
+                # Ray waits for whole milliseconds, which may be a little less.
+                if time.monotonic() >= due:
+                    break
+                continue
             if missing:
                 # Those that came at the same time.
                 more, missing = ray.wait(

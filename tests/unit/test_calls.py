@@ -20,6 +20,8 @@ class World:
 
     def _wait(self, refs, *, timeout, num_returns=1, fetch_local):
         assert refs and num_returns <= len(refs) and timeout >= 0.0
+        self.now += 1e-5
+        timeout = int(timeout * 1000) / 1000  # as Ray has it
         times = sorted(self.answered[ref] for ref in refs)
         self.now = max(self.now, min(times[num_returns - 1], self.now + timeout))
         there = [ref for ref in refs if self.answered[ref] <= self.now][:num_returns]
@@ -39,7 +41,7 @@ def test_a_long_line_is_no_reason_to_take_a_worker_for_hung(monkeypatch):
     heard: list[float] = []
     late = calls(dict.fromkeys(line, 0)).late(list(line), lambda: heard.append(world.now - 100.0))
     assert late == []
-    assert heard == list(line.values())
+    assert heard == pytest.approx(list(line.values()), abs=1e-3)
 
 
 def test_a_call_waits_behind_those_that_nobody_waits_for(monkeypatch):
@@ -55,7 +57,7 @@ def test_a_worker_is_late_when_it_has_answered_nothing_for_the_limit(monkeypatch
     of = {"a": 0, "b": 1, "c": 1, "d": 0, "e": 1, "f": 0}
     world = World(monkeypatch, answered)
     assert calls(of).late(list(answered)) == [2, 4]
-    assert world.now == 106.0  # the limit after b, its last answer
+    assert world.now == pytest.approx(106.0, abs=1e-2)  # the limit after b, its last answer
 
 
 def test_workers_that_were_silent_from_the_beginning_are_late_together(monkeypatch):
