@@ -20,7 +20,7 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
 import rayrl
 from rayrl import cli
-from rayrl.cli import known_keys
+from rayrl.config_keys import known_keys
 
 with warnings.catch_warnings():
     # Ray's command line imports all of Ray, whose Serve uses what pydantic deprecates.
