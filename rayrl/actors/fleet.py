@@ -17,7 +17,7 @@ from rayrl.actors.batches import Batches
 from rayrl.actors.direct import direct_transfer
 from rayrl.actors.learner_group import LearnerGroup
 from rayrl.actors.losses import LOST
-from rayrl.actors.pending import Pending, late_ones, split
+from rayrl.actors.pending import Pending, late_ones, no_answer, split
 from rayrl.actors.pool import RestartBudget, Worker
 from rayrl.actors.versions import Call, Source, Versions
 from rayrl.actors.workers import reward_pool, rollout_pool
@@ -249,7 +249,7 @@ class Fleet:
                 worker, ref = sent[i]
                 try:
                     if calls.late([ref]):
-                        raise GetTimeoutError(f"no answer within {calls.limit_s:g} s")
+                        raise GetTimeoutError(str(no_answer(calls.limit_s)))
                     captions += ray.get(ref)
                     break
                 except LOST as error:

@@ -113,8 +113,19 @@ def test_a_setting_that_an_earlier_version_did_not_know_is_no_change(run):
     del found["settings"]["xe"]["grad_clip"]
     found["settings"]["xe"]["of_old"] = 1
     receipt.write_text(json.dumps(found))
+    before = content(run / "stage1")
     config = parsed("--run_folder", str(run), "--resume").config
-    open_run_folder(run, config, DATA, resume=True, say=print)
+    said: list[str] = []
+    open_run_folder(run, config, DATA, resume=True, say=said.append)
+    assert said == []
+    run_stage1(config, run, resume=True)
+    assert content(run / "stage1") == before
+    # Those that it knew are compared as ever.
+    other = parsed(
+        "--run_folder", str(run), "--resume", "--xe.grad_clip", "9", "--xe.lr", "9"
+    ).config
+    with pytest.raises(ValueError, match=r"another model \(xe\.lr: 9\.0, was [^;]*\)"):
+        open_run_folder(run, other, DATA, resume=True, say=said.append)
 
 
 def test_a_run_goes_on_with_its_own_configuration_and_flags_win(run, capsys):
