@@ -28,6 +28,7 @@ from pydantic_settings import (
 from rayrl.config import Config
 from rayrl.config_keys import UsageError, check_flags, check_keys, whole_mappings
 from rayrl.credentials import CREDENTIAL, redacted
+from rayrl.objectives.config import ObjectiveConfig, plan_with
 
 RUN_CONFIG = "config.yaml"
 """The resolved configuration in a run folder."""
@@ -94,7 +95,8 @@ def load(
     if resolved:
         values = _without_what_follows(values)
     check_flags(overrides)
-    values = _merged(values, _overrides(overrides, program, ""), set(whole_mappings(overrides)))
+    flags = _overrides(overrides, program, "")
+    values = _merged(_with_default_set(values, flags), flags, set(whole_mappings(overrides)))
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -240,6 +242,21 @@ def _without_what_follows(values: dict[str, Any]) -> dict[str, Any]:
     size, bounds = rollout.get("num_workers"), ("min_workers", "max_workers")
     kept = {key: value for key, value in rollout.items() if key not in bounds or value != size}
     return {**values, "rollout": kept}
+
+
+def _with_default_set(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The values with what the default objective changes in its preset, where nobody names a preset
+    and the file no changes: a flag then changes one thing of it, as of any other default."""
+    objective, flagged = values.get("objective") or {}, flags.get("objective") or {}
+    if "preset" in {*objective, *flagged} or "set" in objective:
+        return values
+    default: ObjectiveConfig = Config.model_fields["objective"].default
+    try:
+        plan_with(default.preset, {**default.set, **flagged.get("set", {})})
+    except ValueError:
+        # A flag takes out what the default changes; or is wrong, which is said later.
+        return values
+    return {**values, "objective": {**objective, "set": dict(default.set)}}
 
 
 def _merged(

@@ -55,6 +55,35 @@ def test_a_mapping_given_whole_takes_the_place_of_the_files(tmp_path, flags, wan
     assert reward.df == "caption"
 
 
+@pytest.mark.parametrize(
+    ("flags", "want"),
+    [
+        ("", {"kl_coef": 0.001}),
+        ("advantage=leave_one_out", {"kl_coef": 0.001, "advantage": "leave_one_out"}),
+        ("kl_coef=0.1", {"kl_coef": "0.1"}),
+        ("{}", {}),
+        ('{"eps": 0.1}', {"eps": 0.1}),
+        # What takes out the part that the default changes takes that change out too.
+        ("regularizers=", {"regularizers": ""}),
+    ],
+)
+def test_a_flag_changes_one_thing_of_the_default_objective(tmp_path, flags, want):
+    given = ["--objective.set", flags] if flags else []
+    for file in (None, write(tmp_path, "objective: {sources: {head_lr: 0.1}}\n")):
+        objective = cli.load(file, given).objective
+        assert (objective.preset, objective.set) == ("grpo", want)
+
+
+def test_who_names_a_preset_or_its_changes_has_nothing_of_the_default(tmp_path):
+    assert cli.load(None, ["--objective.preset", "grpo"]).objective.set == {}
+    assert cli.load(write(tmp_path, "objective: {preset: nsc}\n")).objective.set == {}
+    file = write(tmp_path, "objective: {set: {eps: 0.1}}\n")
+    changed = cli.load(file, ["--objective.set", "advantage=leave_one_out+over_batch_std"])
+    assert "kl_coef" not in changed.objective.set
+    with pytest.raises(cli.UsageError, match="unknown slot or parameter 'kl_coeff'"):
+        cli.load(None, ["--objective.set", "kl_coeff=0"])
+
+
 def test_an_empty_mapping_clears_the_files():
     flags = ["--model.path", "elsewhere", "--model.image_processor", "{}", "--objective.set", "{}"]
     config = cli.load(JOBS / "coco.yaml", flags)
