@@ -14,14 +14,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
-from rayrl.checkpoint import point_latest_at
+from rayrl.checkpoint import LATEST, best_of, list_checkpoints, point_at
+from rayrl.jsonl import read_jsonl
+from rayrl.metrics import EVAL_METRIC
 from rayrl.remote import STORAGE_ERRORS, RemoteCopies
 
 _BASE = "run"
@@ -58,14 +60,17 @@ class Backup:
         trained twice for one run."""
         self._submit(_BASE, lambda copies: self._copy_base(copies, resumed))
 
-    def checkpoint(self, step: int, *, last: bool = False) -> None:
+    def checkpoint(
+        self, step: int, *, last: bool = False, scores: Mapping[int, float] | None = None
+    ) -> None:
         """Copy the local checkpoint of ``step``.  Training does not wait for a slow storage: while
-        another copy is being made this one is left out, unless it is the run's ``last``."""
+        another copy is being made this one is left out, unless it is the run's ``last``.  Of the
+        older copies the one with the highest of ``scores``, by step, stays."""
         name, unfinished = f"step_{step}", self._unfinished()
         if unfinished and not last:
             self._say(f"no remote copy of {name}: that of {unfinished[0]} is still being made")
             return
-        self._submit(name, lambda copies: self._copy_step(copies, step))
+        self._submit(name, lambda copies: self._copy_step(copies, step, dict(scores or {})))
 
     def report(self) -> None:
         """Copy what a person reads of a run that has ended."""
@@ -114,10 +119,11 @@ class Backup:
         if not (resumed and _BASE in copies.names()):
             copies.put(_BASE, self._folder, _files(self._folder, _BASE_FILES))
 
-    def _copy_step(self, copies: RemoteCopies, step: int) -> None:
+    def _copy_step(self, copies: RemoteCopies, step: int, scores: Mapping[int, float]) -> None:
         patterns = (f"checkpoints/step_{step}/**/*", *_HISTORY_FILES)
         copies.put(f"step_{step}", self._folder, _files(self._folder, patterns))
-        for old in remote_steps(copies)[: -self._keep]:
+        steps = remote_steps(copies)
+        for old in set(steps[: -self._keep]) - set(best_of(scores, steps)):
             copies.remove(f"step_{old}")
 
 
@@ -146,21 +152,44 @@ def fetch_newest(copies: RemoteCopies, folder: Path, *, say: Say, after: int = -
     for step in reversed(remote_steps(copies)):
         if step <= after:
             break
-        partial = folder / ".fetched.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            files = copies.fetch(f"step_{step}", partial)
-            if _BASE in copies.names() and not (folder / "stage1" / "stage1.json").is_file():
-                files += copies.fetch(_BASE, partial)
-            _move(partial, folder, files, f"checkpoints/step_{step}/")
-        except ValueError as error:
-            say(f"the remote copy of step {step} is damaged and passed over: {error}")
-            continue
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        point_latest_at(folder / "checkpoints" / f"step_{step}")
-        return step
+        if _fetch(copies, folder, step, say, history=True):
+            point_at(folder / "checkpoints" / f"step_{step}", LATEST)
+            return step
     return None
+
+
+def fetch_best(copies: RemoteCopies, folder: Path, *, say: Say) -> None:
+    """Bring the checkpoint with the highest held-out score to a run folder that has a later one
+    and the history until then, unless it is here; one that is damaged is said and left."""
+    here = list_checkpoints(folder / "checkpoints")
+    there = [step for step in remote_steps(copies) if here and step < here[-1]]
+    scores = {
+        row["step"]: row[EVAL_METRIC]
+        for row in read_jsonl(folder / "metrics.jsonl")
+        if row["step"] > 0 and row.get(EVAL_METRIC) is not None
+    }
+    for step in best_of(scores, {*here, *there}):
+        if step not in here:
+            _fetch(copies, folder, step, say, history=False)
+
+
+def _fetch(copies: RemoteCopies, folder: Path, step: int, say: Say, *, history: bool) -> bool:
+    """Bring a checkpoint, and the run's ``history`` with it; returns whether it is whole."""
+    partial, checkpoint = folder / ".fetched.partial", f"checkpoints/step_{step}/"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        files = copies.fetch(f"step_{step}", partial)
+        if not history:
+            files = [file for file in files if file.startswith(checkpoint)]
+        elif _BASE in copies.names() and not (folder / "stage1" / "stage1.json").is_file():
+            files += copies.fetch(_BASE, partial)
+        _move(partial, folder, files, checkpoint)
+    except ValueError as error:
+        say(f"the remote copy of step {step} is damaged and passed over: {error}")
+        return False
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return True
 
 
 def _move(source: Path, target: Path, files: list[str], checkpoint: str) -> None:

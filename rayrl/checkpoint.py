@@ -3,6 +3,7 @@
     checkpoints/step_40/           config.json, model.safetensors …           the captioner
     checkpoints/step_40/trainer/   meta.json, arrays-1.safetensors …         optimizer, positions
     checkpoints/latest             a link to the newest whole one
+    checkpoints/best               a link to the one with the highest held-out score
 
 What is not the captioner lies apart, for engines load every tensor file that they find beside it.
 A checkpoint is written beside its place and renamed into it, so a crash or a full disk leaves the
@@ -27,6 +28,7 @@ from safetensors.numpy import save_file
 
 from rayrl.weights import ModelFiles, read_model_files
 
+LATEST, BEST = "latest", "best"
 _TRAINER, _META = "trainer", "meta.json"
 _FILE_BYTES = 2**30
 """About how many bytes of arrays one file holds."""
@@ -69,7 +71,7 @@ def save_checkpoint(
     finally:
         # Nothing is there once it has its place.
         shutil.rmtree(partial, ignore_errors=True)
-    point_latest_at(place)
+    point_at(place, LATEST)
     for old in set(list_checkpoints(folder)[:-keep]) - set(spare):
         shutil.rmtree(folder / f"step_{old}", ignore_errors=True)
     return place
@@ -95,12 +97,28 @@ def _arrays_file(trainer: Path, number: int) -> Path:
     return trainer / f"arrays-{number}.safetensors"
 
 
-def point_latest_at(place: Path) -> None:
-    """Let the link ``latest`` beside ``place`` name it, in one move."""
-    link = place.parent / ".latest.partial"
+def point_at(place: Path, name: str) -> None:
+    """Let the link ``name`` beside ``place`` lead to it, in one move."""
+    link = place.parent / f".{name}.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(place.name)
-    os.replace(link, place.parent / "latest")
+    os.replace(link, place.parent / name)
+
+
+def best_of(scores: Mapping[int, float], steps: Collection[int]) -> list[int]:
+    """Of ``steps`` the one with the highest score, the earliest where several have it; none where
+    none has one."""
+    scored = sorted(step for step in steps if step in scores)
+    return [max(scored, key=lambda step: scores[step])] if scored else []
+
+
+def point_at_best(folder: Path, scores: Mapping[int, float]) -> None:
+    """Let ``folder/best`` lead to the checkpoint with the highest score; where none has one, and
+    the one that it led to is gone, there is no such link."""
+    for step in best_of(scores, list_checkpoints(folder)):
+        point_at(folder / f"step_{step}", BEST)
+    if not (folder / BEST).exists():
+        (folder / BEST).unlink(missing_ok=True)
 
 
 def _write(file: Path, content: bytes | memoryview | Mapping[str, np.ndarray]) -> None:
@@ -140,8 +158,8 @@ def newest_checkpoint(folder: Path) -> Path:
     if not steps:
         raise FileNotFoundError(f"{folder}: no checkpoint to resume from")
     place = folder / f"step_{steps[-1]}"
-    if (folder / "latest").resolve() != place.resolve():
-        point_latest_at(place)
+    if (folder / LATEST).resolve() != place.resolve():
+        point_at(place, LATEST)
     return place
 
 
@@ -191,6 +209,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"{trainer / _META}: damaged: {error!r}") from None
     arrays = StoredArrays([_arrays_file(trainer, number + 1) for number in range(count)])
     return Checkpoint(step=step, model_files=read_model_files(folder), arrays=arrays, meta=meta)
+
+
+def forget_trainer(folder: Path) -> None:
+    """Leave of a checkpoint its captioner alone: nobody goes on from it."""
+    shutil.rmtree(folder / _TRAINER, ignore_errors=True)
 
 
 def split_state(

@@ -171,7 +171,10 @@ class TrainConfig(Section):
     checkpoint_every: PositiveInt = 30
     """Steps between checkpoints; the last step is always one."""
     keep_checkpoints: PositiveInt = 2
-    """Checkpoints that stay on disk, and at `checkpoint_uri`."""
+    """The newest checkpoints, that stay on disk and at `checkpoint_uri`."""
+    keep_best: bool = True
+    """Save whenever a held-out evaluation is the best so far, and keep that checkpoint too, as
+    `checkpoints/best`."""
     checkpoint_uri: str = ""
     """Copy checkpoints there too, so that `--resume` works on a fresh machine: `s3://…`, `gs://…`,
     `file:///…` or an absolute path, one a run; empty: nowhere."""

@@ -40,7 +40,7 @@ from rayrl.resume import goes_on, open_run_folder
 from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
 from rayrl.rollout_metrics import SAMPLED_GROUPS, group_metrics, sample_records, summarize
 from rayrl.rounds import Rounds
-from rayrl.saving import SavedWhereItFails, restore, save
+from rayrl.saving import SavedWhereItFails, is_due, restore, save
 from rayrl.skipped import Skipped
 from rayrl.stage1 import Snapshot, run_stage1
 from rayrl.types import StepReport
@@ -120,7 +120,7 @@ def train(run: Run, start: int) -> int:
         # Before the checkpoint is written, which then keeps no worker waiting.
         _send(run, pending, version)
         run.skipped.check(report, run.learner.replay)
-        if last or version % run.config.train.checkpoint_every == 0:
+        if last or is_due(run, version):
             with run.phases("save"):
                 save(run, last=last)
     if run.saved_step != version > start:

@@ -69,6 +69,8 @@ class StepSink(Protocol):
 class RunLog:
     """The log of one run folder; ``also`` hears of each step too.
 
+    ``scores`` are the held-out ones so far, by step.
+
     ``resume_from=k`` continues after step k: what the run before wrote between its last
     checkpoint and its end is dropped.  Without it the log starts empty.
     Raises ValueError when the folder's files are not what a run writes.
@@ -91,9 +93,11 @@ class RunLog:
             _keep_steps(folder / name, keep)
             self._files[name] = JsonlFile(folder / name)
         self._refused: set[str] = set()
-        scores = [row[EVAL_METRIC] for row in self.history() if EVAL_METRIC in row]
-        self._first_score = scores[0] if scores else math.nan
-        self._last_score = scores[-1] if scores else math.nan
+        self.scores = {
+            int(row["step"]): float(row[EVAL_METRIC])
+            for row in self.history()
+            if row.get(EVAL_METRIC) is not None
+        }
         self._total, self._last_step = total_steps, keep
         self._sinks = [*also, *([TensorBoard(folder)] if tensorboard else [])]
         self._clock = clock
@@ -163,9 +167,8 @@ class RunLog:
     def _show(self, step: int, metrics: Mapping[str, float], now: float) -> None:
         evaluated = EVAL_METRIC in metrics
         if evaluated:
-            self._last_score = metrics[EVAL_METRIC]
-            if math.isnan(self._first_score):
-                self._first_score = self._last_score
+            self.scores[step] = metrics[EVAL_METRIC]
+        scores = list(self.scores.values()) or [math.nan]
         # Counted from the first logged step, so that start-up does not pass for slow steps.
         self._started = self._started or (step, now)
         done, spent = step - self._started[0], now - self._started[1]
@@ -174,8 +177,8 @@ class RunLog:
             step,
             self._total,
             metrics,
-            score=self._last_score,
-            gain=self._last_score - self._first_score,
+            score=scores[-1],
+            gain=scores[-1] - scores[0],
             seconds_left=left,
         )
         self._progress.update(step / self._total, text, stay=evaluated)

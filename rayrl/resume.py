@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rayrl import cli
-from rayrl.backup import Say, fetch_newest, remote_steps
+from rayrl.backup import Say, fetch_best, fetch_newest, remote_steps
 from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from rayrl.config import Config
 from rayrl.jsonl import write_atomically
@@ -52,6 +52,8 @@ def open_run_folder(
         step = fetch_newest(copies, folder, say=say, after=newest)
         if step is not None:
             say(f"fetched step {step} from {config.train.checkpoint_uri}")
+        if config.train.keep_best:
+            fetch_best(copies, folder, say=say)
     if resume and not list_checkpoints(checkpoints):
         also = f" or {config.train.checkpoint_uri}" if copies is not None else ""
         raise FileNotFoundError(f"--resume: no checkpoint in {checkpoints}{also}")

@@ -12,15 +12,23 @@ from rayrl.actors.pool import TooFewWorkers
 from rayrl.adapters import with_base
 from rayrl.checkpoint import (
     Checkpoint,
+    best_of,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
+    point_at_best,
     save_checkpoint,
 )
 from rayrl.resume import check_same_data
 
 if TYPE_CHECKING:
     from rayrl.grpo import Run
+
+
+def is_due(run: Run, step: int) -> bool:
+    """Whether there should be a checkpoint of ``step``: by its number, or for its score."""
+    scores = _scores(run)
+    return step % run.config.train.checkpoint_every == 0 or best_of(scores, scores) == [step]
 
 
 def save(run: Run, *, last: bool) -> None:
@@ -43,7 +51,14 @@ def save(run: Run, *, last: bool) -> None:
         return
     run.saved_step = step
     run.learner.rebuild_from(saved)
-    run.backup.checkpoint(step, last=last)
+    run.backup.checkpoint(step, last=last, scores=_scores(run))
+
+
+def _scores(run: Run) -> dict[int, float]:
+    """The held-out scores of the steps that the run took; none where it keeps no best one."""
+    if not run.config.train.keep_best:
+        return {}
+    return {step: score for step, score in run.log.scores.items() if step > 0}
 
 
 class SavedWhereItFails:
@@ -87,13 +102,18 @@ def _write(run: Run, checkpoint: Checkpoint) -> Path:
         arrays=arrays,
         meta={**checkpoint.meta, **own},
     )
-    keep, spare = run.config.train.keep_checkpoints, run.backup.copying()
-    return save_checkpoint(run.folder / "checkpoints", whole, keep=keep, spare=spare)
+    folder, scores = run.folder / "checkpoints", _scores(run)
+    spare = [*run.backup.copying(), *best_of(scores, [*list_checkpoints(folder), whole.step])]
+    place = save_checkpoint(folder, whole, keep=run.config.train.keep_checkpoints, spare=spare)
+    point_at_best(folder, scores)
+    return place
 
 
 def restore(run: Run) -> int:
     """Put the learner where the newest checkpoint was; returns its step, which is saved."""
-    place = newest_checkpoint(run.folder / "checkpoints").resolve()
+    folder = run.folder / "checkpoints"
+    place = newest_checkpoint(folder).resolve()
+    point_at_best(folder, _scores(run))
     checkpoint = load_checkpoint(place)
     check_same_data(checkpoint, run.train_data.fingerprint())
     run.rounds.restore(checkpoint.meta["rounds"])

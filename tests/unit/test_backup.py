@@ -34,16 +34,19 @@ class Machine:
     """A run folder with ``steps`` done, as the driver leaves and copies it."""
 
     def __init__(self, folder: Path, copies: RemoteCopies | None, *, keep: int = 2) -> None:
-        self.folder, self.said = folder, []
+        self.folder, self.said, self.scores = folder, [], {}
         (folder / "stage1/final").mkdir(parents=True, exist_ok=True)
         (folder / "stage1/stage1.json").write_text("{}")
         (folder / "stage1/final/model.safetensors").write_bytes(b"stage1")
         (folder / "config.yaml").write_text(cli.dump(Config()))
         self.backup = Backup(copies, folder, keep=keep, say=self.said.append)
 
-    def save(self, step: int, *, keep: int = 1) -> None:
+    def save(self, step: int, *, keep: int = 1, score: float | None = None) -> None:
+        row = {"step": step} if score is None else {"step": step, "eval/cider_d": score}
         with (self.folder / "metrics.jsonl").open("a") as out:
-            out.write(json.dumps({"step": step}) + "\n")
+            out.write(json.dumps(row) + "\n")
+        if score is not None:
+            self.scores[step] = score
         self.backup.wait(60)
         self.save_now(step, keep=keep)
 
@@ -51,7 +54,7 @@ class Machine:
         """Whether or not the copy before is made."""
         place = self.folder / "checkpoints"
         save_checkpoint(place, checkpoint(step), keep=keep, spare=self.backup.copying())
-        self.backup.checkpoint(step, last=last)
+        self.backup.checkpoint(step, last=last, scores=self.scores)
 
 
 @pytest.fixture
@@ -78,6 +81,43 @@ def test_a_lost_run_folder_comes_back_with_its_history_and_stage_1(tmp_path, cop
     assert (fresh / "stage1/final/model.safetensors").read_bytes() == b"stage1"
     assert machine.said == []
     assert not list(fresh.glob(".*partial"))
+
+
+def best(folder: Path, tmp_path: Path, **train: object) -> tuple[list[int], list[str]]:
+    """The steps that a fresh machine has after it resumes, and what it says of them."""
+    said: list[str] = []
+    open_run_folder(folder, with_uri(tmp_path, **train), DATA, resume=True, say=said.append)
+    return list_checkpoints(folder / "checkpoints"), said
+
+
+def test_the_best_copy_stays_there_and_comes_back_with_the_newest(tmp_path, copies):
+    machine = Machine(tmp_path / "lost", copies)
+    for step, score in [(2, 50.0), (4, 70.0), (6, 60.0), (8, 55.0)]:
+        machine.save(step, score=score)
+    machine.backup.close()
+    assert remote_steps(copies) == [4, 6, 8], "keep 2, and the best"
+    steps, said = best(tmp_path / "fresh", tmp_path)
+    assert steps == [4, 8] and said[0].startswith("fetched step 8")
+    assert load_checkpoint(tmp_path / "fresh/checkpoints/latest").step == 8
+    # Its history is that of the newest, not the one that came with the best.
+    rows = [json.loads(line)["step"] for line in (tmp_path / "fresh/metrics.jsonl").open()]
+    assert rows == [2, 4, 6, 8]
+    # A run that keeps no best one does not fetch it either; nor does one that has it.
+    assert best(tmp_path / "other", tmp_path, keep_best=False)[0] == [8]
+    before = (tmp_path / "fresh/checkpoints/step_4/config.json").stat().st_ino
+    assert best(tmp_path / "fresh", tmp_path)[0] == [4, 8]
+    assert (tmp_path / "fresh/checkpoints/step_4/config.json").stat().st_ino == before
+
+
+def test_a_damaged_best_copy_is_said_and_does_without(tmp_path, copies):
+    machine = Machine(tmp_path / "lost", copies)
+    for step, score in [(2, 70.0), (4, 50.0)]:
+        machine.save(step, score=score)
+    machine.backup.close()
+    (tmp_path / "remote/step_2/checkpoints/step_2/config.json").write_text("[]")
+    steps, said = best(tmp_path / "fresh", tmp_path)
+    assert steps == [4]
+    assert any("remote copy of step 2 is damaged and passed over" in line for line in said)
 
 
 def test_a_damaged_newest_copy_is_said_and_the_one_before_is_taken(tmp_path, copies):

@@ -15,10 +15,12 @@ from safetensors import SafetensorError
 from rayrl import checkpoint as module
 from rayrl.checkpoint import (
     Checkpoint,
+    best_of,
     join_state,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
+    point_at_best,
     save_checkpoint,
     split_state,
 )
@@ -48,6 +50,24 @@ def test_only_the_newest_are_kept_in_numeric_order(tmp_path):
     for step in (8, 9, 10, 11):
         save_checkpoint(tmp_path, make(step), keep=2)
     assert list_checkpoints(tmp_path) == [10, 11]
+
+
+def test_the_best_is_the_earliest_of_the_highest_scores_that_there_are(tmp_path):
+    scores = {2: 1.0, 4: 3.0, 6: 3.0, 8: 9.0}
+    assert best_of(scores, [2, 4, 5, 6]) == [4]
+    assert best_of(scores, [5]) == best_of({}, [2]) == []
+    for step in (2, 4, 6):
+        save_checkpoint(tmp_path, make(step), keep=3)
+    point_at_best(tmp_path, scores)
+    assert load_checkpoint(tmp_path / "best").step == 4
+    # Without scores it stays, as long as there is what it leads to.
+    point_at_best(tmp_path, {})
+    assert load_checkpoint(tmp_path / "best").step == 4
+    for step in (8, 10):
+        save_checkpoint(tmp_path, make(step), keep=2)
+    point_at_best(tmp_path, {})
+    assert not (tmp_path / "best").is_symlink()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["latest", "step_10", "step_8"]
 
 
 def test_what_the_reading_of_arrays_raises_leaves_nothing_half_written(tmp_path):
@@ -113,7 +133,7 @@ def test_all_files_of_a_checkpoint_can_be_read_by_the_same_people(tmp_path):
 def test_the_newest_whole_one_counts_where_the_link_was_not_moved_in_time(tmp_path):
     for step in (1, 2):
         save_checkpoint(tmp_path, make(step), keep=2)
-    module.point_latest_at(tmp_path / "step_1")
+    module.point_at(tmp_path / "step_1", "latest")
     (tmp_path / ".step_3.partial").mkdir()
     assert newest_checkpoint(tmp_path) == tmp_path / "step_2"
     assert load_checkpoint(tmp_path / "latest").step == 2

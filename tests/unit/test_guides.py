@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayrl import cli, commands, config_keys
+from rayrl import cli, commands, config_keys, eval_cli
 from rayrl.config import Config
 from rayrl.data import load_split
 from rayrl.data.shards import SCHEMA
@@ -55,10 +55,12 @@ def test_the_commands_are_understood():
     from rayrl.prepare import _parser
 
     seen = [words[1] for words in commands_in(DATA) + commands_in(AFTER)]
-    assert seen == ["jobs/grpo_coco.py", *["jobs/prepare_coco.py"] * 2, "jobs/grpo_coco.py"]
+    assert seen == ["jobs/grpo_coco.py", *["jobs/prepare_coco.py"] * 2, "jobs/eval_coco.py"]
     for _, script, *flags in commands_in(DATA) + commands_in(AFTER):
         if script == "jobs/grpo_coco.py":
             cli.load(None, flags)
+        elif script == "jobs/eval_coco.py":
+            assert eval_cli.parse(flags)[0].split == "test"
         else:
             assert _parser().parse_args(flags).image_size == 512
     for text, flags in (

@@ -41,8 +41,9 @@ class Backup:
     def copying(self) -> list[int]:
         return []
 
-    def checkpoint(self, step: int, *, last: bool) -> None:
+    def checkpoint(self, step: int, *, last: bool, scores) -> None:
         self.copied.append(step)
+        self.scores = scores
 
 
 @pytest.fixture
@@ -116,3 +117,64 @@ def test_no_checkpoint_is_ahead_of_the_log(job, monkeypatch):
     saving.save(job, last=False)
     assert list_checkpoints(job.folder / "checkpoints") == []
     assert job.learner.origins == []
+
+
+def evaluated(job, step: int, score: float) -> bool:
+    """A step with a held-out score, saved where it is due; returns whether it was."""
+    job.learner.step = step
+    job.log.step(step, {"eval/cider_d": score})
+    if due := saving.is_due(job, step):
+        saving.save(job, last=False)
+    return due
+
+
+def best(job) -> str:
+    return (job.folder / "checkpoints" / "best").resolve().name
+
+
+def test_a_step_with_the_best_score_so_far_is_saved_and_stays(job):
+    # The model that the run started from is no checkpoint of it, however good.
+    job.log.step(0, {"eval/cider_d": 90.0})
+    due = [evaluated(job, step, score) for step, score in [(1, 50.0), (2, 60.0), (3, 55.0)]]
+    assert due == [True, True, False]
+    assert best(job) == "step_2"
+    # Those that are due by their number push out all others.
+    for step in (30, 60, 90):
+        assert evaluated(job, step, 40.0)
+    assert list_checkpoints(job.folder / "checkpoints") == [2, 60, 90]
+    assert best(job) == "step_2"
+    assert job.backup.scores == {1: 50.0, 2: 60.0, 3: 55.0, 30: 40.0, 60: 40.0, 90: 40.0}
+    assert evaluated(job, 91, 61.0)
+    assert list_checkpoints(job.folder / "checkpoints") == [90, 91]
+    assert best(job) == "step_91"
+
+
+def test_a_run_that_goes_on_knows_what_was_best(job):
+    evaluated(job, 1, 50.0)
+    evaluated(job, 30, 40.0)
+    # As a driver leaves it that was killed before it moved the link.
+    (job.folder / "checkpoints" / "best").unlink()
+    job.log = RunLog(job.folder, total_steps=9, tensorboard=False, resume_from=30)
+    assert saving.restore(job) == 30
+    assert best(job) == "step_1"
+    assert not evaluated(job, 31, 45.0)
+    assert evaluated(job, 32, 50.5)
+    assert best(job) == "step_32"
+
+
+def test_a_best_score_without_room_on_the_disk_is_not_pointed_at(job, full, capsys):
+    evaluated(job, 1, 50.0)
+    full(True)
+    assert evaluated(job, 2, 60.0)
+    assert "checkpoint of step 2 failed" in capsys.readouterr().out
+    full(False)
+    assert not evaluated(job, 3, 55.0), "step 2 was better, if nobody has it"
+    assert evaluated(job, 30, 55.0)
+    assert best(job) == "step_30", "of those that there are"
+
+
+def test_a_run_may_do_without_a_best_checkpoint(job):
+    job.config = Config.model_validate({"train": {"keep_best": False}})
+    assert not evaluated(job, 1, 50.0)
+    assert evaluated(job, 30, 40.0)
+    assert {f.name for f in (job.folder / "checkpoints").iterdir()} == {"step_30", "latest"}
