@@ -52,7 +52,7 @@ def read(folder: Path) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     data = load_split(config.data, "val")
     prompts = [data[i] for i in range(min(len(data), config.train.eval_images))]
-    controls = (folder / "control" / "xe").glob("snapshot_*")
+    controls = (folder / "control" / "xe").glob("step_*")
     models = {
         "cider_d_start": folder / "stage1" / "final",
         "cider_d_end": folder / "checkpoints" / "latest",

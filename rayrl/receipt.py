@@ -31,13 +31,17 @@ _OF_THE_WORK = {"xe.num_workers", "xe.snapshot_every"}
 """How it was trained: of no account to a run that has it, which may go on on another machine."""
 
 
-def write_receipt(
-    folder: Path, config: Config, source: str, snapshots: Sequence[Mapping[str, Any]]
-) -> None:
-    """Say what the model in ``folder`` was made of: settings, the source's fingerprint, and the
-    models on the way to it."""
+def made_of(config: Config) -> dict[str, Any]:
+    """What a model of stage 1 is made of: settings, and the source's fingerprint."""
     settings = config.model_dump(mode="json", include={"seed", "data", "model", "xe", "sampling"})
-    content = {"settings": settings, "source": source, "snapshots": snapshots}
+    return {"settings": settings, "source": source_fingerprint(config.model)}
+
+
+def write_receipt(
+    folder: Path, of: Mapping[str, Any], snapshots: Sequence[Mapping[str, Any]]
+) -> None:
+    """Say what the model in ``folder`` was made of, and name the models on the way to it."""
+    content = {**of, "snapshots": snapshots}
     write_atomically(folder / NAME, json.dumps(content, indent=1))
 
 

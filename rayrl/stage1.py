@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayrl.checkpoint import forget_trainer, list_checkpoints, load_checkpoint
 from rayrl.config import Config, ModelConfig
 from rayrl.data import load_split
-from rayrl.receipt import (
-    NAME,
-    other_settings,
-    read_receipt,
-    source_fingerprint,
-    write_receipt,
-)
+from rayrl.receipt import NAME, made_of, other_settings, read_receipt, write_receipt
 from rayrl.vlm import build_tiny_captioner, load_processor
 from rayrl.weights import ADAPTER_CONFIG
 
@@ -99,15 +94,16 @@ def run_stage1(config: Config, run_folder: Path, *, resume: bool = False) -> lis
     """Build or find the starting model, train it, and return the snapshots, the last one under
     ``stage1/final``.
 
-    A finished stage 1 of the same settings and source is used again; that of a run which goes on
-    (``resume``) whatever the settings: :func:`rayrl.resume.open_run_folder` has compared them."""
+    A finished stage 1 of the same settings and source is used again, and an unfinished one goes on;
+    the finished one of a run which goes on (``resume``) is used whatever the settings:
+    :func:`rayrl.resume.open_run_folder` has compared them."""
     folder = run_folder / "stage1"
     final, found = folder / "final", read_receipt(folder)
-    source = source_fingerprint(config.model)
+    made = made_of(config)
     if final.is_dir():
         if resume:
             return _snapshots(found, folder) or [Snapshot(steps=0, seconds=0.0, folder=final)]
-        if not (reasons := _reasons_to_do_it_again(found, config, source)):
+        if not (reasons := _reasons_to_do_it_again(found, config, made)):
             return _snapshots(found, folder)
         print(f"stage 1 is done again: another {', '.join(reasons)}", flush=True)
     elif resume:
@@ -119,7 +115,11 @@ def run_stage1(config: Config, run_folder: Path, *, resume: bool = False) -> lis
         # Imported late: Ray Train is not for runs without stage 1.
         from rayrl.xe import train_xe
 
-        snapshots += train_xe(config, start, folder, name="xe")
+        begun = _unfinished(folder / "xe")
+        go_on = bool(begun) and not _reasons_to_do_it_again(begun, config, made)
+        if go_on:
+            print(f"stage 1 goes on after step {begun['step']}", flush=True)
+        snapshots += train_xe(config, start, folder, name="xe", made_of=made, go_on=go_on)
     last = snapshots[-1]
     _replace(final, last.folder, receipt=folder / NAME)
     snapshots[-1] = Snapshot(steps=last.steps, seconds=last.seconds, folder=final)
@@ -127,16 +127,32 @@ def run_stage1(config: Config, run_folder: Path, *, resume: bool = False) -> lis
         {"steps": s.steps, "seconds": s.seconds, "folder": _relative(s.folder, folder)}
         for s in snapshots
     ]
-    write_receipt(folder, config, source, record)
+    write_receipt(folder, made, record)
+    for step in list_checkpoints(folder / "xe"):
+        forget_trainer(folder / "xe" / f"step_{step}")
     return snapshots
 
 
-def _reasons_to_do_it_again(found: Mapping[str, Any], config: Config, source: str) -> list[str]:
+def _unfinished(place: Path) -> Mapping[str, Any]:
+    """What is known of a training in ``place`` that did not come to its end; empty where there is
+    none from which it could go on."""
+    steps = list_checkpoints(place)
+    if not steps:
+        return {}
+    try:
+        return load_checkpoint(place / f"step_{steps[-1]}").meta
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _reasons_to_do_it_again(
+    found: Mapping[str, Any], config: Config, made: Mapping[str, Any]
+) -> list[str]:
     """In what stage 1 would be another than the one that ``found`` tells of."""
     if "settings" not in found:
         return ["one, of which nothing is known"]
     changed = other_settings(found["settings"], config)
-    if not changed and found.get("source", "") != source:
+    if not changed and found.get("source", "") != made["source"]:
         changed = [f"content of model.path {config.model.path}"]
     return changed
 
@@ -154,7 +170,8 @@ def _replace(final: Path, model: Path, *, receipt: Path) -> None:
     partial = final.with_name(".final.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.copytree(model, partial)
+        # Without what a checkpoint holds beside its captioner.
+        shutil.copytree(model, partial, ignore=shutil.ignore_patterns("trainer"))
         receipt.unlink(missing_ok=True)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)

@@ -1,7 +1,13 @@
 """Stage 1: cross-entropy with Ray Train and Ray Data.
 
 Ray Data reads, decodes and orders the images while the workers train.  Every few steps a snapshot
-of the model is kept, so that the held-out line of stage 1 can be drawn afterwards.
+of the model is kept, so that the held-out line of stage 1 can be drawn afterwards, and beside the
+newest what it takes to go on from there: lost workers, and a lost driver, cost the steps since.
+
+    stage1/xe/step_100/            a snapshot
+    stage1/xe/step_200/            the newest one
+    stage1/xe/step_200/trainer/    the optimizer's state, the snapshots so far
+    stage1/xe/ray/                 Ray Train's own books
 """
 
 from __future__ import annotations
@@ -9,8 +15,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -21,26 +30,52 @@ from ray.train.torch import TorchTrainer
 from rayrl import cli
 from rayrl.actors.cluster import connect, failing_in_one_line, worker_environment
 from rayrl.actors.pieces import in_pieces
+from rayrl.checkpoint import (
+    Checkpoint,
+    forget_trainer,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from rayrl.config import Config
 from rayrl.data import load_split
 from rayrl.data.order import prompt_indices
 from rayrl.jsonl import write_atomically
 from rayrl.resume import refuse_begun
 from rayrl.stage1 import Snapshot, run_stage1
-from rayrl.weights import ModelFiles, read_model_files, write_model_files
+from rayrl.weights import read_model_files, write_model_files
+
+if TYPE_CHECKING:
+    from rayrl.learner.xe import XeTrainer
+
+_RAY = "ray"
 
 
 def train_xe(
-    config: Config, start: Path, out: Path, *, name: str, seconds: float | None = None
+    config: Config,
+    start: Path,
+    out: Path,
+    *,
+    name: str,
+    seconds: float | None = None,
+    made_of: Mapping[str, Any] | None = None,
+    go_on: bool = False,
 ) -> list[Snapshot]:
     """Train with cross-entropy from ``start`` and keep snapshots under ``out/name``.
 
     Runs ``config.xe.steps`` steps, or for ``seconds`` of training when given.  Returns the
-    snapshots, the finished model last.
+    snapshots, the finished model last, which keeps its ``trainer`` folder.  A lost worker goes on
+    from the newest snapshot, and so does this with ``go_on``; ``made_of`` is written beside it, for
+    who decides that.
     """
     place = out / name
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
+    if not go_on:
+        shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(place / _RAY, ignore_errors=True)
+    place.mkdir(parents=True, exist_ok=True)
+    # Ray Train hands on what is set here.
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    ray.data.DataContext.get_current().enable_progress_bars = False
     files = in_pieces(read_model_files(start))
     # A run that is bounded by time needs enough data, not an exact amount.
     steps = config.xe.steps if seconds is None else max(config.xe.steps, int(seconds * 50))
@@ -50,6 +85,8 @@ def train_xe(
             "config": config,
             # By a function, for Ray Train may look at all that is in a mapping.
             "files": lambda: files,
+            "place": str(place.resolve()),
+            "made_of": dict(made_of or {}),
             "seconds": seconds,
             "steps": steps,
         },
@@ -58,12 +95,12 @@ def train_xe(
             use_gpu=config.learner.gpus > 0,
             resources_per_worker={"CPU": config.learner.cpus},
         ),
-        datasets={"train": _dataset(config, steps)},
+        # Each attempt reads what is left to do when it begins.
+        datasets={"train": partial(_dataset, config, steps, place.resolve())},
         # The checker reads the class of Ray Train's first version, which is not what this is.
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-            name=name,
-            storage_path=str(out.resolve()),
-            # Each attempt begins at the start, and comes to the same model.
+            name=_RAY,
+            storage_path=str(place.resolve()),
             failure_config=ray.train.FailureConfig(max_failures=config.rollout.max_restarts),
             worker_runtime_env=worker_environment(config.learner.cpus, config.learner.gpus),
         ),
@@ -71,30 +108,25 @@ def train_xe(
     result = trainer.fit()
     if result.error:
         raise RuntimeError(f"stage 1 failed: {result.error}") from result.error
-    # One that failed may have left some of the steps that the last attempt took too.
-    snapshots: dict[int, Snapshot] = {}
-    for checkpoint, metrics in result.best_checkpoints or []:
-        folder = place / f"snapshot_{metrics['steps']}"
-        with checkpoint.as_directory() as source:
-            shutil.copytree(source, folder, dirs_exist_ok=True)
-        snapshots[metrics["steps"]] = Snapshot(
-            steps=metrics["steps"], seconds=metrics["seconds"], folder=folder
-        )
-    return [snapshots[steps] for steps in sorted(snapshots)]
+    newest = load_checkpoint(place / f"step_{list_checkpoints(place)[-1]}")
+    return [
+        Snapshot(steps=one["steps"], seconds=one["seconds"], folder=place / f"step_{one['steps']}")
+        for one in newest.meta["snapshots"]
+    ]
 
 
-def _dataset(config: Config, steps: int) -> ray.data.Dataset:
-    """The images and references of all steps, in the order of (seed, epoch, index)."""
+def _dataset(config: Config, steps: int, place: Path) -> ray.data.Dataset:
+    """The images and references of the steps that ``place`` has no snapshot after, in the order of
+    (seed, epoch, index); every row says how many those before are."""
     size = config.xe.images_per_step
     count = len(load_split(config.data, "train"))
-    indices = [
-        index
-        for step in range(steps)
+    done = max(list_checkpoints(place), default=0)
+    rows = [
+        (index, done)
+        for step in range(done, steps)
         for _, index in prompt_indices(step, size, count, config.seed)
     ]
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    return ray.data.from_numpy(np.asarray(indices)).map_batches(
+    return ray.data.from_numpy(np.asarray(rows, dtype=np.int64).reshape(-1, 2)).map_batches(
         _Rows,
         fn_constructor_args=(config,),
         batch_size=size * 4,
@@ -110,58 +142,88 @@ class _Rows:
         self._prompts = load_split(config.data, "train")
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        prompts = [self._prompts[int(index)] for index in batch["data"]]
+        indices, done = batch["data"].T
+        prompts = [self._prompts[int(index)] for index in indices]
         return {
+            "done": done,
             "image": [prompt.image for prompt in prompts],
             "captions": [list(prompt.references) for prompt in prompts],
         }
 
 
 def _train_worker(setup: dict[str, Any]) -> None:
-    from rayrl.learner.xe import XeTrainer
-
     config: Config = setup["config"]
-    files: ModelFiles = setup["files"]()
     context = ray.train.get_context()
-    world, rank = context.get_world_size(), context.get_world_rank()
-    with tempfile.TemporaryDirectory(prefix="rayrl-xe-") as folder:
-        trainer = XeTrainer(
-            write_model_files(files, Path(folder), with_weights=True),
-            model=config.model,
-            config=config.xe,
-            instruction=config.data.instruction,
-            max_tokens=config.sampling.max_tokens,
-            seed=config.seed * 1000 + rank,
-            world_size=world,
-        )
-    limit, total = setup["seconds"], setup["steps"]
-    size = config.xe.images_per_step // world
-    elapsed, done, loss = 0.0, 0, float("nan")
+    size = config.xe.images_per_step // context.get_world_size()
     batches = ray.train.get_dataset_shard("train").iter_batches(
         batch_size=size, prefetch_batches=2, batch_format="numpy"
     )
+    ahead = iter(batches)
+    first = next(ahead, None)
+    if first is None:
+        return  # the attempt before was lost after its last snapshot
+    trainer, snapshots = _trainer(setup, int(first["done"][0]))
+    elapsed = snapshots[-1]["seconds"] if snapshots else 0.0
+    limit, total = setup["seconds"], setup["steps"]
     started = time.perf_counter()
-    for done, batch in enumerate(batches, start=1):
-        progress = elapsed / limit if limit else (done - 1) / total
+    for batch in chain([first], ahead):
+        progress = elapsed / limit if limit else trainer.steps / total
         captions = [list(row) for row in batch["captions"]]
         loss = trainer.step(list(batch["image"]), captions, progress)["loss"]
         elapsed += time.perf_counter() - started
-        last = done == total or (limit is not None and elapsed >= limit)
-        if last or done % config.xe.snapshot_every == 0:
-            _report(trainer, done, elapsed, loss, rank)
+        last = trainer.steps == total or (limit is not None and elapsed >= limit)
+        if last or trainer.steps % config.xe.snapshot_every == 0:
+            snapshots.append({"steps": trainer.steps, "seconds": elapsed})
+            if context.get_world_rank() == 0:
+                meta = {**setup["made_of"], "snapshots": snapshots}
+                _snapshot(Path(setup["place"]), trainer.checkpoint(meta))
+            ray.train.report({"steps": trainer.steps, "seconds": elapsed, "loss": loss})
         started = time.perf_counter()
         if last:
             return
 
 
-def _report(trainer: Any, steps: int, seconds: float, loss: float, rank: int) -> None:
-    metrics = {"steps": steps, "seconds": seconds, "loss": loss}
-    if rank != 0:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        trainer.save(Path(folder))
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+def _trainer(setup: dict[str, Any], done: int) -> tuple[XeTrainer, list[dict[str, Any]]]:
+    """A worker's trainer as it was after ``done`` steps, and the snapshots until then.
+
+    OSError where the run folder of the driver is not this machine's too."""
+    from rayrl.learner.xe import XeTrainer
+
+    config: Config = setup["config"]
+    context, place = ray.train.get_context(), Path(setup["place"])
+    if not place.is_dir():
+        raise OSError(
+            f"{place}: not on the machine of a worker of stage 1, want a --run_folder that all "
+            "machines share"
+        )
+    with tempfile.TemporaryDirectory(prefix="rayrl-xe-") as scratch:
+        folder, before = Path(scratch), None
+        if done:
+            folder = place / f"step_{done}"
+            before = load_checkpoint(folder)
+        else:
+            write_model_files(setup["files"](), folder, with_weights=True)
+        trainer = XeTrainer(
+            folder,
+            model=config.model,
+            config=config.xe,
+            instruction=config.data.instruction,
+            max_tokens=config.sampling.max_tokens,
+            seed=config.seed * 1000 + context.get_world_rank(),
+            world_size=context.get_world_size(),
+        )
+    if before is None:
+        return trainer, []
+    trainer.restore(before)
+    return trainer, list(before.meta["snapshots"])
+
+
+def _snapshot(place: Path, checkpoint: Checkpoint) -> None:
+    """Keep a model, and of the newest one what the optimizer knows."""
+    before = list_checkpoints(place)
+    save_checkpoint(place, checkpoint, keep=len(before) + 1)
+    for step in before:
+        forget_trainer(place / f"step_{step}")
 
 
 def main(config: Config) -> None:

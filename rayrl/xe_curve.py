@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rayrl.actors.fleet import Fleet
+from rayrl.checkpoint import forget_trainer
 from rayrl.config import Config
 from rayrl.heldout import Heldout
 from rayrl.stage1 import Snapshot
@@ -43,6 +44,8 @@ class XeCurve:
         self.say(f"control: cross-entropy for {seconds:.0f} s more")
         out = self.folder / "control"
         snapshots = train_xe(self.config, stage1.folder, out, name="xe", seconds=seconds)
+        for snapshot in snapshots:
+            forget_trainer(snapshot.folder)
         start = replace(stage1, steps=0, seconds=0.0)
         return self._score([start, *snapshots], self.folder / "xe_baseline.jsonl")[-1]
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from rayrl.checkpoint import Checkpoint
 from rayrl.config import ModelConfig, XeConfig
 from rayrl.learner.inputs import InputCache
 from rayrl.learner.logprobs import prefix_shared_logprobs
 from rayrl.learner.masters import Masters
-from rayrl.learner.state import FILE_SIZE
+from rayrl.learner.optimizer import optimizer_arrays, restore_optimizer
+from rayrl.learner.state import FILE_SIZE, model_files
 from rayrl.vlm import caption_token_ids, choose_trainable, load_captioner
 
 _WARMUP, _FLOOR = 0.1, 0.1
@@ -36,7 +38,10 @@ def choose_captions(captions: Sequence[str], count: int, rng: np.random.Generato
 
 
 class XeTrainer:
-    """Trains a captioner on its references; one instance a Ray Train worker."""
+    """Trains a captioner on its references; one instance a Ray Train worker.
+
+    steps: how many are done
+    """
 
     def __init__(
         self,
@@ -60,14 +65,15 @@ class XeTrainer:
         self._instruction = instruction
         self._max_tokens = max_tokens
         self._world_size = world_size
-        self._rng = np.random.default_rng((seed, 2))
+        self._seed = seed
+        self.steps = 0
         self._cache = InputCache(self.captioner.processor, dtype=self.captioner.model.dtype)
         names = choose_trainable(self.captioner.model, model.trainable)
         parameters = dict(self.captioner.model.named_parameters())
         self._masters = Masters({name: parameters[name] for name in names})
         self._parameters = list(self._masters.named.values())
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=config.lr, weight_decay=config.weight_decay
+            self._parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
 
     def step(
@@ -95,6 +101,7 @@ class XeTrainer:
         )
         self._optimizer.step()
         self._masters.publish()
+        self.steps += 1
         total = self._sum_over_workers(loss.detach().clone())
         return {"loss": float(total), "grad_norm": float(norm), "tokens": float(tokens)}
 
@@ -103,16 +110,36 @@ class XeTrainer:
         self.captioner.model.save_pretrained(folder, max_shard_size=FILE_SIZE)
         self.captioner.processor.save_pretrained(folder)
 
+    def checkpoint(self, meta: Mapping[str, Any]) -> Checkpoint:
+        """The model after the steps so far, and what :meth:`restore` needs; ``meta`` is whatever
+        else is to be known."""
+        arrays = optimizer_arrays(self._optimizer, self._masters.named)
+        return Checkpoint(
+            step=self.steps,
+            model_files=model_files(self.captioner.model, self.captioner.processor),
+            arrays={**arrays, **self._masters.arrays()},
+            meta=meta,
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on as the one whose checkpoint it is would have; its model is the one that this was
+        made with."""
+        self._masters.restore(checkpoint.arrays)
+        restore_optimizer(self._optimizer, self._masters.named, checkpoint.arrays)
+        self.steps = checkpoint.step
+
     def _targets(self, references: Sequence[Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask [P, G, T] of the chosen captions, the end token included.
 
         Captions longer than ``max_tokens`` lose their tail, end token and all: a truncated
         sentence must not teach the model to stop there."""
         count = self._config.captions_per_image
+        # Of the step's own, so that one who goes on from here chooses the same.
+        rng = np.random.default_rng((self._seed, 2, self.steps))
         rows = [
             [
                 caption_token_ids(self.captioner.processor, caption, self.captioner.eos_ids[0])
-                for caption in choose_captions(captions, count, self._rng)
+                for caption in choose_captions(captions, count, rng)
             ]
             for captions in references
         ]

@@ -39,6 +39,38 @@ def test_stage_1_teaches_the_references(folder, prompts):
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stage_1_goes_on_from_a_checkpoint_bit_for_bit(folder, prompts, dtype, tmp_path):
+    def begun(place):
+        return XeTrainer(
+            place,
+            model=ModelConfig(dtype=dtype),
+            config=XeConfig(captions_per_image=1),
+            instruction=INSTRUCTION,
+            max_tokens=12,
+            seed=0,
+        )
+
+    def step(trainer):
+        # One of several references is chosen anew in every step.
+        images, references = [p.image for p in prompts], [p.references for p in prompts]
+        return trainer.step(images, references, trainer.steps / 4)
+
+    straight = begun(folder)
+    losses = [step(straight) for _ in range(2)]
+    save_checkpoint(tmp_path, straight.checkpoint({}), keep=1)
+    place = (tmp_path / "latest").resolve()
+    again = begun(place)
+    again.restore(load_checkpoint(place))
+    assert again.steps == 2
+    for _ in range(2):
+        losses.append(step(straight))
+        assert step(again) == losses[-1]
+    assert len({loss["loss"] for loss in losses}) == 4
+    want, got = (dict(t.captioner.model.named_parameters()) for t in (straight, again))
+    assert all(bool((want[name] == got[name]).all()) for name in want)
+
+
 @pytest.mark.parametrize("trainable", [("vision", "connector", "language"), ("language",)])
 def test_a_resumed_learner_continues_bit_for_bit(folder, prompts, trainable, tmp_path):
     batch = make_batch(folder, prompts)

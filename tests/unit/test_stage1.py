@@ -10,9 +10,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from rayrl import cli, eval_cli, xe
+from rayrl.checkpoint import Checkpoint, forget_trainer, save_checkpoint
 from rayrl.config import Config
 from rayrl.stage1 import run_stage1, start_folder
 from rayrl.vlm import load_captioner, prompt_inputs
+from rayrl.weights import read_model_files
 from tests.conftest import COLOURS, INSTRUCTION, encoded_picture
 
 
@@ -133,7 +135,7 @@ def test_a_name_that_is_no_folder_is_named_with_its_key(tmp_path, monkeypatch):
 
 
 def test_a_copy_that_breaks_off_is_no_stage_1(model, tmp_path, monkeypatch):
-    def full(source, target):
+    def full(source, target, **_):
         target.mkdir(parents=True)
         raise OSError("no space left")
 
@@ -171,3 +173,37 @@ def test_the_stage_1_of_a_run_that_has_begun_is_not_for_another(model, tmp_path,
     file.write_text("")
     with pytest.raises(SystemExit, match=r"--run_folder .*/file: .*/file is a file"):
         xe.main(without_training(model, run_folder=str(file)))
+
+
+class Lost(Exception):
+    """What a driver is killed by, for a test."""
+
+
+def test_an_unfinished_stage_1_goes_on_unless_it_would_be_another(
+    model, tmp_path, monkeypatch, capsys
+):
+    asked = []
+
+    def lost_after_two_steps(config, start, out, *, name, made_of, go_on):
+        asked.append(go_on)
+        meta = {**made_of, "snapshots": [{"steps": 2, "seconds": 1.0}]}
+        begun = Checkpoint(step=2, model_files=read_model_files(start), arrays={}, meta=meta)
+        save_checkpoint(out / name, begun, keep=1)
+        raise Lost
+
+    monkeypatch.setattr(xe, "train_xe", lost_after_two_steps)
+
+    def begin(**changes):
+        config = Config.model_validate({"model": {"path": str(model)}, **changes})
+        with pytest.raises(Lost):
+            run_stage1(config, tmp_path / "run")
+
+    begin()
+    begin(data={"max_val": 3})
+    assert capsys.readouterr().out == "stage 1 goes on after step 2\n"
+    begin(seed=3)
+    # Of what has come to its end there is nothing to go on from, though its models are there.
+    forget_trainer(tmp_path / "run/stage1/xe/step_2")
+    begin(seed=3)
+    begin(seed=3)
+    assert asked == [False, True, False, False, True]
