@@ -99,13 +99,15 @@ def run_stage1(config: Config, run_folder: Path, *, resume: bool = False) -> lis
     :func:`rayrl.resume.open_run_folder` has compared them."""
     folder = run_folder / "stage1"
     final, found = folder / "final", read_receipt(folder)
-    made = made_of(config)
+    made, begun = made_of(config), _unfinished(folder / "xe")
+    go_on = bool(begun) and not _reasons_to_do_it_again(begun, config, made)
     if final.is_dir():
         if resume:
             return _snapshots(found, folder) or [Snapshot(steps=0, seconds=0.0, folder=final)]
         if not (reasons := _reasons_to_do_it_again(found, config, made)):
             return _snapshots(found, folder)
-        print(f"stage 1 is done again: another {', '.join(reasons)}", flush=True)
+        if not go_on:
+            print(f"stage 1 is done again: another {', '.join(reasons)}", flush=True)
     elif resume:
         print(f"stage 1 is done again: {final} is not there", flush=True)
     captions = [text for texts in load_split(config.data, "train").references() for text in texts]
@@ -115,8 +117,6 @@ def run_stage1(config: Config, run_folder: Path, *, resume: bool = False) -> lis
         # Imported late: Ray Train is not for runs without stage 1.
         from rayrl.xe import train_xe
 
-        begun = _unfinished(folder / "xe")
-        go_on = bool(begun) and not _reasons_to_do_it_again(begun, config, made)
         if go_on:
             print(f"stage 1 goes on after step {begun['step']}", flush=True)
         snapshots += train_xe(config, start, folder, name="xe", made_of=made, go_on=go_on)
