@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
 
 from rayrl import grpo
 from rayrl.actors import learner_group, workers
@@ -144,6 +149,13 @@ def run(
         fleet.shutdown()
         group.shutdown()
         log.close()
+
+
+@cache
+def undisturbed(staleness: int) -> Done:
+    """What a run ends with when nothing happens, however many workers and machines it has."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        return run(Path(folder), patch, staleness=staleness)
 
 
 def differences(disturbed: Done, quiet: Done, *, weights: bool = True) -> list[str]:

@@ -197,7 +197,13 @@ class Drivers:
 
     def __init__(self, faults: Path) -> None:
         self._faults = str(faults)
-        info = ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+        info = ray.init(
+            address="local",
+            num_cpus=8,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "RAYRL_TEST_FAULTS": self._faults}},
+        )
         self._address = info.address_info["address"]
         # One process imports, and every driver is a copy of it.
         self._context = multiprocessing.get_context("forkserver")

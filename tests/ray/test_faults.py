@@ -24,7 +24,7 @@ from rayrl.actors.pool import Pool, PoolSize, RestartBudget, TooFewWorkers, TooM
 from rayrl.actors.versions import VersionLost
 from rayrl.checkpoint import list_checkpoints
 from rayrl.config import Config
-from tests.ray.fake_run import assert_same, run
+from tests.ray.fake_run import assert_same, run, undisturbed
 from tests.ray.fakes import BALLAST_MB, HANG, NO_MEMORY, NO_START, SLOW_LEARNER, SLOW_SAMPLING
 from tests.ray.fault_kinds import Saboteur, ask, kill
 from tests.ray.fault_kinds import local_ray as local
@@ -38,6 +38,9 @@ FAULTS, EVERY = 4, 3
 def local_ray(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     with local(folder):
+        for staleness in (0, 1):
+            # Before anything is wrong; later calls only look it up.
+            undisturbed(staleness)
         yield folder
 
 
@@ -49,21 +52,12 @@ def faults(local_ray):
         left.unlink()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(local_ray, tmp_path_factory):
-    """What runs of staleness 0 and 1 end with when nothing happens."""
-    with pytest.MonkeyPatch.context() as patch:
-        return {
-            staleness: run(tmp_path_factory.mktemp("quiet"), patch, staleness=staleness)
-            for staleness in (0, 1)
-        }
-
-
-def test_the_fakes_notice_what_they_should(undisturbed):
+def test_the_fakes_notice_what_they_should():
     # Another staleness trains on the same prompts with other captions.
-    assert undisturbed[0].trained == undisturbed[1].trained
-    assert undisturbed[0].weights != undisturbed[1].weights
-    assert {row["staleness/max"] for row in undisturbed[1].rows} == {0.0, 1.0}
+    synchronous, ahead = undisturbed(0), undisturbed(1)
+    assert synchronous.trained == ahead.trained
+    assert synchronous.weights != ahead.weights
+    assert {row["staleness/max"] for row in ahead.rows} == {0.0, 1.0}
 
 
 def test_workers_need_not_wait_for_the_prompts_of_a_step_that_was_expected(tmp_path, monkeypatch):
@@ -80,8 +74,8 @@ def test_workers_need_not_wait_for_the_prompts_of_a_step_that_was_expected(tmp_p
     assert found == [False] * 6 + [True] * 6
 
 
-def test_the_learner_knows_the_images_of_a_step_before_their_captions_come(undisturbed):
-    for done in undisturbed.values():
+def test_the_learner_knows_the_images_of_a_step_before_their_captions_come():
+    for done in (undisturbed(0), undisturbed(1)):
         assert done.prepared == [True] * len(done.trained)
 
 
@@ -89,11 +83,11 @@ def test_the_learner_knows_the_images_of_a_step_before_their_captions_come(undis
     ("name", "staleness"),
     [("FakeRollout", 0), ("FakeRollout", 1), ("RewardActor", 1), ("FakeLearner", 0)],
 )
-def test_killed_workers_change_nothing(name, staleness, faults, undisturbed, tmp_path, monkeypatch):
+def test_killed_workers_change_nothing(name, staleness, faults, tmp_path, monkeypatch):
     saboteur = Saboteur(kill(name), seed=staleness, faults=FAULTS, every=EVERY)
     done = run(tmp_path, monkeypatch, after=saboteur, staleness=staleness)
     assert saboteur.join() == FAULTS
-    assert_same(done, undisturbed[staleness])
+    assert_same(done, undisturbed(staleness))
     # The last fault may come too late to be noticed.
     assert FAULTS - 2 <= done.rows[-1]["workers/replaced"] <= FAULTS
 
@@ -126,7 +120,7 @@ def test_workers_killed_in_later_rounds_of_a_step_change_nothing(faults, tmp_pat
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_engines_and_learners_that_stop_answering_change_nothing(
-    faults, undisturbed, tmp_path, monkeypatch, staleness
+    faults, tmp_path, monkeypatch, staleness
 ):
     calls = ["generate", "generate", "load", "score", "update"]
     strike = ask(faults, *(f"{HANG}.{call}" for call in calls))
@@ -134,13 +128,11 @@ def test_engines_and_learners_that_stop_answering_change_nothing(
     limits = {"timeout_s": 2.0, "learner": {"timeout_s": 5.0}}
     done = run(tmp_path, monkeypatch, after=saboteur, staleness=staleness, **limits)
     assert saboteur.join() >= FAULTS // 2
-    assert_same(done, undisturbed[staleness])
+    assert_same(done, undisturbed(staleness))
     assert done.rows[-1]["workers/replaced"] >= FAULTS // 2
 
 
-def test_workers_killed_for_their_nodes_memory_change_nothing(
-    faults, undisturbed, tmp_path, monkeypatch
-):
+def test_workers_killed_for_their_nodes_memory_change_nothing(faults, tmp_path, monkeypatch):
     # Calls after which the others of a fake, which lives on, would still be right.
     calls = ("generate", "update", "greedy", "generate")
 
@@ -149,7 +141,7 @@ def test_workers_killed_for_their_nodes_memory_change_nothing(
             (faults / f"{NO_MEMORY}.{calls[step // 3]}").touch()
 
     done = run(tmp_path, monkeypatch, after=after)
-    assert_same(done, undisturbed[0])
+    assert_same(done, undisturbed(0))
     assert done.rows[-1]["workers/replaced"] == len(calls)
 
 
@@ -198,19 +190,19 @@ def vanish(monkeypatch, faults):
 
 
 def test_weights_that_are_lost_before_engines_have_them_are_published_again(
-    vanish, undisturbed, tmp_path, monkeypatch
+    vanish, tmp_path, monkeypatch
 ):
     # Version 8 is evaluated before anybody has confirmed it.  The loss of the others is noticed
     # when the learner is at the next version.
     chosen = vanish(0, 3, 8, 9)
     done = run(tmp_path, monkeypatch, staleness=1)
     assert not chosen
-    assert_same(done, undisturbed[1])
+    assert_same(done, undisturbed(1))
     assert done.rows[-1]["workers/replaced"] == 0
 
 
 def test_a_run_that_lost_weights_older_than_its_checkpoint_is_saved_and_goes_on_later(
-    vanish, undisturbed, tmp_path, monkeypatch
+    vanish, tmp_path, monkeypatch
 ):
     chosen = vanish(3)
     with pytest.raises(VersionLost, match=r"version 3 were lost .*, at version 4, has a later"):
@@ -218,7 +210,7 @@ def test_a_run_that_lost_weights_older_than_its_checkpoint_is_saved_and_goes_on_
     assert not chosen
     assert list_checkpoints(tmp_path / "checkpoints")[-1] == 4
     done = run(tmp_path, monkeypatch, staleness=1)
-    assert done.trained == undisturbed[1].trained
+    assert done.trained == undisturbed(1).trained
 
 
 def test_an_environment_that_cannot_be_set_up_is_tried_until_the_budget_is_spent():
@@ -292,7 +284,7 @@ def test_without_room_for_its_learner_a_run_says_what_is_missing_and_stops(monke
 
 
 def test_a_run_whose_workers_do_not_come_back_is_saved_and_goes_on_later(
-    faults, undisturbed, tmp_path, monkeypatch
+    faults, tmp_path, monkeypatch
 ):
     submit = Fleet.submit
 
@@ -313,11 +305,11 @@ def test_a_run_whose_workers_do_not_come_back_is_saved_and_goes_on_later(
             run(tmp_path, patch, after=after, num_workers=1, max_workers=3)
     assert list_checkpoints(tmp_path / "checkpoints") == [3]
     (faults / NO_START).unlink()
-    assert_same(run(tmp_path, monkeypatch), undisturbed[0])
+    assert_same(run(tmp_path, monkeypatch), undisturbed(0))
 
 
 def test_a_run_that_lost_too_many_workers_is_saved_and_says_the_first_cause(
-    faults, undisturbed, tmp_path, monkeypatch
+    faults, tmp_path, monkeypatch
 ):
     def after(step: int, metrics) -> None:
         if step in (2, 4):
@@ -328,7 +320,7 @@ def test_a_run_that_lost_too_many_workers_is_saved_and_says_the_first_cause(
     assert "no answer within 2 s" in str(e.value)
     assert isinstance(e.value.__cause__, TimeoutError)
     assert list_checkpoints(tmp_path / "checkpoints") == [4]
-    assert_same(run(tmp_path, monkeypatch), undisturbed[0])
+    assert_same(run(tmp_path, monkeypatch), undisturbed(0))
 
 
 def test_a_run_that_lost_its_learner_for_good_ends_with_the_checkpoint_before(

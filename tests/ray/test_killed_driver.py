@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.ray.fake_run import STEPS, differences
+from tests.ray.fake_run import STEPS, differences, undisturbed
 from tests.ray.fault_kinds import Drivers
 
 pytestmark = pytest.mark.ray
@@ -21,13 +21,10 @@ def drivers(tmp_path_factory):
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_no_prompt_is_trained_twice_and_none_is_skipped(drivers, tmp_path, staleness):
-    (tmp_path / "quiet").mkdir()
-    quiet = drivers.finish(tmp_path / "quiet", staleness)
-    folder, chance = tmp_path / "killed", random.Random(staleness)
-    folder.mkdir()
+    quiet, chance = undisturbed(staleness), random.Random(staleness)
     for kill in range(KILLS):
         # Further than the last one, and not at its end.
-        drivers.kill(folder, staleness, (kill + 1) * (STEPS - 2) // (KILLS + 1), chance)
-    done = drivers.finish(folder, staleness)
+        drivers.kill(tmp_path, staleness, (kill + 1) * (STEPS - 2) // (KILLS + 1), chance)
+    done = drivers.finish(tmp_path, staleness)
     # After a resume the first batches are sampled with newer weights than ahead of the learner.
     assert differences(done, quiet, weights=staleness == 0) == []

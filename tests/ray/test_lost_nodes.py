@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray.fake_run import STEPS, assert_same, run
+from tests.ray.fake_run import STEPS, assert_same, run, undisturbed
 from tests.ray.fakes import BALLAST_MB
 from tests.ray.fault_kinds import NO_GPU, ON_HEAD, WITH_GPU, Machines, Saboteur
 
@@ -35,7 +35,7 @@ def start(monkeypatch):
 def test_machines_that_go_away_change_nothing(start, tmp_path, monkeypatch, staleness):
     machines = start()
     options = {"learner": ON_HEAD, "num_workers": 2, "cpus": 1.0, "staleness": staleness}
-    quiet = run(tmp_path / "quiet", monkeypatch, **options)
+    quiet = undisturbed(staleness)
     saboteur = Saboteur(machines.lose, seed=staleness)
 
     def after(step: int, metrics: object) -> None:
@@ -45,7 +45,7 @@ def test_machines_that_go_away_change_nothing(start, tmp_path, monkeypatch, stal
             machines.complete()
             saboteur(step)
 
-    disturbed = run(tmp_path / "disturbed", monkeypatch, after=after, **options)
+    disturbed = run(tmp_path, monkeypatch, after=after, **options)
     assert saboteur.join() == STEPS // 5
     assert_same(disturbed, quiet)
 
@@ -57,7 +57,7 @@ def test_the_machine_of_the_learner_and_all_engines_that_goes_away_changes_nothi
     machines = start(count=1, head=NO_GPU, node=WITH_GPU)
     sizes = {"num_workers": 2, "min_workers": 1, "cpus": 2.0, "max_restarts": 6}
     options = {"learner": {"gpus": 1, "cpus": 0.1}, "staleness": 1, **sizes}
-    quiet = run(tmp_path / "quiet", monkeypatch, **options)
+    quiet = undisturbed(1)
     saboteur = Saboteur(machines.lose_learner, seed=1, faults=1, every=5)
 
     def after(step: int, metrics: object) -> None:
@@ -66,7 +66,7 @@ def test_the_machine_of_the_learner_and_all_engines_that_goes_away_changes_nothi
             machines.add()
         saboteur(step)
 
-    disturbed = run(tmp_path / "disturbed", monkeypatch, after=after, **options)
+    disturbed = run(tmp_path, monkeypatch, after=after, **options)
     assert saboteur.join() == 1
     assert_same(disturbed, quiet)
     # Ray may put one once more where the machine was that it does not miss yet.
