@@ -24,9 +24,9 @@ setup: .venv/ready
 run: setup
 	$(PY) jobs/grpo_coco.py $(ARGS)
 
-# Tests that start a Ray in one process, all others beside it.
+# Tests that start a Ray in two processes, all others beside them.
 test: setup
-	$(PY) -m pytest --numprocesses 2 $(ARGS)
+	$(PY) -m pytest --numprocesses 3 --no-loadscope-reorder $(ARGS)
 
 unit: setup
 	$(PY) -m pytest tests/unit $(ARGS)

@@ -19,6 +19,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # other processes want the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+WAITING = {
+    "test_autoscaler",
+    "test_colocated_run",
+    "test_direct_transfer",
+    "test_faults",
+    "test_full_store",
+    "test_killed_driver",
+    "test_lost_nodes",
+    "test_reward_actors",
+    "test_stage1_job",
+}
 INSTRUCTION = "Describe the image."
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220)}
 
@@ -34,16 +45,24 @@ def encoded_picture(colour: tuple[int, int, int], *, seed: int = 0, size: int = 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Where tests run in several processes: files as a whole, and those that start a Ray all in one
-    process.  A machine has cores for one Ray, and its waits are room for the other tests."""
+    """Where tests run in several processes: files as a whole, and those that start a Ray in two of
+    them, for two cores have no room for more.  Runs with faults mostly wait (for what is lost to be
+    missed, for processes to start), which is room for the others."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneRay(LoadScopeScheduling):
+    class TwoRays(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return "ray" if file.startswith("tests/ray/") else file
+            if not file.startswith("tests/ray/"):
+                return file
+            return "ray, waiting" if Path(file).stem in WAITING else "ray, working"
 
-    return OneRay(config, log)
+    return TwoRays(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: nothing runs beside what comes last."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/ray/"))
 
 
 @pytest.fixture(scope="session")
