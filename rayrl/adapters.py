@@ -17,7 +17,14 @@ from torch import Tensor
 
 from rayrl.weights import ADAPTER_CONFIG, ModelFiles, Weights, checksum, pack_tensors
 
-__all__ = ["ADAPTER_CONFIG", "AdapterWeights", "merge", "pairs_checksum", "with_base"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "AdapterWeights",
+    "base_folder",
+    "merge",
+    "pairs_checksum",
+    "with_base",
+]
 
 
 @torch.no_grad()
@@ -81,3 +88,20 @@ def with_base(files: ModelFiles, base: Path) -> ModelFiles:
     config["base_model_name_or_path"] = str(base.resolve())
     text = json.dumps(config, indent=1).encode()
     return {**files, ADAPTER_CONFIG: np.frombuffer(text, np.uint8)}
+
+
+def base_folder(path: str | Path) -> str | Path:
+    """The model that the adapters of a folder are for, or the folder itself where it has none.  A
+    run folder may have been moved since, or come from a remote place: then it is the run's own.
+
+    Raises FileNotFoundError when that model is not there."""
+    adapters = Path(path) / ADAPTER_CONFIG
+    if not adapters.is_file():
+        return path
+    base = str(json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    if not Path(base).is_absolute() or Path(base).is_dir():
+        return base
+    own = Path(path).resolve().parents[1] / "stage1" / "final"
+    if not own.is_dir():
+        raise FileNotFoundError(f"{path}: its adapters are for {base}, which is not there")
+    return own

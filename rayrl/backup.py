@@ -65,12 +65,18 @@ class Backup:
     ) -> None:
         """Copy the local checkpoint of ``step``.  Training does not wait for a slow storage: while
         another copy is being made this one is left out, unless it is the run's ``last``.  Of the
-        older copies the one with the highest of ``scores``, by step, stays."""
+        older copies the one with the highest of ``scores``, by step, stays, and is made again if it
+        was left out."""
         name, unfinished = f"step_{step}", self._unfinished()
         if unfinished and not last:
             self._say(f"no remote copy of {name}: that of {unfinished[0]} is still being made")
             return
-        self._submit(name, lambda copies: self._copy_step(copies, step, dict(scores or {})))
+        known = dict(scores or {})
+        for best in best_of(known, list_checkpoints(self._folder / "checkpoints")):
+            # There may have been no time for it then.
+            if best not in {step, *self.copying()}:
+                self._submit(f"step_{best}", partial(self._copy_best, step=best, scores=known))
+        self._submit(name, partial(self._copy_step, step=step, scores=known))
 
     def report(self) -> None:
         """Copy what a person reads of a run that has ended."""
@@ -118,6 +124,10 @@ class Backup:
     def _copy_base(self, copies: RemoteCopies, resumed: bool) -> None:
         if not (resumed and _BASE in copies.names()):
             copies.put(_BASE, self._folder, _files(self._folder, _BASE_FILES))
+
+    def _copy_best(self, copies: RemoteCopies, step: int, scores: Mapping[int, float]) -> None:
+        if f"step_{step}" not in copies.names():
+            self._copy_step(copies, step, scores)
 
     def _copy_step(self, copies: RemoteCopies, step: int, scores: Mapping[int, float]) -> None:
         patterns = (f"checkpoints/step_{step}/**/*", *_HISTORY_FILES)

@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,17 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, checkpoint: Checkpoint, *, keep: int, spare: Collection[int] = ()
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    keep: int,
+    spare: Collection[int] = (),
+    scores: Mapping[int, float] = MappingProxyType({}),
 ) -> Path:
-    """Write ``folder/step_N``, point ``folder/latest`` at it, and remove all but the ``keep``
-    newest and those of the steps in ``spare``.  On OSError (a full disk), or what reading the
-    checkpoint raises, nothing half-written stays and ``latest`` is untouched."""
+    """Write ``folder/step_N``, point ``folder/latest`` at it, and ``folder/best`` at the one with
+    the highest of ``scores``, by step; then remove all but the ``keep`` newest, the best, and those
+    of the steps in ``spare``.  On OSError (a full disk), or what reading the checkpoint raises,
+    nothing half-written stays and ``latest`` is untouched."""
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"step_{checkpoint.step}"
     partial = folder / f".step_{checkpoint.step}.partial"
@@ -72,8 +79,12 @@ def save_checkpoint(
         # Nothing is there once it has its place.
         shutil.rmtree(partial, ignore_errors=True)
     point_at(place, LATEST)
-    for old in set(list_checkpoints(folder)[:-keep]) - set(spare):
+    point_at_best(folder, scores)
+    steps = list_checkpoints(folder)
+    for old in set(steps[:-keep]) - {*spare, *best_of(scores, steps)}:
         shutil.rmtree(folder / f"step_{old}", ignore_errors=True)
+    if not (folder / BEST).exists():
+        (folder / BEST).unlink(missing_ok=True)
     return place
 
 
@@ -113,12 +124,10 @@ def best_of(scores: Mapping[int, float], steps: Collection[int]) -> list[int]:
 
 
 def point_at_best(folder: Path, scores: Mapping[int, float]) -> None:
-    """Let ``folder/best`` lead to the checkpoint with the highest score; where none has one, and
-    the one that it led to is gone, there is no such link."""
+    """Let ``folder/best`` lead to the checkpoint with the highest score; where none has one it
+    stays as it is."""
     for step in best_of(scores, list_checkpoints(folder)):
         point_at(folder / f"step_{step}", BEST)
-    if not (folder / BEST).exists():
-        (folder / BEST).unlink(missing_ok=True)
 
 
 def _write(file: Path, content: bytes | memoryview | Mapping[str, np.ndarray]) -> None:

@@ -247,12 +247,15 @@ def _without_what_follows(values: dict[str, Any]) -> dict[str, Any]:
 def _with_default_set(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """The values with what the default objective changes in its preset, where nobody names a preset
     and the file no changes: a flag then changes one thing of it, as of any other default."""
-    objective, flagged = values.get("objective") or {}, flags.get("objective") or {}
+    objective, flagged = values.get("objective", {}), flags.get("objective", {})
+    changed = flagged.get("set", {}) if isinstance(flagged, dict) else None
+    if not isinstance(objective, dict) or not isinstance(changed, dict):
+        return values  # which is said later
     if "preset" in {*objective, *flagged} or "set" in objective:
         return values
     default: ObjectiveConfig = Config.model_fields["objective"].default
     try:
-        plan_with(default.preset, {**default.set, **flagged.get("set", {})})
+        plan_with(default.preset, {**default.set, **changed})
     except ValueError:
         # A flag takes out what the default changes; or is wrong, which is said later.
         return values

@@ -68,6 +68,8 @@ def evaluate_checkpoint(options: Options, config: Config) -> None:
     # Imported late: scoring a results file needs neither Ray Data nor PyTorch.
     from rayrl.actors.captioner import caption_split
 
+    # A run that goes on moves its links.
+    options = options._replace(checkpoint=options.subject.resolve())
     decoding = Decoding(
         beams=options.beam,
         max_tokens=config.sampling.max_tokens,
@@ -274,7 +276,7 @@ def _at_least_two(data: Dataset) -> Dataset:
 
 def _with_backend(config: Config, decoding: Decoding, checkpoint: Path) -> Config:
     """The configuration with the engine that will run, by name, for the record."""
-    from rayrl.vlm import base_folder
+    from rayrl.adapters import base_folder
 
     asked = config.engine.backend
     if decoding.beams > 1:

@@ -102,11 +102,10 @@ def _write(run: Run, checkpoint: Checkpoint) -> Path:
         arrays=arrays,
         meta={**checkpoint.meta, **own},
     )
-    folder, scores = run.folder / "checkpoints", _scores(run)
-    spare = [*run.backup.copying(), *best_of(scores, [*list_checkpoints(folder), whole.step])]
-    place = save_checkpoint(folder, whole, keep=run.config.train.keep_checkpoints, spare=spare)
-    point_at_best(folder, scores)
-    return place
+    keep, spare = run.config.train.keep_checkpoints, run.backup.copying()
+    return save_checkpoint(
+        run.folder / "checkpoints", whole, keep=keep, spare=spare, scores=_scores(run)
+    )
 
 
 def restore(run: Run) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from rayrl.data import load_split
 from rayrl.receipt import NAME, made_of, other_settings, read_receipt, write_receipt
 from rayrl.vlm import build_tiny_captioner, load_processor
 from rayrl.weights import ADAPTER_CONFIG
+
+_TRAINING, _TRAINED = "training", "xe"
+"""Where snapshots are until the end, and then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +101,14 @@ def run_stage1(config: Config, run_folder: Path, *, resume: bool = False) -> lis
     the finished one of a run which goes on (``resume``) is used whatever the settings:
     :func:`rayrl.resume.open_run_folder` has compared them."""
     folder = run_folder / "stage1"
-    final, found = folder / "final", read_receipt(folder)
-    made, begun = made_of(config), _unfinished(folder / "xe")
+    final, found, made = folder / "final", read_receipt(folder), made_of(config)
+    begun = _unfinished(folder / _TRAINING)
     go_on = bool(begun) and not _reasons_to_do_it_again(begun, config, made)
     if final.is_dir():
-        if resume:
+        reasons = [] if resume else _reasons_to_do_it_again(found, config, made)
+        if not reasons:
+            _settle(folder, ended=go_on and begun["step"] == config.xe.steps)
             return _snapshots(found, folder) or [Snapshot(steps=0, seconds=0.0, folder=final)]
-        if not (reasons := _reasons_to_do_it_again(found, config, made)):
-            return _snapshots(found, folder)
         if not go_on:
             print(f"stage 1 is done again: another {', '.join(reasons)}", flush=True)
     elif resume:
@@ -119,18 +122,30 @@ def run_stage1(config: Config, run_folder: Path, *, resume: bool = False) -> lis
 
         if go_on:
             print(f"stage 1 goes on after step {begun['step']}", flush=True)
-        snapshots += train_xe(config, start, folder, name="xe", made_of=made, go_on=go_on)
-    last = snapshots[-1]
-    _replace(final, last.folder, receipt=folder / NAME)
-    snapshots[-1] = Snapshot(steps=last.steps, seconds=last.seconds, folder=final)
+        trained = train_xe(config, start, folder, name=_TRAINING, made_of=made, go_on=go_on)
+        snapshots += [replace(s, folder=folder / _TRAINED / s.folder.name) for s in trained]
+        _replace(final, trained[-1].folder, receipt=folder / NAME)
+    else:
+        _replace(final, start, receipt=folder / NAME)
+    snapshots[-1] = replace(snapshots[-1], folder=final)
     record = [
         {"steps": s.steps, "seconds": s.seconds, "folder": _relative(s.folder, folder)}
         for s in snapshots
     ]
     write_receipt(folder, made, record)
-    for step in list_checkpoints(folder / "xe"):
-        forget_trainer(folder / "xe" / f"step_{step}")
+    _settle(folder, ended=bool(config.xe.steps))
     return snapshots
+
+
+def _settle(folder: Path, *, ended: bool) -> None:
+    """Leave of a stage 1 whose receipt is written its models; ``ended``: it is the training that
+    lies here, and not one of other settings that was begun after it."""
+    training, trained = folder / _TRAINING, folder / _TRAINED
+    if ended and training.is_dir():
+        shutil.rmtree(trained, ignore_errors=True)
+        training.rename(trained)
+    for step in list_checkpoints(trained):
+        forget_trainer(trained / f"step_{step}")
 
 
 def _unfinished(place: Path) -> Mapping[str, Any]:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from rayrl.adapters import base_folder
 from rayrl.config import TinyConfig
 from rayrl.data.images import decode
 from rayrl.parts import Part, part_of
-from rayrl.weights import ADAPTER_CONFIG
 
 IMAGE_TOKEN = "<image>"
 # Prompts of processors without a chat template that do not read "<image> instruction": BLIP-2's
@@ -106,19 +106,6 @@ def load_captioner(
         banned_ids=banned_ids(model.config, processor),
         pad_id=int(processor.tokenizer.pad_token_id),
     )
-
-
-def base_folder(path: str | Path) -> str | Path:
-    """The model that the adapters of a folder are for, or the folder itself where it has none.
-
-    Raises FileNotFoundError when that model is not there."""
-    adapters = Path(path) / ADAPTER_CONFIG
-    if not adapters.is_file():
-        return path
-    base = str(json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    if Path(base).is_absolute() and not Path(base).is_dir():
-        raise FileNotFoundError(f"{path}: its adapters are for {base}, which is not there")
-    return base
 
 
 def eos_ids(model: Any, processor: Any) -> tuple[int, ...]:

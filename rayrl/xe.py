@@ -3,11 +3,12 @@
 Ray Data reads, decodes and orders the images while the workers train.  Every few steps a snapshot
 of the model is kept, so that the held-out line of stage 1 can be drawn afterwards, and beside the
 newest what it takes to go on from there: lost workers, and a lost driver, cost the steps since.
+Until stage 1 is done:
 
-    stage1/xe/step_100/            a snapshot
-    stage1/xe/step_200/            the newest one
-    stage1/xe/step_200/trainer/    the optimizer's state, the snapshots so far
-    stage1/xe/ray/                 Ray Train's own books
+    stage1/training/step_100/            a snapshot
+    stage1/training/step_200/            the newest one
+    stage1/training/step_200/trainer/    the optimizer's state, the snapshots so far
+    stage1/training/ray/                 Ray Train's own books
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ from rayrl.checkpoint import (
 )
 from rayrl.config import Config
 from rayrl.data import load_split
-from rayrl.data.order import prompt_indices
+from rayrl.data.order import item_at
 from rayrl.jsonl import write_atomically
 from rayrl.resume import refuse_begun
 from rayrl.stage1 import Snapshot, run_stage1
+from rayrl.types import Prompt
 from rayrl.weights import read_model_files, write_model_files
 
 if TYPE_CHECKING:
@@ -63,44 +65,67 @@ def train_xe(
 ) -> list[Snapshot]:
     """Train with cross-entropy from ``start`` and keep snapshots under ``out/name``.
 
-    Runs ``config.xe.steps`` steps, or for ``seconds`` of training when given.  Returns the
-    snapshots, the finished model last, which keeps its ``trainer`` folder.  A lost worker goes on
-    from the newest snapshot, and so does this with ``go_on``; ``made_of`` is written beside it, for
-    who decides that.
+    Runs ``config.xe.steps`` steps, or for ``seconds`` of training when given; workers share a step
+    that is, to rounding, the one that one alone would take.  Returns the snapshots, the finished
+    model last, which keeps its ``trainer`` folder.  A lost worker goes on from the newest snapshot,
+    and so does this with ``go_on``; ``made_of`` is written beside it, for who decides that.
     """
-    place = out / name
+    place = (out / name).resolve()
     if not go_on:
         shutil.rmtree(place, ignore_errors=True)
-    shutil.rmtree(place / _RAY, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)
-    # Ray Train hands on what is set here.
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    files = in_pieces(read_model_files(start))
     # A run that is bounded by time needs enough data, not an exact amount.
     steps = config.xe.steps if seconds is None else max(config.xe.steps, int(seconds * 50))
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={
+    newest = _newest(place)
+    if newest < steps:
+        files = in_pieces(read_model_files(start))
+        setup = {
             "config": config,
             # By a function, for Ray Train may look at all that is in a mapping.
             "files": lambda: files,
-            "place": str(place.resolve()),
+            "place": str(place),
             "made_of": dict(made_of or {}),
             "seconds": seconds,
             "steps": steps,
-        },
+        }
+        newest = _fit(config, setup)
+    meta = load_checkpoint(place / f"step_{newest}").meta
+    return [
+        Snapshot(steps=one["steps"], seconds=one["seconds"], folder=place / f"step_{one['steps']}")
+        for one in meta["snapshots"]
+    ]
+
+
+def _newest(place: Path) -> int:
+    """The step of the newest snapshot, 0 before the first."""
+    return max(list_checkpoints(place), default=0)
+
+
+def _fit(config: Config, setup: dict[str, Any]) -> int:
+    """Train with Ray Train; returns the step of the last snapshot."""
+    place, workers = Path(setup["place"]), config.xe.num_workers
+    shutil.rmtree(place / _RAY, ignore_errors=True)
+    # Ray Train hands on what is set here.
+    _set_data_context()
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config=setup,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.xe.num_workers,
+            num_workers=workers,
             use_gpu=config.learner.gpus > 0,
             resources_per_worker={"CPU": config.learner.cpus},
         ),
-        # Each attempt reads what is left to do when it begins.
-        datasets={"train": partial(_dataset, config, steps, place.resolve())},
+        # One for each worker, and not one that Ray Data deals out as they come: whoever goes on
+        # gets what is left.  Made when an attempt begins.
+        datasets={
+            str(rank): partial(_dataset, config, setup["steps"], place, rank)
+            for rank in range(workers)
+        },
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
         # The checker reads the class of Ray Train's first version, which is not what this is.
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=_RAY,
-            storage_path=str(place.resolve()),
+            storage_path=str(place),
             failure_config=ray.train.FailureConfig(max_failures=config.rollout.max_restarts),
             worker_runtime_env=worker_environment(config.learner.cpus, config.learner.gpus),
         ),
@@ -108,56 +133,60 @@ def train_xe(
     result = trainer.fit()
     if result.error:
         raise RuntimeError(f"stage 1 failed: {result.error}") from result.error
-    newest = load_checkpoint(place / f"step_{list_checkpoints(place)[-1]}")
-    return [
-        Snapshot(steps=one["steps"], seconds=one["seconds"], folder=place / f"step_{one['steps']}")
-        for one in newest.meta["snapshots"]
-    ]
+    # A listing of a folder that machines share may be older than what a worker has just written.
+    return int(result.metrics["steps"]) if result.metrics else _newest(place)
 
 
-def _dataset(config: Config, steps: int, place: Path) -> ray.data.Dataset:
-    """The images and references of the steps that ``place`` has no snapshot after, in the order of
-    (seed, epoch, index); every row says how many those before are."""
-    size = config.xe.images_per_step
-    count = len(load_split(config.data, "train"))
-    done = max(list_checkpoints(place), default=0)
-    rows = [
-        (index, done)
-        for step in range(done, steps)
-        for _, index in prompt_indices(step, size, count, config.seed)
-    ]
-    return ray.data.from_numpy(np.asarray(rows, dtype=np.int64).reshape(-1, 2)).map_batches(
+def _set_data_context() -> None:
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+
+
+def _dataset(config: Config, steps: int, place: Path, rank: int) -> ray.data.Dataset:
+    """A worker's images and references of the steps after the newest snapshot in ``place``, in the
+    order of (seed, epoch, index); every row says after how many steps it begins."""
+    _set_data_context()
+    done = _newest(place)
+    share = config.xe.images_per_step // config.xe.num_workers
+    return ray.data.range((steps - done) * share).map_batches(
         _Rows,
-        fn_constructor_args=(config,),
-        batch_size=size * 4,
+        fn_constructor_args=(config, rank, done),
+        batch_size=share * 4,
         num_cpus=0.5,
         compute=ray.data.ActorPoolStrategy(size=1),
     )
 
 
 class _Rows:
-    """Looks up prompts by index; one reader an actor."""
+    """Looks up what a worker of this rank trains on after ``done`` steps, by the row's number."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, rank: int, done: int) -> None:
         self._prompts = load_split(config.data, "train")
+        self._size, self._seed = config.xe.images_per_step, config.seed
+        self._share = self._size // config.xe.num_workers
+        self._rank, self._done = rank, done
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        indices, done = batch["data"].T
-        prompts = [self._prompts[int(index)] for index in indices]
+        prompts = [self._prompt(*divmod(int(row), self._share)) for row in batch["id"]]
         return {
-            "done": done,
+            "done": [self._done] * len(prompts),
             "image": [prompt.image for prompt in prompts],
             "captions": [list(prompt.references) for prompt in prompts],
         }
+
+    def _prompt(self, step: int, slot: int) -> Prompt:
+        place = (self._done + step) * self._size + self._rank * self._share + slot
+        _, index = item_at(place, len(self._prompts), self._seed)
+        return self._prompts[index]
 
 
 def _train_worker(setup: dict[str, Any]) -> None:
     config: Config = setup["config"]
     context = ray.train.get_context()
     size = config.xe.images_per_step // context.get_world_size()
-    batches = ray.train.get_dataset_shard("train").iter_batches(
-        batch_size=size, prefetch_batches=2, batch_format="numpy"
-    )
+    shard = ray.train.get_dataset_shard(str(context.get_world_rank()))
+    batches = shard.iter_batches(batch_size=size, prefetch_batches=2, batch_format="numpy")
     ahead = iter(batches)
     first = next(ahead, None)
     if first is None:
@@ -175,12 +204,12 @@ def _train_worker(setup: dict[str, Any]) -> None:
         if last or trainer.steps % config.xe.snapshot_every == 0:
             snapshots.append({"steps": trainer.steps, "seconds": elapsed})
             if context.get_world_rank() == 0:
-                # Not as a report to Ray Train, which takes seconds to hear of each.
                 meta = {**setup["made_of"], "snapshots": snapshots}
                 _snapshot(Path(setup["place"]), trainer.checkpoint(meta))
         started = time.perf_counter()
         if last:
-            return
+            break
+    ray.train.report({"steps": trainer.steps})
 
 
 def _trainer(setup: dict[str, Any], done: int) -> tuple[XeTrainer, list[dict[str, Any]]]:
@@ -209,7 +238,8 @@ def _trainer(setup: dict[str, Any], done: int) -> tuple[XeTrainer, list[dict[str
             config=config.xe,
             instruction=config.data.instruction,
             max_tokens=config.sampling.max_tokens,
-            seed=config.seed * 1000 + context.get_world_rank(),
+            seed=config.seed,
+            rank=context.get_world_rank(),
             world_size=context.get_world_size(),
         )
     if before is None:

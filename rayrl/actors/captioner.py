@@ -14,6 +14,7 @@ import ray.data
 from safetensors import SafetensorError
 
 from rayrl.actors.cluster import worker_environment
+from rayrl.adapters import base_folder
 from rayrl.config import Config, Part
 from rayrl.data import load_split
 from rayrl.data.config import DataConfig, Split
@@ -21,7 +22,7 @@ from rayrl.decoding import Captions, Decoding
 from rayrl.engine.base import EngineSetup, Sampling, make_engine, request_seed
 from rayrl.progress import open_progress
 from rayrl.types import Prompt
-from rayrl.vlm import base_folder, load_captioner
+from rayrl.vlm import load_captioner
 from rayrl.weights import pack, read_model_files, without_weights, write_model_files
 
 

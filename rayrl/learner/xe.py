@@ -52,6 +52,7 @@ class XeTrainer:
         instruction: str,
         max_tokens: int,
         seed: int,
+        rank: int = 0,
         world_size: int = 1,
     ) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,7 +66,7 @@ class XeTrainer:
         self._instruction = instruction
         self._max_tokens = max_tokens
         self._world_size = world_size
-        self._seed = seed
+        self._seed, self._rank = seed, rank
         self.steps = 0
         self._cache = InputCache(self.captioner.processor, dtype=self.captioner.model.dtype)
         names = choose_trainable(self.captioner.model, model.trainable)
@@ -134,14 +135,13 @@ class XeTrainer:
         Captions longer than ``max_tokens`` lose their tail, end token and all: a truncated
         sentence must not teach the model to stop there."""
         count = self._config.captions_per_image
-        # Of the step's own, so that one who goes on from here chooses the same.
-        rng = np.random.default_rng((self._seed, 2, self.steps))
+        first = self._rank * len(references)
         rows = [
             [
                 caption_token_ids(self.captioner.processor, caption, self.captioner.eos_ids[0])
-                for caption in choose_captions(captions, count, rng)
+                for caption in choose_captions(captions, count, self._rng(slot))
             ]
-            for captions in references
+            for slot, captions in enumerate(references, start=first)
         ]
         rows = [[ids[: self._max_tokens] for ids in row] for row in rows]
         length = max(len(ids) for row in rows for ids in row)
@@ -153,6 +153,11 @@ class XeTrainer:
                 mask[p, g, : len(tokens)] = True
         device = self.captioner.model.device
         return ids.to(device), mask.to(device)
+
+    def _rng(self, slot: int) -> np.random.Generator:
+        """That of an image of the step, from 0 over all workers: however many there are, and
+        whoever goes on from here, they choose the same."""
+        return np.random.default_rng((self._seed, 2, self.steps, slot))
 
     def _sum_over_workers(self, tensor: Any) -> Any:
         if self._world_size > 1:

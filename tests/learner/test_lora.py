@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from rayrl.adapters import AdapterWeights, with_base
+from rayrl.adapters import AdapterWeights, base_folder, with_base
 from rayrl.checkpoint import load_checkpoint, save_checkpoint
 from rayrl.config import EngineConfig
 from rayrl.engine.base import EngineSetup, Sampling
@@ -180,6 +181,22 @@ def test_a_checkpoint_holds_adapters_alone_and_loads_with_from_pretrained(
 
     model = AutoModelForImageTextToText.from_pretrained(place)
     assert any("lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_adapters_find_their_base_in_a_run_folder_that_was_moved(tiny_folder, tmp_path):
+    from dataclasses import replace
+
+    shutil.copytree(tiny_folder, tmp_path / "old/stage1/final")
+    checkpoint = adapted(tiny_folder).checkpoint()
+    files = with_base(checkpoint.model_files, tmp_path / "old/stage1/final")
+    save_checkpoint(tmp_path / "old/checkpoints", replace(checkpoint, model_files=files), keep=1)
+    (tmp_path / "old").rename(tmp_path / "new")
+    latest = tmp_path / "new/checkpoints/latest"
+    assert base_folder(latest) == tmp_path / "new/stage1/final"
+    assert load_captioner(latest).model is not None
+    shutil.rmtree(tmp_path / "new/stage1")
+    with pytest.raises(FileNotFoundError, match=r"adapters are for .*/old/stage1/final, which is"):
+        load_captioner(latest)
 
 
 @pytest.mark.parametrize("publish", ["merged", "adapters"])

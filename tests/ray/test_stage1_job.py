@@ -11,7 +11,7 @@ import time
 
 import pytest
 import ray
-import torch
+from safetensors.torch import load_file
 
 from rayrl import cli, commands
 from rayrl.checkpoint import list_checkpoints
@@ -23,17 +23,15 @@ from tests.ray.conftest import ROOT
 from tests.ray.fault_kinds import children
 
 pytestmark = pytest.mark.ray
-STEPS = 60
+STEPS = 40
 WORKER = "ray::RayTrainWorker"
 
 
 @pytest.fixture
 def undisturbed(tmp_path):
-    """The weights that a trainer without Ray ends with, on as many threads as a worker has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """The model that one trainer without Ray ends with."""
 
-    def train(config) -> bytes:
+    def train(config):
         trainer = XeTrainer(
             config.model.path,
             model=config.model,
@@ -48,10 +46,9 @@ def undisturbed(tmp_path):
             images, references = [p.image for p in prompts], [p.references for p in prompts]
             trainer.step(images, references, step / STEPS)
         trainer.save(tmp_path / "undisturbed")
-        return (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
+        return tmp_path / "undisturbed"
 
-    yield train
-    torch.set_num_threads(threads)
+    return train
 
 
 class Killer(threading.Thread):
@@ -74,12 +71,12 @@ class Killer(threading.Thread):
 
 
 def test_a_lost_driver_and_a_lost_worker_cost_the_steps_since_the_last_snapshot(
-    small_job, run_here, environment, undisturbed, tmp_path
+    small_job, spoken_folder, run_here, environment, undisturbed, tmp_path
 ):
-    flags = small_job(
-        xe__steps=STEPS, xe__snapshot_every=2, xe__images_per_step=8, xe__captions_per_image=2
-    )
-    place = tmp_path / "run" / "stage1" / "xe"
+    # Two workers, which share the images of a step.
+    sizes = {"xe__steps": STEPS, "xe__images_per_step": 8, "xe__captions_per_image": 2}
+    flags = small_job(**sizes, xe__snapshot_every=2, xe__num_workers=2)
+    place = tmp_path / "run" / "stage1" / "training"
     address = ray.get_runtime_context().gcs_address
     driver = subprocess.Popen(
         [sys.executable, str(ROOT / "jobs" / "xe_coco.py"), *flags],
@@ -109,7 +106,15 @@ def test_a_lost_driver_and_a_lost_worker_cost_the_steps_since_the_last_snapshot(
 
     config = cli.load(tmp_path / "run" / "config.yaml")
     final = tmp_path / "run" / "stage1" / "final"
-    assert (final / "model.safetensors").read_bytes() == undisturbed(config)
+    got, want, start = (
+        load_file(folder / "model.safetensors")
+        for folder in (final, undisturbed(config), spoken_folder)
+    )
+    moved, off = (
+        sum(float((one[name] - want[name]).square().sum()) for name in want) ** 0.5
+        for one in (start, got)
+    )
+    assert off < 1e-3 * moved
     snapshots = read_receipt(final.parent)["snapshots"]
     assert [one["steps"] for one in snapshots] == list(range(0, STEPS + 1, 2))
     seconds = [one["seconds"] for one in snapshots]

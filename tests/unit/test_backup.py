@@ -53,7 +53,8 @@ class Machine:
     def save_now(self, step: int, *, keep: int = 1, last: bool = False) -> None:
         """Whether or not the copy before is made."""
         place = self.folder / "checkpoints"
-        save_checkpoint(place, checkpoint(step), keep=keep, spare=self.backup.copying())
+        spare = self.backup.copying()
+        save_checkpoint(place, checkpoint(step), keep=keep, spare=spare, scores=self.scores)
         self.backup.checkpoint(step, last=last, scores=self.scores)
 
 
@@ -107,6 +108,23 @@ def test_the_best_copy_stays_there_and_comes_back_with_the_newest(tmp_path, copi
     before = (tmp_path / "fresh/checkpoints/step_4/config.json").stat().st_ino
     assert best(tmp_path / "fresh", tmp_path)[0] == [4, 8]
     assert (tmp_path / "fresh/checkpoints/step_4/config.json").stat().st_ino == before
+
+
+def test_a_best_copy_that_there_was_no_time_for_is_made_later(tmp_path, copies):
+    slow = Slow(copies)
+    machine = Machine(tmp_path / "run", slow)
+    machine.scores = {2: 50.0, 4: 70.0, 6: 60.0}
+    for step in (2, 4):
+        machine.save_now(step)
+    assert machine.said == ["no remote copy of step_4: that of step_2 is still being made"]
+    slow.may.set()
+    machine.backup.wait(60)
+    for step in (6, 8, 10):
+        machine.save_now(step)
+        machine.backup.wait(60)
+    assert list_checkpoints(tmp_path / "run/checkpoints") == [4, 10]
+    assert remote_steps(copies) == [4, 8, 10]
+    machine.backup.close()
 
 
 def test_a_damaged_best_copy_is_said_and_does_without(tmp_path, copies):

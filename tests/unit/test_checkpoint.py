@@ -52,22 +52,25 @@ def test_only_the_newest_are_kept_in_numeric_order(tmp_path):
     assert list_checkpoints(tmp_path) == [10, 11]
 
 
-def test_the_best_is_the_earliest_of_the_highest_scores_that_there_are(tmp_path):
+def test_the_best_is_the_earliest_of_the_highest_scores_that_there_are():
     scores = {2: 1.0, 4: 3.0, 6: 3.0, 8: 9.0}
     assert best_of(scores, [2, 4, 5, 6]) == [4]
     assert best_of(scores, [5]) == best_of({}, [2]) == []
-    for step in (2, 4, 6):
-        save_checkpoint(tmp_path, make(step), keep=3)
+
+
+def test_the_best_stays_and_a_link_leads_to_it(tmp_path):
+    scores = {2: 1.0, 4: 3.0, 6: 2.0}
+    for step in (2, 4, 6, 8, 10):
+        save_checkpoint(tmp_path, make(step), keep=2, scores=scores)
+        best = {2: 2}.get(step, 4)
+        assert load_checkpoint(tmp_path / "best").step == best
+    assert list_checkpoints(tmp_path) == [4, 8, 10]
+    (tmp_path / "best").unlink()
     point_at_best(tmp_path, scores)
     assert load_checkpoint(tmp_path / "best").step == 4
-    # Without scores it stays, as long as there is what it leads to.
-    point_at_best(tmp_path, {})
-    assert load_checkpoint(tmp_path / "best").step == 4
-    for step in (8, 10):
-        save_checkpoint(tmp_path, make(step), keep=2)
-    point_at_best(tmp_path, {})
-    assert not (tmp_path / "best").is_symlink()
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["latest", "step_10", "step_8"]
+    # A run that keeps no best one any more leaves no link that leads nowhere.
+    save_checkpoint(tmp_path, make(12), keep=2)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["latest", "step_10", "step_12"]
 
 
 def test_what_the_reading_of_arrays_raises_leaves_nothing_half_written(tmp_path):

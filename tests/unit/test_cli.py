@@ -84,6 +84,14 @@ def test_who_names_a_preset_or_its_changes_has_nothing_of_the_default(tmp_path):
         cli.load(None, ["--objective.set", "kl_coeff=0"])
 
 
+@pytest.mark.parametrize("given", ["grpo", "[a]", "3", "null"])
+def test_an_objective_that_is_none_is_said_in_a_line(tmp_path, given):
+    with pytest.raises(cli.UsageError, match=r"^objective: .*ObjectiveConfig"):
+        cli.load(write(tmp_path, f"objective: {given}\n"))
+    with pytest.raises(cli.UsageError):
+        cli.load(None, ["--objective", '{"set": 5}'])
+
+
 def test_an_empty_mapping_clears_the_files():
     flags = ["--model.path", "elsewhere", "--model.image_processor", "{}", "--objective.set", "{}"]
     config = cli.load(JOBS / "coco.yaml", flags)

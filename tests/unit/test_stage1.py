@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from rayrl import cli, eval_cli, xe
-from rayrl.checkpoint import Checkpoint, forget_trainer, save_checkpoint
+from rayrl import cli, eval_cli, stage1, xe
+from rayrl.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from rayrl.config import Config
-from rayrl.stage1 import run_stage1, start_folder
+from rayrl.stage1 import Snapshot, run_stage1, start_folder
 from rayrl.vlm import load_captioner, prompt_inputs
 from rayrl.weights import read_model_files
 from tests.conftest import COLOURS, INSTRUCTION, encoded_picture
@@ -179,31 +180,92 @@ class Lost(Exception):
     """What a driver is killed by, for a test."""
 
 
-def test_an_unfinished_stage_1_goes_on_unless_it_would_be_another(
-    model, tmp_path, monkeypatch, capsys
-):
-    asked = []
+class Training:
+    """Stands in for Ray Train: takes two steps in a call, and loses the driver before the last."""
 
-    def lost_after_two_steps(config, start, out, *, name, made_of, go_on):
-        asked.append(go_on)
-        meta = {**made_of, "snapshots": [{"steps": 2, "seconds": 1.0}]}
-        begun = Checkpoint(step=2, model_files=read_model_files(start), arrays={}, meta=meta)
-        save_checkpoint(out / name, begun, keep=1)
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+
+    def __call__(self, config, start, out, *, name, made_of, go_on):
+        self.asked.append(go_on)
+        place = out / name
+        if not go_on:
+            shutil.rmtree(place, ignore_errors=True)
+        newest = max(list_checkpoints(place), default=0)
+        if newest < config.xe.steps:
+            newest += 2
+            self._snapshot(place, newest, config, start, made_of)
+        if newest < config.xe.steps:
+            raise Lost
+        return [
+            Snapshot(steps=step, seconds=float(step), folder=place / f"step_{step}")
+            for step in list_checkpoints(place)
+        ]
+
+    def _snapshot(self, place, step, config, start, made_of):
+        steps = [*list_checkpoints(place), step]
+        meta = {**made_of, "snapshots": [{"steps": n, "seconds": float(n)} for n in steps]}
+        files = {**read_model_files(start), "mark": np.frombuffer(b"%d" % config.seed, np.uint8)}
+        begun = Checkpoint(step=step, model_files=files, arrays={}, meta=meta)
+        save_checkpoint(place, begun, keep=9)
+
+
+@pytest.fixture
+def training(monkeypatch):
+    monkeypatch.setattr(xe, "train_xe", training := Training())
+    return training
+
+
+def in_four_steps(model, **changes) -> Config:
+    return Config.model_validate({"model": {"path": str(model)}, "xe": {"steps": 4}, **changes})
+
+
+def test_an_unfinished_stage_1_goes_on_unless_it_would_be_another(
+    model, tmp_path, training, capsys
+):
+    run = tmp_path / "run"
+    for seed in (0, 3):
+        with pytest.raises(Lost):
+            run_stage1(in_four_steps(model, seed=seed), run)
+    assert capsys.readouterr().out == ""
+    last = run_stage1(in_four_steps(model, seed=3, data={"max_val": 3}), run)[-1]
+    assert capsys.readouterr().out == "stage 1 goes on after step 2\n"
+    assert training.asked == [False, False, True]
+    assert (last.folder / "mark").read_text() == "3"
+    # What only who goes on needs is gone.
+    assert not list(run.rglob("trainer")) and not (run / "stage1/training").exists()
+
+
+def test_a_stage_1_of_other_settings_that_ends_early_takes_nothing_of_the_finished_one(
+    model, tmp_path, training, capsys
+):
+    run, settings = tmp_path / "run", in_four_steps(model)
+    with pytest.raises(Lost):
+        run_stage1(settings, run)
+    first = run_stage1(settings, run)
+    with pytest.raises(Lost):
+        run_stage1(in_four_steps(model, seed=3), run)
+    assert run_stage1(settings, run)[1:] == first[1:]
+    assert [s.steps for s in first] == [0, 2, 4]
+    assert all((s.folder / "mark").read_text() == "0" for s in first[1:])
+    # It can still be gone on with.
+    assert (run_stage1(in_four_steps(model, seed=3), run)[-1].folder / "mark").read_text() == "3"
+
+
+@pytest.mark.parametrize("moment", ["write_receipt", "_settle"])
+def test_a_driver_that_is_lost_when_stage_1_ends_takes_no_step_again(
+    model, tmp_path, training, monkeypatch, moment
+):
+    def lost(*_, **__):
         raise Lost
 
-    monkeypatch.setattr(xe, "train_xe", lost_after_two_steps)
-
-    def begin(**changes):
-        config = Config.model_validate({"model": {"path": str(model)}, **changes})
-        with pytest.raises(Lost):
-            run_stage1(config, tmp_path / "run")
-
-    begin()
-    begin(data={"max_val": 3})
-    assert capsys.readouterr().out == "stage 1 goes on after step 2\n"
-    begin(seed=3)
-    # Of what has come to its end there is nothing to go on from, though its models are there.
-    forget_trainer(tmp_path / "run/stage1/xe/step_2")
-    begin(seed=3)
-    begin(seed=3)
-    assert asked == [False, True, False, False, True]
+    run, settings = tmp_path / "run", in_four_steps(model)
+    with pytest.raises(Lost):
+        run_stage1(settings, run)
+    with monkeypatch.context() as broken, pytest.raises(Lost):
+        broken.setattr(stage1, moment, lost)
+        run_stage1(settings, run)
+    snapshots = run_stage1(settings, run)
+    assert [s.steps for s in snapshots] == [0, 2, 4]
+    assert all(s.folder.is_dir() for s in snapshots)
+    assert not list(run.rglob("trainer")) and not (run / "stage1/training").exists()
