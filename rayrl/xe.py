@@ -29,7 +29,13 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from rayrl import cli
-from rayrl.actors.cluster import connect, failing_in_one_line, worker_environment
+from rayrl.actors.cluster import (
+    READER_CPUS,
+    connect,
+    failing_in_one_line,
+    worker_environment,
+    xe_cpus,
+)
 from rayrl.actors.pieces import in_pieces
 from rayrl.checkpoint import (
     Checkpoint,
@@ -51,6 +57,7 @@ if TYPE_CHECKING:
     from rayrl.learner.xe import XeTrainer
 
 _RAY = "ray"
+_STEPS_AT_ONCE = 4
 
 
 def train_xe(
@@ -148,27 +155,30 @@ def _dataset(config: Config, steps: int, place: Path, rank: int) -> ray.data.Dat
     order of (seed, epoch, index); every row says after how many steps it begins."""
     _set_data_context()
     done = _newest(place)
-    share = config.xe.images_per_step // config.xe.num_workers
-    return ray.data.range((steps - done) * share).map_batches(
+    # Parts of a few steps, by their numbers alone: a run may have very many steps.
+    return ray.data.from_numpy(np.arange(done, steps, _STEPS_AT_ONCE)).map_batches(
         _Rows,
-        fn_constructor_args=(config, rank, done),
-        batch_size=share * 4,
-        num_cpus=0.5,
+        fn_constructor_args=(config, rank, done, steps),
+        batch_size=1,
+        num_cpus=READER_CPUS,
         compute=ray.data.ActorPoolStrategy(size=1),
     )
 
 
 class _Rows:
-    """Looks up what a worker of this rank trains on after ``done`` steps, by the row's number."""
+    """Looks up what a worker of this rank trains on in the few steps that begin with a given one;
+    an attempt takes those from ``done`` to ``end``."""
 
-    def __init__(self, config: Config, rank: int, done: int) -> None:
+    def __init__(self, config: Config, rank: int, done: int, end: int) -> None:
         self._prompts = load_split(config.data, "train")
         self._size, self._seed = config.xe.images_per_step, config.seed
         self._share = self._size // config.xe.num_workers
-        self._rank, self._done = rank, done
+        self._rank, self._done, self._end = rank, done, end
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        prompts = [self._prompt(*divmod(int(row), self._share)) for row in batch["id"]]
+        (first,) = batch["data"]
+        steps = range(int(first), min(int(first) + _STEPS_AT_ONCE, self._end))
+        prompts = [self._prompt(step, slot) for step in steps for slot in range(self._share)]
         return {
             "done": [self._done] * len(prompts),
             "image": [prompt.image for prompt in prompts],
@@ -176,7 +186,7 @@ class _Rows:
         }
 
     def _prompt(self, step: int, slot: int) -> Prompt:
-        place = (self._done + step) * self._size + self._rank * self._share + slot
+        place = step * self._size + self._rank * self._share + slot
         _, index = item_at(place, len(self._prompts), self._seed)
         return self._prompts[index]
 
@@ -199,7 +209,7 @@ def _train_worker(setup: dict[str, Any]) -> None:
         progress = elapsed / limit if limit else trainer.steps / total
         captions = [list(row) for row in batch["captions"]]
         trainer.step(list(batch["image"]), captions, progress)
-        elapsed += time.perf_counter() - started
+        elapsed = trainer.mean(elapsed + time.perf_counter() - started)
         last = trainer.steps == total or (limit is not None and elapsed >= limit)
         if last or trainer.steps % config.xe.snapshot_every == 0:
             snapshots.append({"steps": trainer.steps, "seconds": elapsed})
@@ -262,8 +272,7 @@ def main(config: Config) -> None:
     folder = Path(config.run_folder)
     with failing_in_one_line("xe_coco.py"):
         refuse_begun(folder)
-        workers, learner = config.xe.num_workers, config.learner
-        connect(learner.cpus * workers + 2, learner.gpus * workers)
+        connect(xe_cpus(config), config.learner.gpus * config.xe.num_workers)
         final = run_stage1(config, folder)[-1]
         # Not before: until then a model of another configuration may be there.
         write_atomically(folder / cli.RUN_CONFIG, cli.dump(config))

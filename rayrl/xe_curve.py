@@ -38,12 +38,18 @@ class XeCurve:
         """Held-out CIDEr-D (x100) of stage 1's last model after ``seconds`` more of cross-entropy,
         and of what came before into ``xe_baseline.jsonl``.
 
-        It trains where the learner did, so that must have ended."""
+        It trains where the learner did, so that must have ended, and on no more workers."""
         from rayrl.xe import train_xe
 
         self.say(f"control: cross-entropy for {seconds:.0f} s more")
         out = self.folder / "control"
-        snapshots = train_xe(self.config, stage1.folder, out, name="xe", seconds=seconds)
+        xe = self.config.xe
+        most = min(xe.num_workers, self.config.learner.num_workers)
+        workers = max(n for n in range(1, most + 1) if xe.images_per_step % n == 0)
+        config = self.config.model_copy(
+            update={"xe": xe.model_copy(update={"num_workers": workers})}
+        )
+        snapshots = train_xe(config, stage1.folder, out, name="xe", seconds=seconds)
         for snapshot in snapshots:
             forget_trainer(snapshot.folder)
         start = replace(stage1, steps=0, seconds=0.0)

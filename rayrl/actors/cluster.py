@@ -18,6 +18,8 @@ from rayrl.own_modules import import_path
 
 log = logging.getLogger(__name__)
 
+READER_CPUS = 0.5
+"""CPUs of what reads the images of one worker of cross-entropy."""
 _SPIN = "GOMP_SPINCOUNT"
 
 
@@ -100,13 +102,23 @@ def failing_in_one_line(program: str) -> Iterator[None]:
 
 
 def cpus_of(config: Config) -> float:
-    """CPUs of all actors of a run at its largest, and two for Ray Data while stage 1 trains."""
+    """CPUs of all actors of a run at its largest, and those of Ray Data while cross-entropy trains,
+    before the objective or, as its control, in the learner's place."""
     train, rollout = config.train, config.rollout
     apart = sum(asked["num_cpus"] for asked in placements(config.reward).values())
     workers = rollout.max_workers * rollout.cpus
     workers += train.reward_workers * (train.reward_cpus + apart)
-    learner = config.learner.num_workers * config.learner.cpus
-    return max(workers + learner, config.xe.num_workers * config.learner.cpus + 2)
+    ranks, xe = config.learner.num_workers, config.xe
+    control = READER_CPUS * ranks if xe.steps and xe.control else 0.0
+    return max(
+        workers + ranks * config.learner.cpus + control,
+        xe_cpus(config),
+    )
+
+
+def xe_cpus(config: Config) -> float:
+    """CPUs of cross-entropy alone: its workers, their readers, and some room for Ray Data."""
+    return config.xe.num_workers * (config.learner.cpus + READER_CPUS) + 1.5
 
 
 def gpus_of(config: Config) -> float:

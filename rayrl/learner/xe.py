@@ -106,6 +106,12 @@ class XeTrainer:
         total = self._sum_over_workers(loss.detach().clone())
         return {"loss": float(total), "grad_norm": float(norm), "tokens": float(tokens)}
 
+    def mean(self, value: float) -> float:
+        """The mean of the workers' values, with which they decide alike."""
+        device = self.captioner.model.device
+        total = self._sum_over_workers(torch.tensor(value, dtype=torch.float64, device=device))
+        return float(total) / self._world_size
+
     def save(self, folder: Path) -> None:
         """Write a model folder that ``from_pretrained`` loads."""
         self.captioner.model.save_pretrained(folder, max_shard_size=FILE_SIZE)

@@ -16,6 +16,7 @@ from rayrl.config import Config
 from rayrl.stage1 import Snapshot, run_stage1, start_folder
 from rayrl.vlm import load_captioner, prompt_inputs
 from rayrl.weights import read_model_files
+from rayrl.xe_curve import XeCurve
 from tests.conftest import COLOURS, INSTRUCTION, encoded_picture
 
 
@@ -269,3 +270,21 @@ def test_a_driver_that_is_lost_when_stage_1_ends_takes_no_step_again(
     assert [s.steps for s in snapshots] == [0, 2, 4]
     assert all(s.folder.is_dir() for s in snapshots)
     assert not list(run.rglob("trainer")) and not (run / "stage1/training").exists()
+
+
+@pytest.mark.parametrize(("ranks", "workers", "want"), [(1, 4, 1), (4, 1, 1), (3, 4, 2), (4, 4, 4)])
+def test_the_control_has_no_more_workers_than_the_learner_had(
+    tmp_path, monkeypatch, ranks, workers, want
+):
+    asked = []
+
+    def train(config, *_, **__):
+        asked.append(config.xe.num_workers)
+        raise Lost
+
+    monkeypatch.setattr(xe, "train_xe", train)
+    settings = {"learner": {"num_workers": ranks}, "xe": {"num_workers": workers}}
+    curve = XeCurve(Config.model_validate(settings), tmp_path, None, None, print)
+    with pytest.raises(Lost):
+        curve.control(Snapshot(steps=1, seconds=1.0, folder=tmp_path), 5.0)
+    assert asked == [want]
