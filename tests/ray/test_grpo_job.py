@@ -225,7 +225,11 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_with_no_prompt_twice_and_
         begun = resumed if row["step"] > resumed else 0
         assert row["staleness/max"] == row["staleness/mean"] == min(row["step"] - 1 - begun, 1)
     assert trained_prompts(run) == planned_prompts(steps=8, images=4, count=60)
-    assert sorted(p.name for p in remote.iterdir()) == ["report", "run", "step_6", "step_8"]
+    # The newest two, and the best: there and here.
+    scores = {row["step"]: row["eval/cider_d"] for row in rows[1:] if "eval/cider_d" in row}
+    best = f"step_{max(scores, key=lambda step: scores[step])}"
+    assert (run / "checkpoints" / "best").resolve().name == best
+    assert {p.name for p in remote.iterdir()} == {"report", "run", "step_6", "step_8", best}
 
 
 def trained_prompts(folder) -> list[list[str]]:
