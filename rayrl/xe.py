@@ -155,8 +155,9 @@ def _dataset(config: Config, steps: int, place: Path, rank: int) -> ray.data.Dat
     order of (seed, epoch, index); every row says after how many steps it begins."""
     _set_data_context()
     done = _newest(place)
-    # Parts of a few steps, by their numbers alone: a run may have very many steps.
-    return ray.data.from_numpy(np.arange(done, steps, _STEPS_AT_ONCE)).map_batches(
+    # Parts of a few steps, by their numbers alone: a run may have very many steps.  What is made of
+    # items takes no task of Ray's, for which there may be no CPU left.
+    return ray.data.from_items(list(range(done, steps, _STEPS_AT_ONCE))).map_batches(
         _Rows,
         fn_constructor_args=(config, rank, done, steps),
         batch_size=1,
@@ -176,7 +177,7 @@ class _Rows:
         self._rank, self._done, self._end = rank, done, end
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        (first,) = batch["data"]
+        (first,) = batch["item"]
         steps = range(int(first), min(int(first) + _STEPS_AT_ONCE, self._end))
         prompts = [self._prompt(step, slot) for step in steps for slot in range(self._share)]
         return {

@@ -36,7 +36,6 @@ def test_a_run_with_vllm_leaves_everything_a_person_needs(
         engine__backend="vllm",
         train__tensorboard=True,
         xe__steps=2,
-        xe__control="false",
     )
     done = run_script("grpo_coco.py", flags, environment)
     assert done.returncode == 0, done.stderr
@@ -49,6 +48,8 @@ def test_a_run_with_vllm_leaves_everything_a_person_needs(
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert summary["cider_d_start"] == rows[0]["eval/cider_d"] > 0
     assert summary["cider_d_end"] == rows[-1]["eval/cider_d"]
+    # Cross-entropy went on beside the engines, on the CPUs that the learner left.
+    assert summary["cider_d_xe_control"] > 0
     # What both numbers mean: rewards with the end token against the training set, scores without.
     signatures = summary["signatures"]
     assert signatures["reward"].startswith("Cider-D[n4,s6.0]+eos:yes+df:train[60]#")
