@@ -52,6 +52,21 @@ def test_the_readme_numbers_are_those_of_the_page():
         assert f"| {number} |" in text
 
 
+def test_the_readme_says_of_trl_what_was_measured_last():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = re.findall(
+        r"^\| (16|256), (\d+) \| ([\d.]+) times[^|]*\| ([\d.]*)", readme, re.MULTILINE
+    )
+    (file,) = write_results.newest("against-trl", write_results.RESULTS)
+    kept = json.loads(file.read_text())["promised"]
+    shapes = {"16": "(a)", "256": "(b)"}
+    for tokens, group, *values in said:
+        for weights, value in zip(("random weights", "after cross-entropy"), values, strict=True):
+            found = kept.get(f"{shapes[tokens]}, G = {group}, {weights}: times TRL")
+            assert value == (f"{found['here']:.1f}" if found else ""), (tokens, group, weights)
+    assert len(said) == 4
+
+
 def test_the_newest_file_of_each_machine_counts(tmp_path):
     for name in (
         "sync-2026-01-02-2-cores-x.json",
