@@ -23,7 +23,7 @@ from threading import Thread
 
 from rayrl.checkpoint import LATEST, best_of, list_checkpoints, point_at
 from rayrl.jsonl import read_jsonl
-from rayrl.metrics import EVAL_METRIC
+from rayrl.metrics import scores_of
 from rayrl.remote import STORAGE_ERRORS, RemoteCopies
 
 _BASE = "run"
@@ -60,9 +60,7 @@ class Backup:
         trained twice for one run."""
         self._submit(_BASE, lambda copies: self._copy_base(copies, resumed))
 
-    def checkpoint(
-        self, step: int, *, last: bool = False, scores: Mapping[int, float] | None = None
-    ) -> None:
+    def checkpoint(self, step: int, *, last: bool, scores: Mapping[int, float]) -> None:
         """Copy the local checkpoint of ``step``.  Training does not wait for a slow storage: while
         another copy is being made this one is left out, unless it is the run's ``last``.  Of the
         older copies the one with the highest of ``scores``, by step, stays, and is made again if it
@@ -71,12 +69,11 @@ class Backup:
         if unfinished and not last:
             self._say(f"no remote copy of {name}: that of {unfinished[0]} is still being made")
             return
-        known = dict(scores or {})
-        for best in best_of(known, list_checkpoints(self._folder / "checkpoints")):
+        for best in best_of(scores, list_checkpoints(self._folder / "checkpoints")):
             # There may have been no time for it then.
             if best not in {step, *self.copying()}:
-                self._submit(f"step_{best}", partial(self._copy_best, step=best, scores=known))
-        self._submit(name, partial(self._copy_step, step=step, scores=known))
+                self._submit(f"step_{best}", partial(self._copy_best, step=best, scores=scores))
+        self._submit(name, partial(self._copy_step, step=step, scores=scores))
 
     def report(self) -> None:
         """Copy what a person reads of a run that has ended."""
@@ -173,11 +170,7 @@ def fetch_best(copies: RemoteCopies, folder: Path, *, say: Say) -> None:
     and the history until then, unless it is here; one that is damaged is said and left."""
     here = list_checkpoints(folder / "checkpoints")
     there = [step for step in remote_steps(copies) if here and step < here[-1]]
-    scores = {
-        row["step"]: row[EVAL_METRIC]
-        for row in read_jsonl(folder / "metrics.jsonl")
-        if row["step"] > 0 and row.get(EVAL_METRIC) is not None
-    }
+    scores = scores_of(read_jsonl(folder / "metrics.jsonl"))
     for step in best_of(scores, {*here, *there}):
         if step not in here:
             _fetch(copies, folder, step, say, history=False)

@@ -93,11 +93,7 @@ class RunLog:
             _keep_steps(folder / name, keep)
             self._files[name] = JsonlFile(folder / name)
         self._refused: set[str] = set()
-        self.scores = {
-            int(row["step"]): float(row[EVAL_METRIC])
-            for row in self.history()
-            if row.get(EVAL_METRIC) is not None
-        }
+        self.scores = scores_of(self.history())
         self._total, self._last_step = total_steps, keep
         self._sinks = [*also, *([TensorBoard(folder)] if tensorboard else [])]
         self._clock = clock
@@ -182,6 +178,12 @@ class RunLog:
             seconds_left=left,
         )
         self._progress.update(step / self._total, text, stay=evaluated)
+
+
+def scores_of(history: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """The held-out scores in the rows of metrics.jsonl, by step."""
+    rows = [row for row in history if row.get(EVAL_METRIC) is not None]
+    return {int(row["step"]): float(row[EVAL_METRIC]) for row in rows}
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

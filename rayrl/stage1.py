@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rayrl.checkpoint import forget_trainer, list_checkpoints, load_checkpoint
+from rayrl.checkpoint import forget_trainer, list_checkpoints, load_checkpoint, newest_checkpoint
 from rayrl.config import Config, ModelConfig
 from rayrl.data import load_split
 from rayrl.receipt import NAME, made_of, other_settings, read_receipt, write_receipt
@@ -151,11 +151,8 @@ def _settle(folder: Path, *, ended: bool) -> None:
 def _unfinished(place: Path) -> Mapping[str, Any]:
     """What is known of a training in ``place`` that did not come to its end; empty where there is
     none from which it could go on."""
-    steps = list_checkpoints(place)
-    if not steps:
-        return {}
     try:
-        return load_checkpoint(place / f"step_{steps[-1]}").meta
+        return load_checkpoint(newest_checkpoint(place)).meta
     except (FileNotFoundError, ValueError):
         return {}
 

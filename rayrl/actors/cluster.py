@@ -110,10 +110,7 @@ def cpus_of(config: Config) -> float:
     workers += train.reward_workers * (train.reward_cpus + apart)
     ranks, xe = config.learner.num_workers, config.xe
     control = READER_CPUS * ranks if xe.steps and xe.control else 0.0
-    return max(
-        workers + ranks * config.learner.cpus + control,
-        xe_cpus(config),
-    )
+    return max(workers + ranks * config.learner.cpus + control, xe_cpus(config))
 
 
 def xe_cpus(config: Config) -> float:

@@ -16,8 +16,9 @@ from rayrl.learner.inputs import InputCache
 from rayrl.learner.logprobs import prefix_shared_logprobs
 from rayrl.learner.masters import Masters
 from rayrl.learner.optimizer import optimizer_arrays, restore_optimizer
-from rayrl.learner.state import FILE_SIZE, model_files
+from rayrl.learner.state import model_files
 from rayrl.vlm import caption_token_ids, choose_trainable, load_captioner
+from rayrl.weights import ModelFiles, write_model_files
 
 _WARMUP, _FLOOR = 0.1, 0.1
 
@@ -114,8 +115,7 @@ class XeTrainer:
 
     def save(self, folder: Path) -> None:
         """Write a model folder that ``from_pretrained`` loads."""
-        self.captioner.model.save_pretrained(folder, max_shard_size=FILE_SIZE)
-        self.captioner.processor.save_pretrained(folder)
+        write_model_files(self._files(), folder, with_weights=True)
 
     def checkpoint(self, meta: Mapping[str, Any]) -> Checkpoint:
         """The model after the steps so far, and what :meth:`restore` needs; ``meta`` is whatever
@@ -123,7 +123,7 @@ class XeTrainer:
         arrays = optimizer_arrays(self._optimizer, self._masters.named)
         return Checkpoint(
             step=self.steps,
-            model_files=model_files(self.captioner.model, self.captioner.processor),
+            model_files=self._files(),
             arrays={**arrays, **self._masters.arrays()},
             meta=meta,
         )
@@ -159,6 +159,9 @@ class XeTrainer:
                 mask[p, g, : len(tokens)] = True
         device = self.captioner.model.device
         return ids.to(device), mask.to(device)
+
+    def _files(self) -> ModelFiles:
+        return model_files(self.captioner.model, self.captioner.processor)
 
     def _rng(self, slot: int) -> np.random.Generator:
         """That of an image of the step, from 0 over all workers: however many there are, and
