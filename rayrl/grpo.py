@@ -337,11 +337,11 @@ def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) 
     run.phases.take()
     end = train_or_save(run, start)
     finished = end == run.config.train.steps
-    history = run.log.history()
-    summary = {**summarize(run.config, history), "signatures": dict(run.signatures)}
+    summary = {**summarize(run.config, run.log.history()), "signatures": dict(run.signatures)}
     write_summary(run.folder, summary)
     if finished and run.config.xe.control and run.config.xe.steps:
         seconds = sum(summary["seconds_by_phase"].values()) - summary["seconds_by_phase"]["eval"]
+        run.log.attempt("trace.json", run.tracer.collect)
         run.learner.shutdown()
         summary["cider_d_xe_control"] = curve.control(snapshots[-1], seconds)
         write_summary(run.folder, summary)

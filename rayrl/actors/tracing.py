@@ -19,7 +19,8 @@ class Tracer:
     """Asks workers (actors by name, those that ``sources`` give at that moment) for their spans
     after each step, and writes them to ``folder``/trace.json; does nothing where that is None.
 
-    A worker that is busy answers later; one that died takes its latest spans along.
+    A worker that is busy answers later; one that died, or was ended without :meth:`collect`, takes
+    its latest spans along.
     """
 
     def __init__(self, folder: Path | None, *sources: Callable[[], Mapping[str, Any]]) -> None:
@@ -36,18 +37,23 @@ class Tracer:
         """End a step of the driver and collect what workers have answered so far."""
         if self._file:
             self._file.step(step, metrics)
-            self._collect(self._file, timeout_s=0.0)
+            self._collect(self._file, waiting=set(self._asked.values()), timeout_s=0.0)
+
+    def collect(self) -> None:
+        """Wait for what workers have done until now; before any of them is ended."""
+        if self._file:
+            # Also those that have not answered yet: they were asked before their latest calls.
+            self._collect(self._file, waiting=set(), timeout_s=_LAST_WAIT_S)
 
     def close(self) -> None:
         """Collect the rest and end the file; before the workers are killed.  A second call does
         nothing."""
+        self.collect()
         if self._file:
             file, self._file = self._file, None
-            self._collect(file, timeout_s=_LAST_WAIT_S)
             file.close()
 
-    def _collect(self, file: TraceFile, *, timeout_s: float) -> None:
-        waiting = set(self._asked.values())
+    def _collect(self, file: TraceFile, *, waiting: set[str], timeout_s: float) -> None:
         workers = itertools.chain(*(source().items() for source in self._sources))
         for lane, actor in workers:
             if lane not in waiting:
