@@ -21,6 +21,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrl.actors.cluster import worker_environment
+from rayrl.actors.history import History, Update
 from rayrl.actors.learner import LearnerActor
 from rayrl.actors.losses import DIED, construction_failed, lost_its_gpu
 from rayrl.actors.pending import Pending
@@ -62,7 +63,6 @@ class LearnerGroup:
     stop: once it is requested, no more room is waited for
     place: the placement group of the ranks, None once it is given back
     alone: entered while the group is built anew, for ranks that share their GPU
-    step: updates until now, of a run that was resumed those before it included
     """
 
     def __init__(self, config: Config, files: ModelFiles, budget: RestartBudget) -> None:
@@ -77,17 +77,20 @@ class LearnerGroup:
         bundle = {name: amount for name, amount in asked.items() if amount}
         self.place = placement_group([bundle] * learner.num_workers, strategy="PACK")
         self._placed = self.place.wait(_ROOM_S)
-        self._origin: Path | None = None
-        self._since: list[list[Any]] = []
+        self._history = History(back=config.train.max_staleness)
         self._store: Any = None
         self._built = self._one_could = False
         self.lost = self.midway = False
         self.stop = StopRequest()
         self.alone: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.step = 0
         # Ray tells whoever watches a growing cluster that no machine it knows could ever take a
         # rank whose place is not there yet.
         self._ranks = self._start() if self._placed else []
+
+    @property
+    def step(self) -> int:
+        """Updates until now, of a run that was resumed those before it included."""
+        return self._history.step
 
     def prepare(self, batch: Pending) -> None:
         """Have the ranks decode the images of the batch that is next, until its captions are there;
@@ -103,8 +106,7 @@ class LearnerGroup:
         self.midway = True
         report: StepReport = self._surely(lambda: ray.get(self._call("update", *parts)))
         self.midway = False
-        self._since.append(parts)
-        self.step = report.step
+        self._history.add(parts)
         return report
 
     def replay(self, use: Callable[[Checkpoint], T]) -> T:
@@ -118,16 +120,16 @@ class LearnerGroup:
 
     def earlier(self, version: int) -> Any:
         """A reference to the :class:`Weights` that train as they were at an earlier version, for
-        which the group is built anew and then brought back; None where the last checkpoint is
-        later."""
-        steps = version - self.step + len(self._since)
-        if steps < 0:
+        which the group is built anew and then brought back; None where all checkpoints that are
+        left are later."""
+        way = self._history.way_to(version)
+        if way is None:
             return None
 
         def passing_by() -> Any:
-            self._rebuild(self._since[:steps])
+            self._rebuild(*way)
             weights = self._call("weights", trained_only=True)
-            self._repeat(self._since[steps:])
+            self._repeat(self._history.since(version))
             return weights
 
         # It is built anew as it is.
@@ -166,16 +168,15 @@ class LearnerGroup:
 
     def restore(self, checkpoint: Checkpoint, folder: Path) -> int:
         """Continue from a checkpoint, which was read from ``folder``; returns its step."""
-        self.rebuild_from(folder)
+        self._history.begin(checkpoint.step, folder)
         shared = ray.put(shipped(checkpoint))
-        self.step = int(self._surely(lambda: ray.get(self._call("restore", shared))))
-        return self.step
+        step: int = self._surely(lambda: ray.get(self._call("restore", shared)))
+        return step
 
     def rebuild_from(self, folder: Path) -> None:
         """``folder`` holds a checkpoint of the learner as it is now, from which a lost one can be
-        rebuilt: the groups of earlier steps need not be kept any longer."""
-        self._origin = folder
-        self._since.clear()
+        rebuilt: the groups of steps before it are kept while their weights may be asked for."""
+        self._history.saved(folder)
 
     def workers(self) -> dict[str, Any]:
         """The ranks by name."""
@@ -214,7 +215,7 @@ class LearnerGroup:
         while True:
             try:
                 if self.lost:
-                    self._rebuild(self._since)
+                    self._rebuild(*self._history.way())
                     self.lost = False
                 return call()
             except (RankLost, ObjectLostError) as error:
@@ -222,17 +223,17 @@ class LearnerGroup:
                 self.lost = True
                 self._budget.spend("the learner is rebuilt", error)
 
-    def _rebuild(self, since: Sequence[list[Any]]) -> None:
-        """The group as it was after those updates ``since`` the last checkpoint."""
+    def _rebuild(self, origin: Path | None, since: Sequence[Update]) -> None:
+        """The group as it was after those updates ``since`` the checkpoint ``origin``."""
         self._kill()
         # Ray looks for another place itself where a machine went with the rank.
         self._placed = False
         with self.alone():
-            if self._origin is not None:
-                self._call("restore", ray.put(shipped(load_checkpoint(self._origin))))
+            if origin is not None:
+                self._call("restore", ray.put(shipped(load_checkpoint(origin))))
             self._repeat(since)
 
-    def _repeat(self, updates: Sequence[list[Any]]) -> None:
+    def _repeat(self, updates: Sequence[Update]) -> None:
         for parts in updates:
             self._call("update", *parts)
 

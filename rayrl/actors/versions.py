@@ -72,7 +72,7 @@ class Versions:
     As many stay pullable as batches in flight may need, and one more.  They lie on the learner's
     node and wherever they were pulled to.  What is lost with those nodes is published again by the
     learner, whose version is the newest; it is built anew for an older one.  One that is older than
-    its checkpoint is gone: VersionLost is raised when somebody needs it.
+    all checkpoints that are left is gone: VersionLost is raised when somebody needs it.
     """
 
     def __init__(self, config: Config) -> None:
@@ -137,7 +137,8 @@ class Versions:
         if version in self._gone:
             raise VersionLost(
                 f"weights of version {version} were lost with a node, and captions of them are to "
-                f"be sampled; the learner, at version {self.newest}, has a later checkpoint"
+                f"be sampled; the learner, at version {self.newest}, has no checkpoint left from "
+                "before them (train.keep_checkpoints)"
             )
         trained = self._trained[version]
         if isinstance(trained, _OnDemand):

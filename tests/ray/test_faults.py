@@ -201,12 +201,22 @@ def test_weights_that_are_lost_before_engines_have_them_are_published_again(
     assert done.rows[-1]["workers/replaced"] == 0
 
 
-def test_a_run_that_lost_weights_older_than_its_checkpoint_is_saved_and_goes_on_later(
+def test_weights_from_before_a_checkpoint_are_made_from_the_one_before(
+    vanish, tmp_path, monkeypatch
+):
+    chosen = vanish(3, 7)
+    done = run(tmp_path, monkeypatch, staleness=1, save_every=4)
+    assert not chosen
+    assert_same(done, undisturbed(1))
+    assert done.rows[-1]["workers/replaced"] == 0
+
+
+def test_a_run_that_lost_weights_older_than_all_checkpoints_is_saved_and_goes_on_later(
     vanish, tmp_path, monkeypatch
 ):
     chosen = vanish(3)
-    with pytest.raises(VersionLost, match=r"version 3 were lost .*, at version 4, has a later"):
-        run(tmp_path, monkeypatch, staleness=1, save_every=1)
+    with pytest.raises(VersionLost, match=r"version 3 were lost .*, at version 4, has no checkpo"):
+        run(tmp_path, monkeypatch, staleness=1, save_every=1, keep=1)
     assert not chosen
     assert list_checkpoints(tmp_path / "checkpoints")[-1] == 4
     done = run(tmp_path, monkeypatch, staleness=1)

@@ -89,7 +89,7 @@ def test_a_version_older_than_the_checkpoint_is_missed_when_it_is_wanted(publish
     versions, learner, _, trained = published
     versions.pull_newest(Actor(), trained[0].lost)
     versions.pull_newest(Actor(), None)
-    with pytest.raises(VersionLost, match=r"version 0 were lost .* at version 2, has a later"):
+    with pytest.raises(VersionLost, match=r"version 0 were lost .* at version 2, has no check"):
         versions.pull(Actor(), 0)
     assert learner.made == []
 
