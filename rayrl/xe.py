@@ -26,6 +26,7 @@ import numpy as np
 import ray
 import ray.data
 import ray.train
+from ray.exceptions import RayTaskError
 from ray.train.torch import TorchTrainer
 
 from rayrl import cli
@@ -36,7 +37,10 @@ from rayrl.actors.cluster import (
     worker_environment,
     xe_cpus,
 )
+from rayrl.actors.losses import lost_its_gpu, wants_another
 from rayrl.actors.pieces import in_pieces
+from rayrl.actors.pool import RestartBudget
+from rayrl.actors.room import wait_for_room
 from rayrl.checkpoint import (
     Checkpoint,
     forget_trainer,
@@ -109,18 +113,70 @@ def _newest(place: Path) -> int:
 
 
 def _fit(config: Config, setup: dict[str, Any]) -> int:
-    """Train with Ray Train; returns the step of the last snapshot."""
+    """Train with Ray Train, again where workers are lost; returns the step of the last snapshot.
+
+    RuntimeError where a worker fails by itself, for another one would too, and where there is no
+    room for the workers in time; TooManyLost past the run's ``rollout.max_restarts``."""
+    place, workers = Path(setup["place"]), config.xe.num_workers
+    budget = RestartBudget(config.rollout.max_restarts)
+    while True:
+        # Ray Train would wait for ever, and not say for what.
+        wait_for_room(
+            f"stage 1's {workers} worker(s)",
+            [worker_resources(config)] * workers,
+            limit_s=config.rollout.start_timeout_s,
+        )
+        try:
+            result = _torch_trainer(config, setup).fit()
+        except ray.train.ControllerError as error:
+            raise RuntimeError(f"stage 1 failed: {error.controller_failure}") from error
+        except ray.train.TrainingFailedError as error:
+            failures = getattr(error, "worker_failures", {})
+            if own := own_failure(failures):
+                raise RuntimeError(f"stage 1 failed: {type(own).__name__}: {own}") from own
+            cause = next(iter(failures.values()), error)
+            budget.spend(f"stage 1 goes on after step {_newest(place)}", cause)
+        else:
+            # A listing of a folder that machines share may be older than what a worker has just
+            # written.
+            return int(result.metrics["steps"]) if result.metrics else _newest(place)
+
+
+def own_failure(failures: Mapping[int, Exception]) -> Exception | None:
+    """What a worker raised of which the next one would fail as well, by rank; None where one was
+    lost, which others then fail for, or its GPU was."""
+    raised = list(failures.values())
+    if any(_is_rays(error) for error in raised):
+        return None
+    own = (error for error in raised if not (wants_another(error) or lost_its_gpu(error)))
+    return next(own, None)
+
+
+def _is_rays(error: Exception) -> bool:
+    """Whether Ray says that a worker is gone, and not what it, or who reads its images, raised."""
+    ours = isinstance(error, RayTaskError)
+    return not ours and type(error).__module__.partition(".")[0] == "ray"
+
+
+def worker_resources(config: Config) -> dict[str, float]:
+    """What a worker of stage 1 asks Ray for."""
+    learner = config.learner
+    return {"CPU": learner.cpus, **({"GPU": 1.0} if learner.gpus else {})}
+
+
+def _torch_trainer(config: Config, setup: dict[str, Any]) -> TorchTrainer:
+    """One attempt: all that is lost ends it."""
     place, workers = Path(setup["place"]), config.xe.num_workers
     shutil.rmtree(place / _RAY, ignore_errors=True)
     # Ray Train hands on what is set here.
     _set_data_context()
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _train_worker,
         train_loop_config=setup,
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             use_gpu=config.learner.gpus > 0,
-            resources_per_worker={"CPU": config.learner.cpus},
+            resources_per_worker=worker_resources(config),
         ),
         # One for each worker, and not one that Ray Data deals out as they come: whoever goes on
         # gets what is left.  Made when an attempt begins.
@@ -129,19 +185,19 @@ def _fit(config: Config, setup: dict[str, Any]) -> int:
             for rank in range(workers)
         },
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
-        # The checker reads the class of Ray Train's first version, which is not what this is.
+        # The checker reads classes of Ray Train's first version, which is not what this is.
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=_RAY,
             storage_path=str(place),
-            failure_config=ray.train.FailureConfig(max_failures=config.rollout.max_restarts),
+            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
+                max_failures=0,
+                max_preemption_failures=0,
+                # Workers that take long to begin, for which there was room.
+                controller_failure_limit=config.rollout.max_restarts,
+            ),
             worker_runtime_env=worker_environment(config.learner.cpus, config.learner.gpus),
         ),
     )
-    result = trainer.fit()
-    if result.error:
-        raise RuntimeError(f"stage 1 failed: {result.error}") from result.error
-    # A listing of a folder that machines share may be older than what a worker has just written.
-    return int(result.metrics["steps"]) if result.metrics else _newest(place)
 
 
 def _set_data_context() -> None:

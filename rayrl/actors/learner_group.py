@@ -23,16 +23,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rayrl.actors.cluster import worker_environment
 from rayrl.actors.history import History, Update
 from rayrl.actors.learner import LearnerActor
-from rayrl.actors.losses import DIED, construction_failed, lost_its_gpu
+from rayrl.actors.losses import DIED, construction_failed, lost_its_gpu, wants_another
 from rayrl.actors.pending import Pending
 from rayrl.actors.pieces import in_pieces, shipped
 from rayrl.actors.pool import RestartBudget
+from rayrl.actors.room import wait_for_place
 from rayrl.canary import Canary
 from rayrl.checkpoint import Checkpoint, load_checkpoint
 from rayrl.config import Config
 from rayrl.interrupt import StopRequest
 from rayrl.outline import Results, whole
-from rayrl.scaling import shortage
 from rayrl.shares import Parts, Sampled, Scored
 from rayrl.types import Prompt, StepReport
 from rayrl.weights import ModelFiles
@@ -43,7 +43,6 @@ T = TypeVar("T")
 
 _GRACE_S = 5.0
 """After the first rank has failed, how long the others may take to say why."""
-_SAY_EVERY_S = 30.0
 _ROOM_S = 5.0
 """Ray needs less than this to find a place where there is one; a cluster that must grow first
 need not keep the other workers waiting for it."""
@@ -255,33 +254,16 @@ class LearnerGroup:
         """Wait for new ranks, whose models may take long to load."""
         if self._built:
             return
-        self._wait_for_place()
+        if not self._placed:
+            what = f"the learner's {self._config.learner.num_workers} rank(s)"
+            limit_s = self._config.rollout.start_timeout_s
+            wait_for_place(self.place, what, limit_s=limit_s, stop=self.stop)
+            self._placed = True
         self._ranks = self._ranks or self._start()
         ranks = {actor.__ray_ready__.remote(): rank for rank, actor in enumerate(self._ranks)}
         limit_s = self._config.rollout.start_timeout_s
         self._check(ranks, "its construction", limit_s, "rollout.start_timeout_s")
         self._built = self._one_could = True
-
-    def _wait_for_place(self) -> None:
-        """Wait until Ray has room for every rank, and say every 30 s what is missing;
-        RuntimeError at the deadline, and once :attr:`stop` is requested."""
-        said = time.monotonic()
-        deadline = said + self._config.rollout.start_timeout_s
-        while not self._placed:
-            left = deadline - time.monotonic()
-            self._placed = self.place.wait(max(0.0, min(1.0, left)))
-            now = time.monotonic()
-            if self._placed or (now - said < _SAY_EVERY_S and left > 0 and not self.stop.requested):
-                continue
-            said = now
-            asked = self.place.bundle_specs[0]
-            missing = shortage(asked, ray.cluster_resources(), ray.available_resources())
-            where = f"waiting for room for the learner's {self._config.learner.num_workers} rank(s)"
-            if self.stop.requested:
-                raise RuntimeError(f"asked to stop while {where}: {missing}")
-            if left <= 0:
-                raise RuntimeError(f"gave up {where}: {missing}")
-            log.warning("%s: %s", where, missing)
 
     def _check(self, waiting: dict[Any, int], what: str, limit_s: float, key: str) -> None:
         """Wait until all ranks have answered; ``key`` names the configuration of the limit."""
@@ -315,7 +297,7 @@ class LearnerGroup:
                 if construction_failed(died) and not self._one_could:
                     raise died
                 raise RankLost(f"learner rank {rank} of {size} died: {died}") from died
-        if silent and _complains(error):
+        if silent and wants_another(getattr(error, "cause", None)):
             raise RankLost(
                 f"learner rank {silent[0]} of {size} does not answer; rank {first}: {error}"
             ) from error
@@ -325,19 +307,6 @@ class LearnerGroup:
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks, self._built = [], False
-
-
-def _complains(error: RayError) -> bool:
-    """Whether a rank failed for want of another one, and not by itself, as where its GPU has too
-    little memory, of which all would fail again."""
-    import torch  # the driver need not load it before
-
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, RuntimeError):
-        return False
-    return isinstance(cause, torch.distributed.DistError) or any(
-        word in str(cause).lower() for word in ("gloo", "nccl", "connection", "timed out")
-    )
 
 
 def _references(results: Results) -> list[Any]:

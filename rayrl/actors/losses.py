@@ -42,6 +42,18 @@ def lost_its_gpu(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and failed and not too_small
 
 
+def wants_another(error: BaseException | None) -> bool:
+    """Whether a process failed for want of another one that takes its steps with it, and not by
+    itself, as where its GPU has too little memory, of which all would fail again."""
+    import torch  # a driver need not load it before
+
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in str(error).lower() for word in ("gloo", "nccl", "connection", "timed out")
+    )
+
+
 def construction_failed(error: Exception) -> bool:
     """Whether an actor's constructor raised, as that of another one in its place may."""
     return isinstance(error, RayActorError) and bool(error.actor_init_failed)

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import ObjectLostError, RuntimeEnvSetupError
 from ray.util.placement_group import placement_group_table
 
-from rayrl.actors import learner_group, pool
+from rayrl.actors import learner_group, pool, room
 from rayrl.actors.batches import Batches
 from rayrl.actors.fleet import Fleet
 from rayrl.actors.learner_group import LearnerGroup
@@ -279,7 +279,7 @@ def test_without_its_minimum_a_run_says_what_is_missing_and_stops(
 
 def test_without_room_for_its_learner_a_run_says_what_is_missing_and_stops(monkeypatch, caplog):
     monkeypatch.setattr(learner_group, "_ROOM_S", 0.1)
-    monkeypatch.setattr(learner_group, "_SAY_EVERY_S", 0.5)
+    monkeypatch.setattr(room, "SAY_EVERY_S", 0.5)
     sizes = {"learner": {"cpus": 50}, "rollout": {"start_timeout_s": 1.0}}
     learner = LearnerGroup(Config.model_validate(sizes), {}, RestartBudget(0))
     missing = r"room for the learner's 1 rank\(s\): another asks for 50 CPU; of the cluster's 8, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import ray
 from safetensors.torch import load_file
 
 from rayrl import cli, commands
+from rayrl.actors import room
 from rayrl.checkpoint import list_checkpoints
 from rayrl.data import load_split
 from rayrl.data.order import prompt_indices
@@ -121,3 +123,32 @@ def test_a_lost_driver_and_a_lost_worker_cost_the_steps_since_the_last_snapshot(
     assert seconds == sorted(seconds)
     # What only who goes on needs is gone.
     assert not list((tmp_path / "run" / "stage1").rglob("trainer"))
+
+
+def test_a_worker_that_fails_by_itself_ends_stage_1_at_once(
+    small_job, spoken_folder, run_here, tmp_path
+):
+    model = tmp_path / "model"
+    shutil.copytree(spoken_folder, model)
+    (model / "model.safetensors").unlink()
+    done = run_here(commands.xe, small_job(model__path=model, xe__steps=2))
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("xe_coco.py: failed: stage 1 failed: OSError: ") and "model.saf" in last
+    # No other worker was started in its place.
+    assert "stage 1 goes on" not in done.stderr
+
+
+def test_without_room_for_its_workers_stage_1_says_what_is_missing_and_stops(
+    small_job, run_here, monkeypatch, caplog
+):
+    monkeypatch.setattr(room, "SAY_EVERY_S", 0.5)
+    done = run_here(
+        commands.xe,
+        small_job(xe__steps=2, learner__cpus=50, rollout__start_timeout_s=2.0),
+    )
+    missing = "waiting for room for stage 1's 1 worker(s): another asks for 50 CPU; of the cluster"
+    assert done.returncode == 1
+    assert f"xe_coco.py: failed: gave up {missing}" in done.stderr
+    assert any(message.startswith(missing) for message in caplog.messages)
+    assert ray.available_resources()["CPU"] > 7
