@@ -343,7 +343,7 @@ def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) 
         seconds = sum(summary["seconds_by_phase"].values()) - summary["seconds_by_phase"]["eval"]
         run.log.attempt("trace.json", run.tracer.collect)
         run.learner.shutdown()
-        summary["cider_d_xe_control"] = curve.control(snapshots[-1], seconds)
+        summary |= curve.control(snapshots[-1], seconds)
         write_summary(run.folder, summary)
     run.log.message(f"report: {write_report(run.folder)}")
     run.backup.report()

@@ -66,14 +66,18 @@ def wanted_workers(
 
 
 def shortage(
-    asked: Mapping[str, float], total: Mapping[str, float], free: Mapping[str, float]
+    asked: Mapping[str, float],
+    total: Mapping[str, float],
+    free: Mapping[str, float],
+    *,
+    who: str = "another asks for",
 ) -> str:
-    """Why a worker that asks for ``asked`` does not start, given a cluster's resources, summed
-    over its nodes."""
+    """Why a worker that asks for ``asked`` does not start, or several together do not, given a
+    cluster's resources, summed over its nodes."""
     never = [name for name, amount in asked.items() if total.get(name, 0.0) < amount]
     taken = [name for name, amount in asked.items() if free.get(name, 0.0) < amount]
     if not taken:
         return "one is starting, or no single node has what it asks for"
     name = (never or taken)[0]
     has, left = total.get(name, 0.0), free.get(name, 0.0)
-    return f"another asks for {asked[name]:g} {name}; of the cluster's {has:g}, {left:g} are free"
+    return f"{who} {asked[name]:g} {name}; of the cluster's {has:g}, {left:g} are free"

@@ -120,10 +120,9 @@ def _fit(config: Config, setup: dict[str, Any]) -> int:
     place, workers = Path(setup["place"]), config.xe.num_workers
     budget = RestartBudget(config.rollout.max_restarts)
     while True:
-        # Ray Train would wait for ever, and not say for what.
         wait_for_room(
-            f"stage 1's {workers} worker(s)",
-            [worker_resources(config)] * workers,
+            f"stage 1's {workers} worker(s) and their readers",
+            [worker_resources(config), {"CPU": READER_CPUS}] * workers,
             limit_s=config.rollout.start_timeout_s,
         )
         try:
@@ -160,8 +159,7 @@ def _is_rays(error: Exception) -> bool:
 
 def worker_resources(config: Config) -> dict[str, float]:
     """What a worker of stage 1 asks Ray for."""
-    learner = config.learner
-    return {"CPU": learner.cpus, **({"GPU": 1.0} if learner.gpus else {})}
+    return {"CPU": config.learner.cpus, "GPU": 1.0 if config.learner.gpus else 0.0}
 
 
 def _torch_trainer(config: Config, setup: dict[str, Any]) -> TorchTrainer:

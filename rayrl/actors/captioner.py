@@ -14,6 +14,7 @@ import ray.data
 from safetensors import SafetensorError
 
 from rayrl.actors.cluster import worker_environment
+from rayrl.actors.room import wait_for_room
 from rayrl.adapters import base_folder
 from rayrl.config import Config, Part
 from rayrl.data import load_split
@@ -29,10 +30,13 @@ from rayrl.weights import pack, read_model_files, without_weights, write_model_f
 def caption_split(
     config: Config, split: Split, num_images: int, checkpoint: Path, decoding: Decoding
 ) -> Captions:
-    """Caption a split with ``config.rollout.num_workers`` engines.  Needs a running Ray."""
+    """Caption a split with ``config.rollout.num_workers`` engines, of which one is enough to begin.
+    Needs a running Ray; RuntimeError where it has no room for one in time."""
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rollout = config.rollout
+    asked = {"CPU": rollout.cpus, "GPU": rollout.gpus}
+    wait_for_room("an engine", [asked], limit_s=rollout.start_timeout_s)
     size = min(config.engine.max_concurrency, -(-num_images // rollout.num_workers))
     # Blocks that exist already: reading an index range would take whole CPUs from the engines.
     indices = [np.arange(i, min(i + size, num_images)) for i in range(0, num_images, size)]

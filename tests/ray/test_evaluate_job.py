@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rayrl import commands
 from tests.ray.conftest import run_script
 
 pytestmark = pytest.mark.ray
@@ -78,3 +79,13 @@ def test_a_checkpoint_is_captioned_greedily_sampled_and_scored(
     table = next(line for line in done.stdout.splitlines() if line.startswith("cider_d"))
     assert table.split() == ["cider_d", f"{score:.2f}"]
     assert f"captioned {NUM_IMAGES}/{NUM_IMAGES} images" in done.stdout
+
+
+def test_without_room_for_an_engine_it_says_what_is_missing_and_stops(
+    spoken_folder, run_here, tmp_path
+):
+    sizes = ("--rollout.cpus", "50", "--rollout.start_timeout_s", "1")
+    done = run_here(commands.evaluate, flags(spoken_folder, tmp_path / "out", *sizes))
+    assert done.returncode == 1
+    missing = "gave up waiting for room for an engine: want 50 CPU; of the cluster's 8, 8 are free"
+    assert done.stderr.splitlines()[-1] == f"eval_coco.py: failed: {missing}"

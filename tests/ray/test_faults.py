@@ -282,7 +282,7 @@ def test_without_room_for_its_learner_a_run_says_what_is_missing_and_stops(monke
     monkeypatch.setattr(room, "SAY_EVERY_S", 0.5)
     sizes = {"learner": {"cpus": 50}, "rollout": {"start_timeout_s": 1.0}}
     learner = LearnerGroup(Config.model_validate(sizes), {}, RestartBudget(0))
-    missing = r"room for the learner's 1 rank\(s\): another asks for 50 CPU; of the cluster's 8, "
+    missing = r"room for the learner's 1 rank\(s\): want 50 CPU; of the cluster's 8, "
     with pytest.raises(RuntimeError, match=f"gave up waiting for {missing}"):
         learner.checkpoint(lambda _: None)
     assert any("waiting for room" in message for message in caplog.messages)

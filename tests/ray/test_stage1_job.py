@@ -147,7 +147,10 @@ def test_without_room_for_its_workers_stage_1_says_what_is_missing_and_stops(
         commands.xe,
         small_job(xe__steps=2, learner__cpus=50, rollout__start_timeout_s=2.0),
     )
-    missing = "waiting for room for stage 1's 1 worker(s): another asks for 50 CPU; of the cluster"
+    missing = (
+        "waiting for room for stage 1's 1 worker(s) and their readers: "
+        "want 50.5 CPU; of the cluster's 8, "
+    )
     assert done.returncode == 1
     assert f"xe_coco.py: failed: gave up {missing}" in done.stderr
     assert any(message.startswith(missing) for message in caplog.messages)

@@ -1,0 +1,28 @@
+"""The control is beside the run, not part of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rayrl import xe
+from rayrl.actors.pool import TooManyLost
+from rayrl.config import Config
+from rayrl.stage1 import Snapshot
+from rayrl.xe_curve import XeCurve
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no room"), OSError("disk full"), TooManyLost("2")])
+def test_a_control_that_fails_says_why_and_costs_nothing_else(error, monkeypatch, tmp_path):
+    def train_xe(*_: Any, **__: Any) -> list[Snapshot]:
+        raise error
+
+    monkeypatch.setattr(xe, "train_xe", train_xe)
+    said: list[str] = []
+    nobody: Any = SimpleNamespace()
+    curve = XeCurve(Config(), tmp_path, nobody, nobody, said.append)
+    stage1 = Snapshot(steps=5, seconds=1.0, folder=tmp_path)
+    assert curve.control(stage1, 30.0) == {}
+    assert said == ["control: cross-entropy for 30 s more", f"there is no control: {error}"]
