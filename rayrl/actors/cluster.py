@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ def connect(num_cpus: float, num_gpus: float | None = None) -> bool:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
         _say_what_is_unused(num_gpus)
+        _say_what_is_missing({"CPU": num_cpus, "GPU": num_gpus or 0.0})
         return False
     # Else Ray starts a worker for every CPU beforehand, without the environment that ours ask for.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
@@ -69,6 +70,20 @@ def _say_what_is_unused(num_gpus: float | None) -> None:
             "learner.gpus and rollout.gpus ask for them, rollout.colocate shares a single one",
             found,
         )
+
+
+def _say_what_is_missing(asked: Mapping[str, float]) -> None:
+    """Before hours of training and not after: a cluster that cannot grow keeps the run waiting."""
+    has = ray.cluster_resources()
+    for name, amount in asked.items():
+        if has.get(name, 0.0) < amount:
+            log.warning(
+                "the run asks for %g %ss, and Ray has %g here: unless more come, some of it will "
+                "wait for room",
+                amount,
+                name,
+                has.get(name, 0.0),
+            )
 
 
 def worker_environment(cpus: float, gpus: float) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from rayrl.actors import cluster
 from rayrl.actors.cluster import worker_environment
 
 
@@ -42,3 +44,24 @@ def test_the_threads_of_pytorch_obey(monkeypatch):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
     assert "GOMP_SPINCOUNT = '1234'" in done.stderr
+
+
+def test_what_a_cluster_lacks_is_said_before_the_run_begins(monkeypatch, caplog):
+    def said(cpus: float, gpus: float) -> list[str]:
+        caplog.clear()
+        assert not cluster.connect(cpus, gpus)
+        return caplog.messages
+
+    fake = SimpleNamespace(
+        is_initialized=lambda: False,
+        init=lambda **options: None,
+        cluster_resources=lambda: {"CPU": 4.0},
+    )
+    monkeypatch.setattr(cluster, "ray", fake)
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    assert said(4.0, 0.0) == []
+    more = "unless more come, some of it will wait for room"
+    assert said(4.25, 2.0) == [
+        f"the run asks for 4.25 CPUs, and Ray has 4 here: {more}",
+        f"the run asks for 2 GPUs, and Ray has 0 here: {more}",
+    ]
