@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError
 
 from rayrl import __version__
-from rayrl.actors.cluster import connect, failing_in_one_line
+from rayrl.actors.cluster import READER_CPUS, SPARE_CPUS, connect, failing_in_one_line
 from rayrl.config import Config
 from rayrl.data import Dataset, load_split
 from rayrl.data.references import load_captions, load_references
@@ -79,7 +79,8 @@ def evaluate_checkpoint(options: Options, config: Config) -> None:
     config = _with_backend(config, decoding, options.subject)
     data = _at_least_two(load_split(config.data, options.split))
     workers, rollout = config.rollout.num_workers, config.rollout
-    local = connect(workers * rollout.cpus + 1, workers * rollout.gpus)
+    cpus = workers * rollout.cpus + READER_CPUS
+    local = connect(cpus, workers * rollout.gpus, spare_cpus=SPARE_CPUS)
     try:
         captions = caption_split(config, options.split, len(data), options.subject, decoding)
     finally:

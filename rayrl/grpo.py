@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ray
 
-from rayrl.actors.cluster import connect, cpus_of, failing_in_one_line, gpus_of
+from rayrl.actors.cluster import SPARE_CPUS, connect, cpus_of, failing_in_one_line, gpus_of
 from rayrl.actors.fleet import Fleet
 from rayrl.actors.learner_group import LearnerGroup
 from rayrl.actors.pending import Pending
@@ -235,7 +235,7 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     count = min(len(val_data), config.train.eval_images)
     heldout = Heldout([val_data[i] for i in range(count)], folder)
     statistics = reward_statistics(train_data.references(), config.reward)
-    local = connect(cpus_of(config), gpus_of(config))
+    local = connect(cpus_of(config), gpus_of(config), spare_cpus=SPARE_CPUS)
     try:
         check_terms(config, statistics)
         snapshots = run_stage1(config, folder, resume=resume)
@@ -343,7 +343,7 @@ def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) 
         seconds = sum(summary["seconds_by_phase"].values()) - summary["seconds_by_phase"]["eval"]
         run.log.attempt("trace.json", run.tracer.collect)
         run.learner.shutdown()
-        summary |= curve.control(snapshots[-1], seconds)
+        summary |= curve.control(snapshots[-1], seconds, run.stop)
         write_summary(run.folder, summary)
     run.log.message(f"report: {write_report(run.folder)}")
     run.backup.report()

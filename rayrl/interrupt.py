@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -32,3 +33,15 @@ class StopRequest:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def own_handler() -> Iterator[None]:
+    """Have SIGINT handled after the block as before it, whatever handler is left behind inside."""
+    previous = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        # Elsewhere nothing can have been left.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, previous)

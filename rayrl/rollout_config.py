@@ -22,7 +22,7 @@ class RolloutConfig(Section):
     stays.  A batch is cut into this many parts, whatever the number of workers."""
     start_timeout_s: PositiveFloat = 1800.0
     """After so long below `min_workers` the run saves a checkpoint and stops; the learner may take
-    as long to find room, and to be built."""
+    as long to find room, and to be built, and so may stage 1, its control, and an evaluation."""
     cpus: PositiveFloat = 2.0
     """CPUs of a worker, and its threads."""
     gpus: float = Field(default=0.0, ge=0)

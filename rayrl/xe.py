@@ -26,21 +26,21 @@ import numpy as np
 import ray
 import ray.data
 import ray.train
-from ray.exceptions import RayTaskError
 from ray.train.torch import TorchTrainer
 
 from rayrl import cli
 from rayrl.actors.cluster import (
     READER_CPUS,
+    SPARE_CPUS,
     connect,
     failing_in_one_line,
     worker_environment,
     xe_cpus,
 )
-from rayrl.actors.losses import lost_its_gpu, wants_another
 from rayrl.actors.pieces import in_pieces
 from rayrl.actors.pool import RestartBudget
 from rayrl.actors.room import wait_for_room
+from rayrl.actors.train_failures import failures_of, first_loss, own_failure
 from rayrl.checkpoint import (
     Checkpoint,
     forget_trainer,
@@ -51,6 +51,7 @@ from rayrl.checkpoint import (
 from rayrl.config import Config
 from rayrl.data import load_split
 from rayrl.data.order import item_at
+from rayrl.interrupt import StopRequest, own_handler
 from rayrl.jsonl import write_atomically
 from rayrl.resume import refuse_begun
 from rayrl.stage1 import Snapshot, run_stage1
@@ -73,13 +74,15 @@ def train_xe(
     seconds: float | None = None,
     made_of: Mapping[str, Any] | None = None,
     go_on: bool = False,
+    stop: StopRequest | None = None,
 ) -> list[Snapshot]:
     """Train with cross-entropy from ``start`` and keep snapshots under ``out/name``.
 
     Runs ``config.xe.steps`` steps, or for ``seconds`` of training when given; workers share a step
     that is, to rounding, the one that one alone would take.  Returns the snapshots, the finished
     model last, which keeps its ``trainer`` folder.  A lost worker goes on from the newest snapshot,
-    and so does this with ``go_on``; ``made_of`` is written beside it, for who decides that.
+    and so does this with ``go_on``; ``made_of`` is written beside it, for who decides that.  Once
+    ``stop`` is requested it waits for no room (RuntimeError).
     """
     place = (out / name).resolve()
     if not go_on:
@@ -99,7 +102,7 @@ def train_xe(
             "seconds": seconds,
             "steps": steps,
         }
-        newest = _fit(config, setup)
+        newest = _fit(config, setup, stop)
     meta = load_checkpoint(place / f"step_{newest}").meta
     return [
         Snapshot(steps=one["steps"], seconds=one["seconds"], folder=place / f"step_{one['steps']}")
@@ -112,7 +115,7 @@ def _newest(place: Path) -> int:
     return max(list_checkpoints(place), default=0)
 
 
-def _fit(config: Config, setup: dict[str, Any]) -> int:
+def _fit(config: Config, setup: dict[str, Any], stop: StopRequest | None) -> int:
     """Train with Ray Train, again where workers are lost; returns the step of the last snapshot.
 
     RuntimeError where a worker fails by itself, for another one would too, and where there is no
@@ -121,40 +124,25 @@ def _fit(config: Config, setup: dict[str, Any]) -> int:
     budget = RestartBudget(config.rollout.max_restarts)
     while True:
         wait_for_room(
-            f"stage 1's {workers} worker(s) and their readers",
+            f"cross-entropy's {workers} worker(s) and their readers",
             [worker_resources(config), {"CPU": READER_CPUS}] * workers,
             limit_s=config.rollout.start_timeout_s,
+            stop=stop,
         )
         try:
-            result = _torch_trainer(config, setup).fit()
-        except ray.train.ControllerError as error:
-            raise RuntimeError(f"stage 1 failed: {error.controller_failure}") from error
+            with own_handler():
+                result = _torch_trainer(config, setup).fit()
+        except SystemExit:
+            # What Ray Train makes of Ctrl-C, after which it has ended its workers.
+            raise KeyboardInterrupt("interrupted") from None
         except ray.train.TrainingFailedError as error:
-            failures = getattr(error, "worker_failures", {})
-            if own := own_failure(failures):
-                raise RuntimeError(f"stage 1 failed: {type(own).__name__}: {own}") from own
-            cause = next(iter(failures.values()), error)
-            budget.spend(f"stage 1 goes on after step {_newest(place)}", cause)
+            if own := own_failure(failures_of(error)):
+                raise RuntimeError(f"cross-entropy failed: {type(own).__name__}: {own}") from own
+            budget.spend(f"cross-entropy goes on after step {_newest(place)}", first_loss(error))
         else:
             # A listing of a folder that machines share may be older than what a worker has just
             # written.
             return int(result.metrics["steps"]) if result.metrics else _newest(place)
-
-
-def own_failure(failures: Mapping[int, Exception]) -> Exception | None:
-    """What a worker raised of which the next one would fail as well, by rank; None where one was
-    lost, which others then fail for, or its GPU was."""
-    raised = list(failures.values())
-    if any(_is_rays(error) for error in raised):
-        return None
-    own = (error for error in raised if not (wants_another(error) or lost_its_gpu(error)))
-    return next(own, None)
-
-
-def _is_rays(error: Exception) -> bool:
-    """Whether Ray says that a worker is gone, and not what it, or who reads its images, raised."""
-    ours = isinstance(error, RayTaskError)
-    return not ours and type(error).__module__.partition(".")[0] == "ray"
 
 
 def worker_resources(config: Config) -> dict[str, float]:
@@ -188,10 +176,7 @@ def _torch_trainer(config: Config, setup: dict[str, Any]) -> TorchTrainer:
             name=_RAY,
             storage_path=str(place),
             failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
-                max_failures=0,
-                max_preemption_failures=0,
-                # Workers that take long to begin, for which there was room.
-                controller_failure_limit=config.rollout.max_restarts,
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=0
             ),
             worker_runtime_env=worker_environment(config.learner.cpus, config.learner.gpus),
         ),
@@ -327,7 +312,8 @@ def main(config: Config) -> None:
     folder = Path(config.run_folder)
     with failing_in_one_line("xe_coco.py"):
         refuse_begun(folder)
-        connect(xe_cpus(config), config.learner.gpus * config.xe.num_workers)
+        gpus = worker_resources(config)["GPU"] * config.xe.num_workers
+        connect(xe_cpus(config), gpus, spare_cpus=SPARE_CPUS)
         final = run_stage1(config, folder)[-1]
         # Not before: until then a model of another configuration may be there.
         write_atomically(folder / cli.RUN_CONFIG, cli.dump(config))

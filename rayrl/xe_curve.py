@@ -4,14 +4,17 @@ would have given in the time that the objective took."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rayrl.actors.fleet import Fleet
+from rayrl.actors.losses import FAILURES
 from rayrl.checkpoint import forget_trainer
 from rayrl.config import Config
 from rayrl.heldout import Heldout
+from rayrl.interrupt import StopRequest
 from rayrl.stage1 import Snapshot
 from rayrl.vlm import load_captioner
 from rayrl.weights import pack
@@ -34,34 +37,46 @@ class XeCurve:
             return
         self._score(snapshots, self.folder / "xe" / "metrics.jsonl")
 
-    def control(self, stage1: Snapshot, seconds: float) -> dict[str, float]:
+    def control(self, stage1: Snapshot, seconds: float, stop: StopRequest) -> dict[str, float]:
         """``cider_d_xe_control``: held-out CIDEr-D (x100) of stage 1's last model after ``seconds``
         more of cross-entropy; and of what came before into ``xe_baseline.jsonl``.  Nothing, and the
         reason is said, where it fails: what it would be compared with is there.
 
-        It trains where the learner did, so that must have ended, and on no more workers."""
+        It trains where the learner did, so that must have ended, and on no more workers; once
+        ``stop`` is requested it waits for no room."""
         self.say(f"control: cross-entropy for {seconds:.0f} s more")
         try:
-            return {"cider_d_xe_control": self._control(stage1, seconds)}
-        except (OSError, RuntimeError, ValueError) as error:
+            return {"cider_d_xe_control": self._control(stage1, seconds, stop)}
+        except (*FAILURES, KeyboardInterrupt) as error:
             self.say(f"there is no control: {error}")
+            shutil.rmtree(self._place, ignore_errors=True)
+            self._curve.unlink(missing_ok=True)
             return {}
 
-    def _control(self, stage1: Snapshot, seconds: float) -> float:
+    def _control(self, stage1: Snapshot, seconds: float, stop: StopRequest) -> float:
         from rayrl.xe import train_xe
 
-        out = self.folder / "control"
         xe = self.config.xe
         most = min(xe.num_workers, self.config.learner.num_workers)
         workers = max(n for n in range(1, most + 1) if xe.images_per_step % n == 0)
         config = self.config.model_copy(
             update={"xe": xe.model_copy(update={"num_workers": workers})}
         )
-        snapshots = train_xe(config, stage1.folder, out, name="xe", seconds=seconds)
+        snapshots = train_xe(
+            config, stage1.folder, self._place, name="xe", seconds=seconds, stop=stop
+        )
         for snapshot in snapshots:
             forget_trainer(snapshot.folder)
         start = replace(stage1, steps=0, seconds=0.0)
-        return self._score([start, *snapshots], self.folder / "xe_baseline.jsonl")[-1]
+        return self._score([start, *snapshots], self._curve)[-1]
+
+    @property
+    def _place(self) -> Path:
+        return self.folder / "control"
+
+    @property
+    def _curve(self) -> Path:
+        return self.folder / "xe_baseline.jsonl"
 
     def _score(self, snapshots: Sequence[Snapshot], file: Path) -> list[float]:
         """One line of ``file`` a model; the fleet then holds the last one."""

@@ -13,7 +13,7 @@ import ray
 import ray.data
 from safetensors import SafetensorError
 
-from rayrl.actors.cluster import worker_environment
+from rayrl.actors.cluster import READER_CPUS, worker_environment
 from rayrl.actors.room import wait_for_room
 from rayrl.adapters import base_folder
 from rayrl.config import Config, Part
@@ -36,7 +36,8 @@ def caption_split(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rollout = config.rollout
     asked = {"CPU": rollout.cpus, "GPU": rollout.gpus}
-    wait_for_room("an engine", [asked], limit_s=rollout.start_timeout_s)
+    reader = {"CPU": READER_CPUS}
+    wait_for_room("an engine and its reader", [asked, reader], limit_s=rollout.start_timeout_s)
     size = min(config.engine.max_concurrency, -(-num_images // rollout.num_workers))
     # Blocks that exist already: reading an index range would take whole CPUs from the engines.
     indices = [np.arange(i, min(i + size, num_images)) for i in range(0, num_images, size)]
@@ -46,7 +47,7 @@ def caption_split(
             _Reader,
             fn_constructor_args=(config.data, split),
             batch_size=size,
-            num_cpus=0.5,
+            num_cpus=READER_CPUS,
             compute=ray.data.ActorPoolStrategy(size=1),
         )
         .map_batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,8 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
+from rayrl.actors.losses import FAILURES
 from rayrl.actors.reward import placements
 from rayrl.config import Config
 from rayrl.own_modules import import_path
@@ -19,32 +20,35 @@ from rayrl.own_modules import import_path
 log = logging.getLogger(__name__)
 
 READER_CPUS = 0.5
-"""CPUs of what reads the images of one worker of cross-entropy."""
+"""CPUs of what reads the images of one worker of cross-entropy, or of all engines that evaluate."""
+SPARE_CPUS = 1.5
+"""CPUs of a local Ray beside those of actors: Ray Data looks at what is left."""
 _SPIN = "GOMP_SPINCOUNT"
 
 
-def connect(num_cpus: float, num_gpus: float | None = None) -> bool:
+def connect(num_cpus: float, num_gpus: float | None = None, *, spare_cpus: float = 0.0) -> bool:
     """Connect this driver to Ray; returns whether a local Ray was started.
 
     Inside a Ray job (or wherever RAY_ADDRESS is set) the driver joins that cluster.  Elsewhere it
     starts a Ray of its own, and never joins one that somebody else left on this machine.
-    ``num_cpus`` is what the actors will ask for together: a local Ray offers at least that, for
-    its workers take turns on a small machine, where a cluster would have to grow.  ValueError where
-    it lacks some of ``num_gpus``, for which the run would wait for ever; None is for what never
-    computes on one.
+    ``num_cpus`` is what the actors will ask for together: a local Ray offers at least that, and
+    ``spare_cpus``, for its workers take turns on a small machine, where a cluster would have to
+    grow.  ValueError where it lacks some of ``num_gpus``, for which the run would wait for ever;
+    None is for what never computes on one, and on any number of CPUs.
     """
     if ray.is_initialized():
         return False
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
         _say_what_is_unused(num_gpus)
-        _say_what_is_missing({"CPU": num_cpus, "GPU": num_gpus or 0.0})
+        if num_gpus is not None:
+            _say_what_is_missing({"CPU": num_cpus, "GPU": num_gpus})
         return False
     # Else Ray starts a worker for every CPU beforehand, without the environment that ours ask for.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, -(-int(num_cpus * 100) // 100)),
+        num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus + spare_cpus)),
         include_dashboard=False,
         configure_logging=True,
         logging_level=logging.WARNING,
@@ -107,7 +111,7 @@ def failing_in_one_line(program: str) -> Iterator[None]:
     first; an actor's error brings its stack along, above that line."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, RayError) as error:
+    except FAILURES as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if lines[:-1]:
             print(*lines[:-1], sep="\n", file=sys.stderr)
@@ -117,8 +121,8 @@ def failing_in_one_line(program: str) -> Iterator[None]:
 
 
 def cpus_of(config: Config) -> float:
-    """CPUs of all actors of a run at its largest, and those of Ray Data while cross-entropy trains,
-    before the objective or, as its control, in the learner's place."""
+    """CPUs of all actors of a run at its largest, and of readers while cross-entropy trains, before
+    the objective or, as its control, in the learner's place."""
     train, rollout = config.train, config.rollout
     apart = sum(asked["num_cpus"] for asked in placements(config.reward).values())
     workers = rollout.max_workers * rollout.cpus
@@ -129,8 +133,8 @@ def cpus_of(config: Config) -> float:
 
 
 def xe_cpus(config: Config) -> float:
-    """CPUs of cross-entropy alone: its workers, their readers, and some room for Ray Data."""
-    return config.xe.num_workers * (config.learner.cpus + READER_CPUS) + 1.5
+    """CPUs of cross-entropy alone: its workers and their readers."""
+    return config.xe.num_workers * (config.learner.cpus + READER_CPUS)
 
 
 def gpus_of(config: Config) -> float:

@@ -182,9 +182,11 @@ class LearnerGroup:
         return {f"learner {rank}": actor for rank, actor in enumerate(self._ranks)}
 
     def shutdown(self) -> None:
-        """End every rank and give the resources back; a second time does nothing."""
+        """End every rank and give back what they had, and the groups that were kept for another
+        one; a second time does nothing."""
         if self.place is not None:
             self._kill()
+            self._history.begin(self.step, None)
             remove_placement_group(self.place)
             self.place = None
 

@@ -10,6 +10,7 @@ from ray.exceptions import (
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
+    RayError,
     RuntimeEnvSetupError,
 )
 
@@ -26,6 +27,9 @@ class OtherVersion(ValueError):
 class GpuFailed(RuntimeError):
     """A worker's GPU failed it, so that it can do nothing on it any more."""
 
+
+FAILURES = (OSError, ValueError, RuntimeError, RayError)
+"""What ends a job with a reason, and no stack, as its last line."""
 
 LOST = (*DIED, GetTimeoutError, ObjectLostError, OtherVersion, GpuFailed)
 """What asking for a result raises when its worker died or does not answer, or can no longer do

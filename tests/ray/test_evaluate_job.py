@@ -87,5 +87,6 @@ def test_without_room_for_an_engine_it_says_what_is_missing_and_stops(
     sizes = ("--rollout.cpus", "50", "--rollout.start_timeout_s", "1")
     done = run_here(commands.evaluate, flags(spoken_folder, tmp_path / "out", *sizes))
     assert done.returncode == 1
-    missing = "gave up waiting for room for an engine: want 50 CPU; of the cluster's 8, 8 are free"
-    assert done.stderr.splitlines()[-1] == f"eval_coco.py: failed: {missing}"
+    missing = "an engine and its reader: want 50.5 CPU; of the cluster's 8, 8 are free"
+    last = done.stderr.splitlines()[-1]
+    assert last == f"eval_coco.py: failed: gave up waiting for room for {missing}"
