@@ -106,7 +106,7 @@ def test_a_lost_driver_and_a_lost_worker_cost_the_steps_since_the_last_snapshot(
     assert done.returncode == 0, done.stderr
     assert f"stage 1 goes on after step {left}\n" in done.stdout
     assert left < killer.killed_after < STEPS
-    assert "cross-entropy goes on after step" in caplog.text and "The actor died" in caplog.text
+    assert "cross-entropy goes on after step" in caplog.text
 
     config = cli.load(tmp_path / "run" / "config.yaml")
     final = tmp_path / "run" / "stage1" / "final"
