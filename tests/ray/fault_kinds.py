@@ -91,7 +91,8 @@ def kill(name: str) -> Strike:
 
 
 def children(driver: int, name: str) -> list[int]:
-    """Ray workers named ``name`` below the driver's own raylet."""
+    """Ray workers named ``name`` below the driver's own raylet, once they are constructed: one that
+    dies before that Ray may start again by itself."""
     out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
     rows = [line.split(None, 2) for line in out.splitlines()[1:]]
     parents = {int(pid): int(ppid) for pid, ppid, _ in rows}
@@ -101,7 +102,10 @@ def children(driver: int, name: str) -> list[int]:
             pid = parents[pid]
         return pid == driver
 
-    return [int(pid) for pid, _, args in rows if args.startswith(name) and below(int(pid))]
+    def constructed(args: str) -> bool:
+        return args.startswith(name) and not args.startswith(f"{name}.__init__")
+
+    return [int(pid) for pid, _, args in rows if constructed(args) and below(int(pid))]
 
 
 def ask(faults: Path, *names: str) -> Strike:

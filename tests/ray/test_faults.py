@@ -88,8 +88,8 @@ def test_killed_workers_change_nothing(name, staleness, faults, tmp_path, monkey
     done = run(tmp_path, monkeypatch, after=saboteur, staleness=staleness)
     assert saboteur.join() == FAULTS
     assert_same(done, undisturbed(staleness))
-    # A worker that nobody has asked for anything since, or that was dying already, is not missed.
-    assert 1 <= done.rows[-1]["workers/replaced"] <= FAULTS
+    # The last fault may come too late to be noticed.
+    assert FAULTS - 2 <= done.rows[-1]["workers/replaced"] <= FAULTS
 
 
 def test_workers_killed_in_later_rounds_of_a_step_change_nothing(faults, tmp_path, monkeypatch):

@@ -46,22 +46,39 @@ def test_the_threads_of_pytorch_obey(monkeypatch):
     assert "GOMP_SPINCOUNT = '1234'" in done.stderr
 
 
-def test_what_a_cluster_lacks_is_said_before_the_run_begins(monkeypatch, caplog):
-    def said(cpus: float, gpus: float) -> list[str]:
+@pytest.fixture
+def joined(monkeypatch, caplog):
+    """What is said where a run of so many CPUs and GPUs joins a cluster of these resources."""
+
+    def said(has: dict[str, float], cpus: float, gpus: float | None) -> list[str]:
+        fake = SimpleNamespace(
+            is_initialized=lambda: False,
+            init=lambda **options: None,
+            cluster_resources=lambda: has,
+        )
+        monkeypatch.setattr(cluster, "ray", fake)
+        monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
         caplog.clear()
         assert not cluster.connect(cpus, gpus)
         return caplog.messages
 
-    fake = SimpleNamespace(
-        is_initialized=lambda: False,
-        init=lambda **options: None,
-        cluster_resources=lambda: {"CPU": 4.0},
+    return said
+
+
+@pytest.mark.parametrize(("num_gpus", "spoken_of"), [(0.0, True), (1.0, False), (None, False)])
+def test_gpus_that_a_run_does_not_ask_for_are_spoken_of(joined, num_gpus, spoken_of):
+    said = joined({"CPU": 1.0, "GPU": 2.0}, 1.0, num_gpus)
+    assert [text.startswith("Ray has 2 GPUs here, and the run asks for none") for text in said] == (
+        [True] if spoken_of else []
     )
-    monkeypatch.setattr(cluster, "ray", fake)
-    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
-    assert said(4.0, 0.0) == []
+
+
+def test_what_a_cluster_lacks_is_said_before_the_run_begins(joined):
+    assert joined({"CPU": 4.0}, 4.0, 0.0) == []
     more = "unless more come, some of it will wait for room"
-    assert said(4.25, 2.0) == [
+    assert joined({"CPU": 4.0}, 4.25, 2.0) == [
         f"the run asks for 4.25 CPUs, and Ray has 4 here: {more}",
         f"the run asks for 2 GPUs, and Ray has 0 here: {more}",
     ]
+    # What never computes on GPUs takes any number of CPUs.
+    assert joined({"CPU": 1.0}, 4.25, None) == []

@@ -279,19 +279,6 @@ def test_a_machine_without_the_gpus_that_are_asked_for_is_refused_at_once(
     assert calls == ["init", "shutdown"]
 
 
-@pytest.mark.parametrize(("num_gpus", "said"), [(0.0, True), (1.0, False), (None, False)])
-def test_gpus_that_a_run_does_not_ask_for_are_spoken_of(monkeypatch, caplog, num_gpus, said):
-    fake = SimpleNamespace(
-        is_initialized=lambda: False,
-        init=lambda **options: None,
-        cluster_resources=lambda: {"GPU": 2.0},
-    )
-    monkeypatch.setattr(cluster, "ray", fake)
-    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
-    assert not cluster.connect(1.0, num_gpus)
-    assert ("Ray has 2 GPUs here, and the run asks for none" in caplog.text) == said
-
-
 def test_vllm_for_gpus_is_not_started_where_there_is_none(monkeypatch, tiny_folder):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     config = EngineConfig(backend="vllm")
