@@ -80,7 +80,7 @@ def kill(name: str) -> Strike:
 
     def strike(chance: random.Random) -> bool:
         for _ in range(200):
-            victims = children(os.getpid(), f"ray::{name}")
+            victims = children(os.getpid(), f"ray::{name}", constructed=True)
             if victims:
                 os.kill(chance.choice(victims), signal.SIGKILL)
                 return True
@@ -90,9 +90,9 @@ def kill(name: str) -> Strike:
     return strike
 
 
-def children(driver: int, name: str) -> list[int]:
-    """Ray workers named ``name`` below the driver's own raylet, once they are constructed: one that
-    dies before that Ray may start again by itself."""
+def children(driver: int, name: str, *, constructed: bool = False) -> list[int]:
+    """Ray workers named ``name`` below the driver's own raylet; those that are ``constructed``, for
+    one that dies before that Ray may start again by itself."""
     out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
     rows = [line.split(None, 2) for line in out.splitlines()[1:]]
     parents = {int(pid): int(ppid) for pid, ppid, _ in rows}
@@ -102,10 +102,10 @@ def children(driver: int, name: str) -> list[int]:
             pid = parents[pid]
         return pid == driver
 
-    def constructed(args: str) -> bool:
-        return args.startswith(name) and not args.startswith(f"{name}.__init__")
+    def meant(args: str) -> bool:
+        return args.startswith(name) and not (constructed and args.startswith(f"{name}.__init__"))
 
-    return [int(pid) for pid, _, args in rows if constructed(args) and below(int(pid))]
+    return [int(pid) for pid, _, args in rows if meant(args) and below(int(pid))]
 
 
 def ask(faults: Path, *names: str) -> Strike:
