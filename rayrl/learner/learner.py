@@ -171,13 +171,17 @@ class Learner:
         order = np.random.default_rng((self._seed, self.step, 1))
         for indices in minibatches(len(batch.images), self._config, order):
             self._set_rate()
-            problem = self._minibatch(prepared, inputs, indices, sums)
+            update = Means()
+            problem = self._minibatch(prepared, inputs, indices, update)
             if problem:
                 self._skip(batch, prepared.batch, indices, before, problem)
                 continue
             self._streak.end()
+            sums.add(update.pairs())
+            # Of this update, and what it has no captions for of those before.
+            metrics = {**sums.means(), **update.means()}
             self._objective_state, decisions = self.objective.control(
-                self._objective_state, sums.means()
+                self._objective_state, metrics
             )
             if not self._decisions.take(decisions):
                 break

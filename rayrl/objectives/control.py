@@ -1,4 +1,4 @@
-"""Controllers: decisions after an optimizer step, from the step's metrics so far.
+"""Controllers: decisions after an optimizer step, from the metrics of its minibatch.
 
 They return ``coefficients`` (parameters for the steps to come), ``stop_epoch`` (no further update
 in this step), ``scale_lr`` (the scheduled learning rate is multiplied by this until another
@@ -15,7 +15,8 @@ Numbers = Mapping[str, Any]
 
 
 def stop_on_ratio(metrics: Numbers, *, max_ratio_deviation: float) -> dict[str, Any]:
-    """Stop once the mean of |ratio - 1| exceeds ``max_ratio_deviation`` (ESPO, 2202.00079)."""
+    """Stop once a minibatch's mean of |ratio - 1| exceeds ``max_ratio_deviation`` (ESPO,
+    2202.00079)."""
     return {"stop_epoch": _metric(metrics, "objective/ratio_deviation") > max_ratio_deviation}
 
 

@@ -15,6 +15,9 @@ from rayrl.objectives.tokens import (
     segment_values,
 )
 
+_CERTAIN = 1e-6
+"""An energy of a caption that may be rounding of float32 alone."""
+
 
 def prefix_tree(
     rewards: Tensor,
@@ -33,12 +36,21 @@ def prefix_tree(
     return torch.where(mask & ~flat, credit / spread[..., None], 0.0)
 
 
-def segment_gain(rewards: Tensor, prefix_values: Tensor, segments: Tensor, mask: Tensor) -> Tensor:
-    """V(end) - V(start) of the token's segment, the last V being the reward (SPO, 2505.23564).
+def segment_gain(
+    rewards: Tensor,
+    prefix_values: Tensor,
+    segments: Tensor,
+    mask: Tensor,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """V(end) - V(start) of the token's segment, the first V being the group's mean and the last one
+    the reward, so that a caption's segments add up to r - mean (SPO, 2505.23564).
 
-    prefix_values: [P,G,T+1], V before each token and after the last, from continuations
+    prefix_values: [P,G,T+1], V before each token and after the last
     """
-    start, end = segment_values(rewards, prefix_values, segments, mask)
+    mean = stats.group_mean(rewards, valid)[..., None].expand(*rewards.shape, 1)
+    values = torch.cat([mean, prefix_values[..., 1:]], -1)
+    start, end = segment_values(rewards, values, segments, mask)
     return torch.where(mask, end - start, 0.0)
 
 
@@ -47,7 +59,7 @@ def segment_gain_in_tree(
 ) -> Tensor:
     """``segment_gain`` with the values of the group's own prefix tree: no further rollouts."""
     values = prefix_tree_values(rewards, token_ids, mask, valid)
-    return segment_gain(rewards, values, segments, mask)
+    return segment_gain(rewards, values, segments, mask, valid)
 
 
 def information_gain(
@@ -117,11 +129,17 @@ def token_baseline(
     valid: Tensor | None = None,
 ) -> Tensor:
     """r minus the variance-minimising baseline of each position: a mean of the group's rewards
-    weighted by W_t, the sum up to t of 1 - 2 p + sum_v p_v^2 (OTB of verl)."""
+    weighted by W_t, the sum up to t of 1 - 2 p + sum_v p_v^2 (OTB of verl); where that is 0 but for
+    rounding, because all captions go through tokens that are all but certain, the plain mean."""
     seen = mask if valid is None else mask & valid[..., None]
-    energy = torch.where(seen, 1 - 2 * old_logprobs.exp() + collision, 0.0).cumsum(-1) * seen
-    mean = (energy * rewards[..., None]).sum(1) / energy.sum(1).clamp(min=1e-9)
-    return torch.where(seen, rewards[..., None] - mean[:, None], 0.0)
+    own = (1 - 2 * old_logprobs.exp() + collision).clamp(min=0)
+    energy = torch.where(seen, own, 0.0).cumsum(-1) * seen
+    certain = energy.sum(1, keepdim=True) <= _CERTAIN * seen.sum(1, keepdim=True)
+    weight = torch.where(certain, seen.to(energy.dtype), energy)
+    total = weight.sum(1, keepdim=True)
+    mean = (weight * rewards[..., None]).sum(1, keepdim=True)
+    mean = mean / torch.where(total > 0, total, 1.0)
+    return torch.where(seen, rewards[..., None] - mean, 0.0)
 
 
 def gae(

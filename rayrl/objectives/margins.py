@@ -32,10 +32,12 @@ def two_betas(scores: Tensor, *, beta_better: float, beta_worse: float) -> Tenso
     return pairwise(beta_better * scores, beta_worse * scores)
 
 
-def favour_top(scores: Tensor, labels: Tensor, *, beta: float, top_factor: float) -> Tensor:
-    """beta (s_i - s_j), times ``top_factor`` where i is of the group's best level (TRPA,
-    2504.04524)."""
-    top = labels >= labels.amax(1, keepdim=True)
+def favour_top(
+    scores: Tensor, labels: Tensor, valid: Tensor, *, beta: float, top_factor: float
+) -> Tensor:
+    """beta (s_i - s_j), times ``top_factor`` where i is of the best level of the group's captions
+    that are left (TRPA, 2504.04524)."""
+    top = labels >= labels.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
     margins = beta * pairwise(scores, scores)
     return torch.where(top[:, :, None], top_factor * margins, margins)
 

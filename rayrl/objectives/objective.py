@@ -204,17 +204,20 @@ class Objective:
     def control(
         self, state: State, metrics: Mapping[str, float]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Decisions after an optimizer step, from the step's metrics so far: ``stop_epoch``
-        (no further minibatch in this step), ``scale_lr``, ``extrapolate`` (weights)."""
+        """Decisions after an optimizer step, from its metrics: ``stop_epoch`` (no further minibatch
+        in this step), ``scale_lr``, ``extrapolate`` (weights)."""
         new = dict(state)
         decisions: dict[str, Any] = {}
-        current = {**self.plan.parameters(), **new.get("coefficients", {})}
+        changed = dict(new.get("coefficients", {}))
         for controller in self._compiled.slots["control"]:
+            current = {**self.plan.parameters(), **changed}
             given = {"metrics": metrics, "parameters": current, "extrapolate": True}
-            values = Values(given, {})
-            decisions.update(controller(values))
-        if "coefficients" in decisions:
-            new["coefficients"] = {**new.get("coefficients", {}), **decisions.pop("coefficients")}
+            decided = dict(controller(Values(given, {})))
+            # Several may each change one of their own.
+            changed.update(decided.pop("coefficients", {}))
+            decisions.update(decided)
+        if changed:
+            new["coefficients"] = changed
         return new, decisions
 
     def _check_batch(self, batch: GroupBatch) -> None:

@@ -27,7 +27,7 @@ ADVANTAGE: Mapping[str, Preset] = {
             advantage=(part("kalman", scope="group", process_noise=1e-5, measurement_noise=1e-2),),
             regularizers=(part("kl_k3", kl_coef=0.01),),
         ),
-        limit="no noise: the baseline of the last caption is the mean",
+        limit="no process noise, a wide prior: the baseline of the last caption is the mean",
         basis="code",
         note="depends on the order of the captions; scope=stream filters the batches' means",
     ),
@@ -80,7 +80,7 @@ ADVANTAGE: Mapping[str, Preset] = {
         basis="code",
     ),
     "spo_segment": Preset(
-        title="SPO: values at segment boundaries, from continuations (chain)",
+        title="SPO: values at segment boundaries (chain)",
         source="2505.23564",
         plan=replace(
             CLIPPED,
@@ -89,8 +89,9 @@ ADVANTAGE: Mapping[str, Preset] = {
             mask=(part("improbable", probable=0.9),),
             regularizers=(part("kl_k3", kl_coef=1e-4),),
         ),
-        limit="one segment that starts with the group's mean: the advantage of dr_grpo",
+        limit="one segment: the advantage of dr_grpo",
         basis="recalled",
+        note="a prefix's value is its reward as a caption, in place of the paper's continuations",
     ),
     "spo_segment_tree": Preset(
         title="SPO with the values of the group's own prefix tree",
@@ -163,15 +164,16 @@ ADVANTAGE: Mapping[str, Preset] = {
         basis="code",
     ),
     "t_ppo_truncated": Preset(
-        title="T-PPO: captions cut and continued, EGAE",
+        title="T-PPO: EGAE for captions that are cut",
         source="2506.15050",
         plan=replace(
             CRITIC,
             advantage=(part("gae", discount=1.0, gae_lambda=1.0, bootstrap_truncated=True),),
             regularizers=(part("value_error", value_coef=0.5, value_clip=0.2, finished_only=True),),
         ),
-        limit="nothing truncated: PPO",
+        limit="nothing cut: ppo at gae_lambda 1 without whitening",
         basis="text",
+        note="a caption at max_tokens ends with its value; the paper continues it in the next step",
     ),
     "poad_action_decomposition": Preset(
         title="POAD: one-step differences of token values",

@@ -203,9 +203,9 @@ CORE: Mapping[str, Preset] = {
             weights=(part("not_stale_negative", stale_kl=0.5),),
             regularizers=(part("kl_k3_weighted", kl_coef=0.001),),
         ),
-        limit="policy = old: grpo_deepseekmath with this coefficient",
+        limit="policy = old: the loss of grpo_deepseekmath with this coefficient",
         basis="code",
-        note="stale_kl has no published value",
+        note="stale_kl has no published value; the gradient of its KL is that of k2",
     ),
     "icepop": Preset(
         title="GRPO with masked importance sampling (IcePop)",

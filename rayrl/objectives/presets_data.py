@@ -26,7 +26,7 @@ DATA: Mapping[str, Preset] = {
         title="SuperHF: cross-entropy on the best caption, with a KL prior",
         source="2310.16763",
         plan=replace(BEST_OF_N, regularizers=(part("kl_k3", kl_coef=0.04),)),
-        limit="rwr_softmax at weight_temperature 0",
+        limit="as weight_temperature goes to 0: rwr_softmax, but for the reducer",
         basis="abstract",
     ),
     "raft_crraft": Preset(

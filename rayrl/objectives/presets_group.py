@@ -43,7 +43,7 @@ GROUP: Mapping[str, Preset] = {
             score=part("over_reference"),
             surrogate=part("regression", score_factor=1e-3),
         ),
-        limit="policy = reference: the gradient of REINFORCE with that baseline",
+        limit="policy = reference: REINFORCE with that baseline, times 2 score_factor",
         basis="code",
     ),
     "reg_grpo": Preset(

@@ -139,7 +139,8 @@ PAIRS: Mapping[str, Preset] = {
         plan=replace(PREFERENCE, control=(part("momentum", momentum_factor=0.3),)),
         limit="momentum_factor 0: online_dpo",
         basis="abstract",
-        note="the decision `extrapolate`, which the learner carries out; no published factor",
+        note="the decision `extrapolate`, which the learner carries out; no published factor; the "
+        "reference stays the stage-1 model, where the paper's moves along",
     ),
     "tgdpo": Preset(
         title="TGDPO: tokens weighted by a preference-tuned copy",

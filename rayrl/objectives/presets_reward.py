@@ -178,7 +178,7 @@ REWARD: Mapping[str, Preset] = {
             advantage=(part("reward_to_go", discount=1.0), part("center_by_position")),
             reducer=part("token_mean"),
         ),
-        limit="guide_weight and guide_kl 0: the advantage of dr_grpo",
+        limit="guide_weight and guide_kl 0, equal lengths: the advantage of dr_grpo",
         basis="code",
         note="the group's mean at each position in place of the paper's critic",
     ),
@@ -213,7 +213,7 @@ REWARD: Mapping[str, Preset] = {
         basis="abstract",
     ),
     "otc_brevity": Preset(
-        title="OTC-PO with words in place of tool calls",
+        title="OTC-PO with tokens in place of tool calls",
         source="2504.14870",
         plan=replace(
             CLIPPED, labels=ABOVE_MEAN, aggregate=(part("brevity", efficiency_scale=1.0),)

@@ -85,7 +85,7 @@ def resample_best(
 def balanced(rewards: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
     """Drops captions below the group's mean at random until they are no more than those above
     (RED of 2509.24203)."""
-    deviation = rewards - stats.group_mean(rewards, valid)
+    deviation = stats.center(rewards, valid)
     bad = (deviation < 0) & valid
     excess = (bad.sum(1) - ((deviation >= 0) & valid).sum(1)).clamp(min=0)
     draw = torch.rand(rewards.shape, generator=generator).to(rewards.device)

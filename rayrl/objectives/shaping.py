@@ -183,7 +183,7 @@ def brevity(
     rewards: Tensor, lengths: Tensor, labels: Tensor, valid: Tensor, *, efficiency_scale: float
 ) -> Tensor:
     """r times an efficiency that is 1 for captions as long as the shortest good one of the group
-    and falls off on both sides (OTC-PO, 2504.14870, with words in place of tool calls).  Groups
+    and falls off on both sides (OTC-PO, 2504.14870, with tokens in place of tool calls).  Groups
     without a good caption stay as they are."""
     good = (labels > 0.5) & valid
     n = lengths.to(rewards.dtype)
@@ -209,19 +209,30 @@ def shorten_good_groups(
     good = (labels > 0.5) & valid
     quality = (labels * valid).sum(1) / valid.sum(1).clamp(min=1)
     chosen = math.ceil(good_share * len(quality))
-    threshold = quality.sort(descending=True).values[max(chosen - 1, 0)]
+    if not chosen:
+        return rewards
+    threshold = quality.sort(descending=True).values[chosen - 1]
     apply = good & ((quality >= threshold) & (quality > 0))[:, None]
     factor = 1 - length_weight * torch.sigmoid(stats.standardize(lengths.to(rewards.dtype), good))
     return torch.where(apply, rewards * factor, rewards)
 
 
-def diversity_bonus(rewards: Tensor, similarity: Tensor, *, diversity_coef: float) -> Tensor:
+def diversity_bonus(
+    rewards: Tensor, similarity: Tensor, valid: Tensor | None = None, *, diversity_coef: float
+) -> Tensor:
     """r plus coef times what the caption adds to the group's diversity: its Self-CIDEr minus that
     without the caption, because a bonus that is equal in a group has no effect."""
-    size = rewards.shape[1]
-    whole = terms.self_cider(similarity)
-    without = [
-        terms.self_cider(similarity[:, keep][:, :, keep])
-        for keep in ([j for j in range(size) if j != i] for i in range(size))
-    ]
-    return rewards + diversity_coef * (whole[:, None] - torch.stack(without, 1))
+    seen = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
+    bonus = torch.zeros_like(rewards)
+    for row, members in enumerate(seen):
+        kept = members.nonzero()[:, 0].tolist()
+        groups = [kept, *([j for j in kept if j != i] for i in kept)]
+        whole, *without = (
+            terms.self_cider(similarity[row][some][:, some]).to(bonus)
+            if some
+            else bonus.new_zeros(())
+            for some in groups
+        )
+        for i, score in zip(kept, without, strict=True):
+            bonus[row, i] = whole - score
+    return rewards + diversity_coef * bonus

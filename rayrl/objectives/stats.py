@@ -32,6 +32,11 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(x, mask) / mask.sum(-1).clamp(min=1)
 
 
+def with_own_gradient(value: Tensor, x: Tensor) -> Tensor:
+    """``value``, which broadcasts to ``x``, with the gradient of ``x``."""
+    return value.detach() + (x - x.detach())
+
+
 def undiscounted_returns(rewards: Tensor) -> Tensor:
     """Rewards from each token on: [P,G] paid at the last token -> [P,G,1], [P,G,T] -> [P,G,T]."""
     return rewards[..., None] if rewards.ndim == 2 else rewards.flip(-1).cumsum(-1).flip(-1)
@@ -71,9 +76,13 @@ def standardize(x: Tensor, valid: Tensor | None = None, eps: float = 0.0, ddof: 
 
 
 def whiten(x: Tensor, weight: Tensor | None = None, eps: float = 0.0, ddof: int = 0) -> Tensor:
-    """Deviations over spread of the whole batch, weighted by ``weight`` (same shape as ``x``)."""
+    """Deviations over spread of the whole batch, weighted by ``weight`` (same shape as ``x``); 0 in
+    a flat batch."""
     weight = torch.ones_like(x) if weight is None else weight.to(x.dtype).expand_as(x)
     total = weight.sum().clamp(min=1)
+    seen = x[weight > 0]
+    if not seen.numel() or bool(seen.max() <= seen.min()):
+        return torch.zeros_like(x)
     deviation = x - (x * weight).sum() / total
     variance = (deviation.square() * weight).sum() / (total - ddof).clamp(min=1)
     spread = variance.sqrt() + eps

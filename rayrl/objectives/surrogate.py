@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from rayrl.objectives.stats import by_sign, masked_mean, safe_exp
+from rayrl.objectives.stats import by_sign, masked_mean, safe_exp, with_own_gradient
 
 
 def reinforce(policy_logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -71,14 +71,16 @@ def clipped_weight(
 
 
 def geometric_mean(
-    log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, log_clip: float
+    log_ratio: Tensor, advantages: Tensor, token_weights: Tensor, *, log_clip: float
 ) -> Tensor:
-    """-A times the geometric mean of the caption's ratios, each bounded in log space on the side
-    where the advantage pushes it (GMPO, 2507.20673); the same on every token of a caption."""
+    """-A times the geometric mean of the ratios of the caption's tokens that train, each bounded in
+    log space on the side where the advantage pushes it (GMPO, 2507.20673).  Each token has the
+    value of the caption and the gradient of its own log-prob, which add up to the caption's."""
     sign = advantages.sign()
     bounded = sign * torch.minimum(sign * log_ratio, sign * log_ratio.clamp(-log_clip, log_clip))
-    mean = masked_mean(bounded.expand_as(mask), mask)[..., None]
-    return (-advantages * safe_exp(mean)).expand_as(mask)
+    bounded = bounded.expand_as(token_weights)
+    mean = masked_mean(bounded, token_weights > 0)[..., None]
+    return -advantages * safe_exp(with_own_gradient(mean, bounded))
 
 
 def soft_gate(

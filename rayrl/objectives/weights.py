@@ -66,35 +66,39 @@ def soft_sequence(
     return safe_exp(power * log_w + decay * (1 - safe_exp(log_w)))
 
 
-def length(mask: Tensor, policy_logprobs: Tensor) -> Tensor:
-    """The caption's length in tokens (LUSPO, 2602.05261)."""
-    return mask.sum(-1, keepdim=True).to(policy_logprobs.dtype)
+def length(token_weights: Tensor, policy_logprobs: Tensor) -> Tensor:
+    """The caption's length in tokens that train (LUSPO, 2602.05261)."""
+    return (token_weights > 0).sum(-1, keepdim=True).to(policy_logprobs.dtype)
 
 
 def not_stale_negative(
     policy_logprobs: Tensor,
-    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
     mask: Tensor,
     advantages: Tensor,
     *,
     stale_kl: float,
 ) -> Tensor:
     """0 for captions with A < 0 whose mean log-prob has fallen by more than ``stale_kl`` since they
-    were sampled (the off-policy sequence mask of DeepSeek-V3.2)."""
-    fallen = masked_mean(old_logprobs - policy_logprobs.detach(), mask)[..., None]
+    were sampled, in earlier updates of the step or of steps before (the off-policy sequence mask of
+    DeepSeek-V3.2)."""
+    fallen = masked_mean(rollout_logprobs - policy_logprobs.detach(), mask)[..., None]
     return 1 - ((advantages < 0) & (fallen > stale_kl)).to(policy_logprobs.dtype)
 
 
 def high_entropy(entropy: Tensor, mask: Tensor, *, entropy_share: float) -> Tensor:
     """Trains only the ``entropy_share`` of a group's tokens with the highest entropy (2506.01939),
-    scaled up by its inverse because the others stay in the denominator.  The quantile is the
-    group's, so that the result does not depend on how a minibatch is cut."""
+    scaled up to a mean of 1 because the others stay in the denominator.  The quantile is the
+    group's, so that the result does not depend on how a minibatch is cut.  Tokens of the same
+    entropy as the last one that is chosen train too: captions begin after the same prompt."""
     seen = entropy.detach().masked_fill(~mask, -torch.inf).flatten(1)
-    count = (mask.flatten(1).sum(1) * entropy_share).ceil().long().clamp(min=1)
+    tokens = mask.flatten(1).sum(1)
+    count = (tokens * entropy_share).ceil().long().clamp(min=1)
     ordered = seen.sort(dim=1, descending=True).values
     threshold = ordered.gather(1, (count - 1)[:, None])[..., None]
     chosen = (entropy.detach() >= threshold) & mask
-    return chosen.to(entropy.dtype) / entropy_share
+    scale = tokens / chosen.flatten(1).sum(1).clamp(min=1)
+    return chosen * scale[:, None, None].to(entropy.dtype)
 
 
 def forced_high_entropy(

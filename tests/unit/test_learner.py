@@ -143,6 +143,20 @@ def test_the_step_raises_the_probability_of_what_was_rewarded(tiny_folder, batch
     assert mean_logprob(True) - mean_logprob(False) > before + 0.01
 
 
+def test_controllers_see_each_update_and_the_report_their_mean(tiny_folder, batch, monkeypatch):
+    subject = learner(tiny_folder, objective="grpo", inner_epochs=3, lr=1e-2)
+    seen, control = [], subject.objective.control
+
+    def watched(state, metrics):
+        seen.append(metrics["objective/ratio_deviation"])
+        return control(state, metrics)
+
+    monkeypatch.setattr(subject.objective, "control", watched)
+    report = subject.update(batch)
+    assert seen[0] == pytest.approx(0.0, abs=1e-5)
+    assert sum(seen) / 3 == pytest.approx(report.metrics["objective/ratio_deviation"])
+
+
 def test_frozen_parts_stay_and_are_not_published_again(tiny_folder, batch):
     subject = learner(tiny_folder, trainable=("language",))
     before = parameters(subject)

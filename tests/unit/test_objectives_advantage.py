@@ -142,11 +142,13 @@ def test_a_shorter_caption_shares_only_the_prefix_that_it_has() -> None:
 
 
 def test_segment_advantages_are_differences_of_values() -> None:
-    values = tensor([[[0.6, 0.0, 0.8, 0.5, 0.0]]])
-    parts = torch.tensor([[[0, 0, 1, 2]]])
-    mask = torch.ones(1, 1, 4, dtype=torch.bool)
-    got = credit.segment_gain(tensor([[0.9]]), values, parts, mask)
-    assert_close(got, [[[0.2, 0.2, -0.3, 0.4]]])
+    # Before the first token the value is the group's mean, 0.6, whatever is given there.
+    values = tensor([[[0.0, 0.0, 0.8, 0.5, 0.0]] * 2])
+    parts = torch.tensor([[[0, 0, 1, 2]] * 2])
+    mask = torch.ones(1, 2, 4, dtype=torch.bool)
+    got = credit.segment_gain(tensor([[0.9, 0.3]]), values, parts, mask)
+    assert_close(got[0, 0], [0.2, 0.2, -0.3, 0.4])
+    assert_close(got[0, 1], [0.2, 0.2, -0.3, -0.2])
 
 
 def test_one_segment_that_starts_with_the_groups_mean_gives_the_deviation() -> None:

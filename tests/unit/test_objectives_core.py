@@ -5,6 +5,7 @@ of the population and epsilons 0 unless said."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from objectives_toy import (
     CLIP,
@@ -25,7 +26,16 @@ from objectives_toy import (
     toy_batch,
 )
 
-from rayrl.objectives import advantage, credit, mismatch, reduce, regularize, shaping, surrogate
+from rayrl.objectives import (
+    advantage,
+    credit,
+    mismatch,
+    reduce,
+    regularize,
+    shaping,
+    stats,
+    surrogate,
+)
 from rayrl.objectives.reduce import Normalizer
 
 
@@ -185,6 +195,19 @@ def test_token_baseline_of_least_variance() -> None:
     # Energies 1 - 2 p + 0.5 are 0.5 and 1.0, so the baseline is (0.5 * 1 + 1.0 * 4) / 1.5 = 3.
     got = credit.token_baseline(tensor([[1.0, 4.0]]), old, collision, mask)
     assert_close(got, [[[-2.0], [1.0]]])
+
+
+def test_token_baseline_where_all_captions_take_the_same_certain_token() -> None:
+    mask = torch.ones(1, 2, 1, dtype=torch.bool)
+    old = torch.tensor([[[-1e-8], [-1e-8]]])
+    got = credit.token_baseline(torch.tensor([[0.9, 1.1]]), old, torch.ones(1, 2, 1), mask)
+    assert got.flatten().tolist() == pytest.approx([-0.1, 0.1], abs=1e-6)
+
+
+def test_a_flat_batch_is_not_whitened_into_advantages() -> None:
+    rewards = torch.full((32, 8), 0.7)
+    assert not stats.whiten(rewards, eps=1e-8).any()
+    assert not stats.whiten(rewards, torch.zeros_like(rewards)).any()
 
 
 def test_single_formulas_of_neighbours() -> None:

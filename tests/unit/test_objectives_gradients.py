@@ -12,7 +12,7 @@ from objectives_toy import F64, LABELS, MASK, OLD, POLICY, REF, REWARDS, VALID, 
 
 from rayrl.objectives import group_loss, links, pairs, parts, regularize, scores, surrogate
 from rayrl.objectives.reduce import Normalizer
-from rayrl.objectives.stats import safe_exp
+from rayrl.objectives.stats import masked_sum, safe_exp
 
 A = (REWARDS - 0.7)[..., None]
 PAIRS = pairs.all_pairs(REWARDS, VALID, min_gap=0.0)
@@ -40,8 +40,9 @@ TOKENS: dict[str, Loss] = {
     ),
     "unclipped": of_ratio(surrogate.unclipped, advantages=A),
     "min_clip": of_ratio(surrogate.min_clip, advantages=A, **BOUNDS, dual_clip=3.0),
-    "geometric_mean": of_log_ratio(
-        surrogate.geometric_mean, advantages=A, mask=MASK, log_clip=0.22
+    # Of a caption: single tokens have its value and their own part of its gradient.
+    "geometric_mean": lambda x: masked_sum(
+        surrogate.geometric_mean(x - OLD, A, MASK, log_clip=0.22), MASK
     ),
     "soft_gate": of_ratio(surrogate.soft_gate, advantages=A, gate_positive=1.0, gate_negative=1.05),
     "linear_bound": lambda x: surrogate.linear_bound(safe_exp(x - OLD), x - OLD, A, **BOUNDS),

@@ -61,6 +61,17 @@ def test_p3o_drops_a_pair_that_has_moved_far_enough() -> None:
     assert_close(got, [0.0])
 
 
+def test_a_caption_that_is_left_out_is_of_no_best_level() -> None:
+    got = margins.favour_top(
+        tensor([[0.4, 0.0, 0.0]]),
+        tensor([[-2.0, -3.0, 0.0]]),
+        torch.tensor([[True, True, False]]),
+        beta=1.0,
+        top_factor=2.5,
+    )
+    assert float(got[0, 0, 1]) == pytest.approx(1.0)
+
+
 def test_trpa_over_five_pairs_of_three_levels() -> None:
     levels = tensor([[1.0, 2.0, 2.0, 3.0]])
     assert_close(scores.mean_over_reference(POLICY, REF, MASK), [[0.0667, -0.0167, 0.15, 0.0167]])

@@ -39,6 +39,7 @@ from rayrl.objectives import (
 )
 from rayrl.objectives.plan import part
 from rayrl.objectives.reduce import Normalizer
+from rayrl.objectives.stats import masked_mean
 
 DEVIATION = REWARDS - 0.7
 TOKENS = MASK.double()
@@ -210,6 +211,48 @@ def test_ratios_recentred_at_every_position() -> None:
     assert_close(got[0, 0], [1.1092, 0.8135, 1.2668])
 
 
+def test_positions_that_no_caption_reaches_do_not_change_the_others() -> None:
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, torch.zeros_like(x)], -1)
+
+    want = ratio.recentered(POLICY, OLD, MASK, identity)
+    got = ratio.recentered(padded(POLICY), padded(OLD), padded(MASK), identity)
+    assert_close(got[..., : POLICY.shape[-1]], want)
+
+
+def test_two_controllers_each_change_their_own_coefficient() -> None:
+    choices = {"kl_coef": 0.04, "kl_target": 0.02, "kl_horizon": 10.0}
+    choices |= {"entropy_coef": 0.01, "entropy_target": 1.0, "entropy_step": 0.005}
+    objective = preset(
+        "grpo_adaptive_kl",
+        regularizers="kl_k3+entropy_bonus",
+        control="adaptive_kl+adaptive_entropy",
+        **choices,
+    )
+    state, _ = objective.control(
+        objective.initial_state(), {"objective/kl_k3": 5.0, "objective/entropy": 0.1}
+    )
+    assert state["coefficients"]["kl_coef"] > 0.04
+    assert state["coefficients"]["entropy_coef"] > 0.01
+
+
+@pytest.mark.parametrize("name", ["sequence", "geometric_mean"])
+def test_what_weighs_a_token_of_a_caption_acts_on_that_token(name: str) -> None:
+    policy = POLICY.clone().requires_grad_()
+    trained = MASK.clone()
+    trained[..., 0] = False
+    if name == "sequence":
+        losses = ratio.sequence(policy, OLD, trained).exp()
+    else:
+        ones = torch.ones_like(POLICY[..., :1])
+        losses = -surrogate.geometric_mean(policy - OLD, ones, trained, log_clip=9.0)
+    mean = masked_mean(POLICY - OLD, trained)[..., None].exp()
+    assert_close(losses.detach()[trained], mean.expand_as(POLICY)[trained])
+    factors = torch.arange(1.0, POLICY.numel() + 1, dtype=F64).view(POLICY.shape) * trained
+    (losses * factors).sum().backward()
+    assert_close(policy.grad, mean * factors)
+
+
 def test_a_linear_bound_lies_below_the_ratio() -> None:
     a, moved = tensor([0.5252]), tensor([0.25])
     got = surrogate.linear_bound(moved.exp(), moved, a, 0.8, 1.2)
@@ -230,6 +273,10 @@ def test_length_entropy_and_staleness_factors() -> None:
     mask = torch.tensor([[[True, True], [True, True], [True, False]]])
     got = weights.high_entropy(entropy, mask, entropy_share=0.4)
     assert_close(got, [[[0.0, 2.5], [2.5, 0.0], [0.0, 0.0]]])
+    # Four tie for two places: all train, and the mean over the tokens stays 1.
+    tied = tensor([[[0.5, 0.1]] * 4])
+    got = weights.high_entropy(tied, torch.ones_like(tied).bool(), entropy_share=0.25)
+    assert_close(got, [[[2.0, 0.0]] * 4])
     got = weights.not_stale_negative(
         OLD - 0.6, OLD, MASK, tensor([[[-1.0], [1.0], [-1.0], [1.0]]]), stale_kl=0.5
     )

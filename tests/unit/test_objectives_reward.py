@@ -245,6 +245,10 @@ def test_length_counts_once_a_group_is_good() -> None:
         labels, lengths, labels, VALID.expand(2, 4), length_weight=0.2, good_share=0.5
     )
     assert_close(got, [[0.0, 0.0, 0.9462, 0.8538], [0.0, 0.0, 0.0, 0.0]])
+    none = shaping.shorten_good_groups(
+        labels, lengths, labels, VALID.expand(2, 4), length_weight=0.2, good_share=0.0
+    )
+    assert_close(none, labels)
 
 
 def test_a_reward_model_as_the_only_term() -> None:
@@ -277,6 +281,13 @@ def test_diversity_bonus_goes_to_the_caption_that_differs() -> None:
     # Eigenvalues 2, 1, 0 give -log(sqrt 2 / (1 + sqrt 2)) / log 3.
     assert whole == pytest.approx(math.log((1 + math.sqrt(2)) / math.sqrt(2)) / math.log(3))
     assert_close(bonus, [[whole - 1.0, whole - 1.0, whole]])
+    # A place without a caption changes nothing.
+    padded = torch.ones(1, 4, 4, dtype=F64)
+    padded[0, :3, :3] = same
+    valid = torch.tensor([[True, True, True, False]])
+    again = shaping.diversity_bonus(torch.zeros(1, 4, dtype=F64), padded, valid, diversity_coef=1.0)
+    assert_close(again[:, :3], bonus)
+    assert float(again[0, 3]) == 0.0
 
 
 def test_rewards_normalised_by_all_batches_before() -> None:
