@@ -40,7 +40,7 @@ from rayrl.resume import goes_on, open_run_folder
 from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
 from rayrl.rollout_metrics import SAMPLED_GROUPS, group_metrics, sample_records, summarize
 from rayrl.rounds import Rounds
-from rayrl.saving import SavedWhereItFails, is_due, restore, save
+from rayrl.saving import SavedWhereItFails, close, is_due, restore, save
 from rayrl.skipped import Skipped
 from rayrl.stage1 import Snapshot, run_stage1
 from rayrl.types import StepReport
@@ -85,7 +85,7 @@ def train(run: Run, start: int) -> int:
     """
     steps, ahead = run.config.train.steps, run.config.train.max_staleness
     pending: list[Pending] = []
-    version, started = start, time.perf_counter()
+    version, started = start, run.fleet.begin_step()
     _send(run, pending, version)
     while version < steps and not run.stop.requested:
         if ahead == 0:
@@ -116,7 +116,7 @@ def train(run: Run, start: int) -> int:
         metrics["captions_per_second"] = drawn.num_captions / (time.perf_counter() - started)
         last = version == steps or run.stop.requested
         _log(run, report, metrics, drawn.results, last=last)
-        started = time.perf_counter()
+        started = run.fleet.begin_step()
         # Before the checkpoint is written, which then keeps no worker waiting.
         _send(run, pending, version)
         run.skipped.check(report, run.learner.replay)
@@ -257,11 +257,7 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
             with run.stop.listening(run.log.message):
                 return _train_and_report(run, snapshots, resume=resume)
         finally:
-            run.log.attempt("trace.json", run.tracer.close)
-            run.fleet.shutdown()
-            run.learner.shutdown()
-            run.backup.close()
-            run.log.close()
+            close(run)
     finally:
         if local:
             ray.shutdown()
@@ -322,6 +318,7 @@ def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) 
     """Score stage 1, train, score a control that got more of stage 1, and write it all up."""
     curve = XeCurve(run.config, run.folder, run.fleet, run.heldout, run.log.message)
     if resume:
+        run.learner.wait()  # vLLM takes what another process gets meanwhile for its own
         run.fleet.sleep()  # an engine on the learner's GPU, which needs room for all that is read
         start = restore(run)
     else:
@@ -339,7 +336,8 @@ def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) 
     finished = end == run.config.train.steps
     summary = {**summarize(run.config, run.log.history()), "signatures": dict(run.signatures)}
     write_summary(run.folder, summary)
-    if finished and run.config.xe.control and run.config.xe.steps:
+    if finished and run.config.xe.control and run.config.xe.steps and not run.stop.requested:
+        write_report(run.folder)  # in case that the control does not come to its end
         seconds = sum(summary["seconds_by_phase"].values()) - summary["seconds_by_phase"]["eval"]
         run.log.attempt("trace.json", run.tracer.collect)
         run.learner.shutdown()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class StopRequest:
@@ -15,6 +16,19 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside the block, which has no steps to end after, the first signal interrupts, either of
+        them as Ctrl-C does by itself; whoever takes SIGINT over inside gets both."""
+
+        def interrupt(_number: int, _frame: FrameType | None) -> None:
+            self.requested = True
+            signal.raise_signal(signal.SIGINT)
+
+        handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: interrupt}
+        with _handled(handlers):
+            yield
 
     @contextmanager
     def listening(self, say: Callable[[str], None]) -> Iterator[None]:
@@ -26,13 +40,19 @@ class StopRequest:
             self.requested = True
             say("stopping after this step; once more to stop at once")
 
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.signal(number, handle) for number in numbers}
-        try:
+        with _handled({signal.SIGINT: handle, signal.SIGTERM: handle}):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+
+
+@contextmanager
+def _handled(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    """Handle signals so inside the block."""
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

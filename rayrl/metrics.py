@@ -69,7 +69,7 @@ class StepSink(Protocol):
 class RunLog:
     """The log of one run folder; ``also`` hears of each step too.
 
-    ``scores`` are the held-out ones so far, by step.
+    ``scores`` are the held-out ones so far, by step; ``last_step`` is the newest that was logged.
 
     ``resume_from=k`` continues after step k: what the run before wrote between its last
     checkpoint and its end is dropped.  Without it the log starts empty.
@@ -94,7 +94,7 @@ class RunLog:
             self._files[name] = JsonlFile(folder / name)
         self._refused: set[str] = set()
         self.scores = scores_of(self.history())
-        self._total, self._last_step = total_steps, keep
+        self._total, self.last_step = total_steps, keep
         self._sinks = [*also, *([TensorBoard(folder)] if tensorboard else [])]
         self._clock = clock
         self._started: tuple[int, float] | None = None
@@ -105,9 +105,9 @@ class RunLog:
 
         Raises ValueError for a step that is not after the last one.
         """
-        if step <= self._last_step:
-            raise ValueError(f"step {step} after step {self._last_step}: steps only go up")
-        self._last_step = step
+        if step <= self.last_step:
+            raise ValueError(f"step {step} after step {self.last_step}: steps only go up")
+        self.last_step = step
         now = self._clock()
         row = {"step": step, "time": now, **metrics}
         self.attempt(_METRICS, lambda: self._files[_METRICS].append([row]))

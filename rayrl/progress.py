@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Protocol
 
 from rich.console import Console
@@ -81,14 +82,22 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def show(write: Callable[[], None]) -> None:
+    """Write to standard output, if that can be: a full disk under a job's log, or a reader that
+    went away, is no reason to end a run.  Nor is a signal in the middle of another line, whose
+    handler may not write."""
+    with suppress(OSError, RuntimeError):
+        write()
+
+
 class PlainProgress:
     """One line a step, flushed, for logs and pipes."""
 
     def update(self, fraction: float, text: str, *, stay: bool) -> None:
-        print(text, flush=True)
+        show(lambda: print(text, flush=True))
 
     def stay(self, text: str) -> None:
-        print(text, flush=True)
+        show(lambda: print(text, flush=True))
 
     def close(self) -> None:
         pass
@@ -110,14 +119,14 @@ class TerminalProgress:
         self._pending = Text() if stay else line
         row = Table.grid(padding=(0, 1))
         row.add_row(ProgressBar(total=1.0, completed=fraction, width=16), line)
-        self._live.update(row)
+        show(lambda: self._live.update(row))
 
     def stay(self, text: str) -> None:
         # Text, not a string: captions and paths are not rich markup.
-        self._console.print(Text(text))
+        show(lambda: self._console.print(Text(text)))
 
     def close(self) -> None:
         if self._live.is_started:
-            self._live.stop()
+            show(self._live.stop)
             if self._pending:
-                self._console.print(self._pending)
+                show(lambda: self._console.print(self._pending))

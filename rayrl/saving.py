@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,8 @@ class SavedWhereItFails:
         run = self._run
         if not isinstance(error, Exception):
             return False
-        if run.unlogged is not None:
+        # Not once more where its own row was what failed.
+        if run.unlogged is not None and run.unlogged[0] > run.log.last_step:
             run.log.step(*run.unlogged)
         if run.saved_step != run.learner.step and not (run.learner.lost or run.learner.midway):
             save(run, last=True)
@@ -85,6 +87,17 @@ class SavedWhereItFails:
             return False
         run.log.message(f"saved step {run.saved_step}: go on with --resume")
         return isinstance(error, TooFewWorkers) and run.stop.requested
+
+
+def close(run: Run) -> None:
+    """End all parts of a run, each of them whatever becomes of those before it."""
+    with ExitStack() as ends:
+        # The last one first.
+        ends.callback(run.log.close)
+        ends.callback(run.backup.close)
+        ends.callback(run.learner.shutdown)
+        ends.callback(run.fleet.shutdown)
+        ends.callback(run.log.attempt, "trace.json", run.tracer.close)
 
 
 def _write(run: Run, checkpoint: Checkpoint) -> Path:

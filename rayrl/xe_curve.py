@@ -42,11 +42,12 @@ class XeCurve:
         more of cross-entropy; and of what came before into ``xe_baseline.jsonl``.  Nothing, and the
         reason is said, where it fails: what it would be compared with is there.
 
-        It trains where the learner did, so that must have ended, and on no more workers; once
-        ``stop`` is requested it waits for no room."""
+        It trains where the learner did, so that must have ended, and on no more workers.  A signal
+        that ``stop`` listens to ends it at once."""
         self.say(f"control: cross-entropy for {seconds:.0f} s more")
         try:
-            return {"cider_d_xe_control": self._control(stage1, seconds, stop)}
+            with stop.at_once():
+                return {"cider_d_xe_control": self._control(stage1, seconds, stop)}
         except (*FAILURES, KeyboardInterrupt) as error:
             self.say(f"there is no control: {error}")
             shutil.rmtree(self._place, ignore_errors=True)

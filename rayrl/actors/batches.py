@@ -15,9 +15,10 @@ from contextlib import suppress
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 
 from rayrl.actors.losses import LOST
-from rayrl.actors.pending import Calls, Pending, Share, late_ones, no_answer, split
+from rayrl.actors.pending import Calls, Pending, Share, no_answer, split
 from rayrl.actors.pool import Pool
 from rayrl.actors.versions import Versions
 from rayrl.config import Config
@@ -53,6 +54,7 @@ class Batches:
             greedy_baseline=greedy_baseline,
         )
         self.calls = Calls(config.rollout.timeout_s)
+        self._scoring = Calls(config.train.reward_timeout_s)
         self._staged: dict[str, tuple[list[Prompt], Any]] = {}
 
     def stage(self, prompts: Sequence[Prompt]) -> None:
@@ -100,10 +102,9 @@ class Batches:
 
     def collect(self, pending: Pending) -> list[Scored]:
         """What became of each part, in order.  Lost groups are sampled or scored again."""
-        limit_s = self._config.train.reward_timeout_s
+        limit_s = self._scoring.limit_s
         waiting = [share for share in pending.shares if share.result is None]
-        refs = [share.scored for share in waiting]
-        late = {waiting[i].index for i in late_ones(refs, limit_s)}
+        late = {waiting[i].index for i in self._scoring.late([s.scored for s in waiting])}
         self._fetch_scored(pending)
         scored = []
         for share in pending.shares:
@@ -112,6 +113,7 @@ class Batches:
                 share.result = self._scored(share, pending, left_s)
             scored.append(share.result)
             self.calls.forget(share.rollout)
+            self._scoring.forget(share.scored)
         return scored
 
     def _reference(self, prompts: list[Prompt]) -> Any:
@@ -138,10 +140,12 @@ class Batches:
     def _send_to_score(self, share: Share, pending: Pending) -> None:
         scorers = self._reward.wait()
         share.scorer = scorers[(pending.step + share.index) % len(scorers)]
+        self._scoring.forget(share.scored)
         share.scored_sent = time.monotonic()
         share.scored = share.scorer.actor.score_part.remote(
             share.prompts, share.rollout, pending.df, max(0, SIMILARITY_GROUPS - share.first)
         )
+        self._scoring.add(share.scored, share.scorer.number)
 
     def _fetch_scored(self, pending: Pending) -> None:
         """Fetch the parts that are scored by now: the last ones are then all that is waited for."""
@@ -160,8 +164,10 @@ class Batches:
                 scored: Scored = ray.get(share.scored, timeout=limit_s)
                 return scored
             except LOST as error:
-                limit_s = self._config.train.reward_timeout_s
-                self._recover(share, pending, error)
+                limit_s = self._scoring.limit_s
+                late = isinstance(error, GetTimeoutError)
+                cause = no_answer(limit_s, "train.reward_timeout_s") if late else error
+                self._recover(share, pending, cause)
                 # It may have been given to a worker that hangs.
                 self._wait_sampled([share], pending)
 
@@ -184,7 +190,8 @@ class Batches:
         """Wait until shares are sampled, by other workers where some do not answer in time."""
         while late := self.calls.late([share.rollout for share in shares], meanwhile):
             for i in late:
-                self._sample_again(shares[i], pending, no_answer(self.calls.limit_s))
+                cause = no_answer(self.calls.limit_s, "rollout.timeout_s")
+                self._sample_again(shares[i], pending, cause)
 
     def _sample_again(self, share: Share, pending: Pending, cause: Exception) -> None:
         self.calls.forget(share.rollout)

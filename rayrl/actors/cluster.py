@@ -138,6 +138,13 @@ def xe_cpus(config: Config) -> float:
 
 
 def gpus_of(config: Config) -> float:
-    """GPUs without which a run cannot begin."""
-    learner, rollout = config.learner, config.rollout
-    return learner.num_workers * learner.gpus + rollout.min_workers * rollout.gpus
+    """GPUs without which a run cannot begin: of the learner, engines and reward terms together, or
+    of cross-entropy before them."""
+    learner, rollout, train = config.learner, config.rollout, config.train
+    computing = learner.num_workers * learner.gpus + rollout.min_workers * rollout.gpus
+    if rollout.colocate:
+        computing = 1.0  # a placement group's, whole
+    # A reward worker is enough to go on.
+    terms = sum(asked["num_gpus"] for asked in placements(config.reward).values())
+    xe = config.xe.num_workers if config.xe.steps and learner.gpus else 0
+    return max(computing + min(1, train.reward_workers) * terms, float(xe))

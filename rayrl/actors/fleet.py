@@ -5,6 +5,7 @@ Batches go through them in :mod:`rayrl.actors.batches`.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from rayrl.scaling import WINDOW, StepTimes, wanted_workers
 from rayrl.shares import Parts
 from rayrl.types import Completion, Prompt
 from rayrl.weights import ModelFiles, Weights, without_weights
+
+log = logging.getLogger(__name__)
 
 
 class Fleet:
@@ -68,15 +71,20 @@ class Fleet:
             learner.alone = self._aside
         self._recent: list[StepTimes] = []
         self._term_s: dict[str, float] = {}
+        self._complete_at = time.monotonic()
+        self.begin_step()
+
+    def begin_step(self) -> float:
+        """Begin to measure a step, and return when that is (time.perf_counter): start-up and
+        evaluations, in which workers do other things, say nothing of how many sampling wants."""
         self._step_began, self._waited, self._sampling_s = time.perf_counter(), 0.0, 0.0
+        return self._step_began
 
     def adapt(self) -> None:
         """End a step: grow or shrink by what the last ones measured."""
-        now = time.perf_counter()
-        seconds = now - self._step_began
+        seconds = time.perf_counter() - self._step_began
         times = StepTimes(seconds=seconds, waited=self._waited, sampling=self._sampling_s)
-        self._step_began, self._waited, self._sampling_s = now, 0.0, 0.0
-        self._rollout.admit()
+        self._take_what_came()
         # Steps of a pool that is changing say nothing of it.
         self._recent = [*self._recent, times][-WINDOW:] if self._rollout.settled else []
         most = self._config.rollout.max_workers
@@ -91,6 +99,25 @@ class Fleet:
         if wanted != self._rollout.wanted:
             self._recent = []
         self._rollout.resize(wanted)
+
+    def _take_what_came(self) -> None:
+        """Want no more workers than there are once the others did not come for too long: a pool
+        that waits for them measures nothing, and would neither grow nor shrink any more."""
+        ready, now = len(self._rollout.admit()), time.monotonic()
+        limit_s, wanted = self._config.rollout.start_timeout_s, self._rollout.wanted
+        if self._rollout.settled:
+            self._complete_at = now
+        elif now - self._complete_at > limit_s and ready >= self._config.rollout.min_workers:
+            log.warning(
+                "%d of %d rollout workers did not come within %g s (rollout.start_timeout_s); "
+                "going on with %d",
+                wanted - ready,
+                wanted,
+                limit_s,
+                ready,
+            )
+            self._rollout.resize(ready)
+            self._complete_at = now
 
     def heed(self, stop: StopRequest) -> None:
         """Wait for no worker any more once ``stop`` is requested."""
@@ -117,27 +144,34 @@ class Fleet:
         """Have an engine that shares the learner's GPU leave it, until it gets the next version."""
         if not self._config.rollout.colocate:
             return
-        self._rollout.wait()
-        level = self._config.sleep_level
-        workers = self._rollout.constructed
+        while True:
+            self._rollout.wait()
+            # One that was lost on its way to sleep is replaced, and the other one is awake.
+            if self._put_to_sleep():
+                return
+
+    def _put_to_sleep(self) -> bool:
+        """Have every engine that is there leave the GPU; returns whether each of them did."""
+        level, workers = self._config.sleep_level, self._rollout.constructed
         calls = [Call(worker, worker.actor.sleep.remote(level)) for worker in workers]
         self._versions.answers(self._rollout, calls)
         self._asleep = True
+        return all(worker in self._rollout.constructed for worker in workers)
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """While entered, an engine that shares the learner's GPU has left it; where it was there it
-        comes back with the version that it had, if any."""
+        comes back with the version that it had, if any.  It waits for no engine: one that is begun
+        may be waiting for the learner's weights."""
         was_there = not self._asleep
         if was_there:
-            self.sleep()
-        try:
-            yield
-        finally:
-            if was_there and self._versions.published:
+            self._put_to_sleep()
+        yield
+        if was_there:
+            if self._versions.published:
                 for worker in self._rollout.constructed:
                     self._versions.load(worker, self._versions.newest)
-                self._asleep = False
+            self._asleep = False
 
     def send(self, version: int, source: Source) -> bool:
         """Have every rollout worker hold the learner's weights, which are ``version``, without
@@ -214,7 +248,7 @@ class Fleet:
         return {
             f"{kind} {worker.number}": worker.actor
             for kind, pool in pools.items()
-            for worker in pool.admit()
+            for worker in pool.ready
         }
 
     def gauges(self, pending: Sequence[Pending]) -> dict[str, float]:
@@ -249,7 +283,7 @@ class Fleet:
                 worker, ref = sent[i]
                 try:
                     if calls.late([ref]):
-                        raise GetTimeoutError(str(no_answer(calls.limit_s)))
+                        raise GetTimeoutError(str(no_answer(calls.limit_s, "rollout.timeout_s")))
                     captions += ray.get(ref)
                     break
                 except LOST as error:

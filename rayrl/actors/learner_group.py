@@ -177,6 +177,10 @@ class LearnerGroup:
         rebuilt: the groups of steps before it are kept while their weights may be asked for."""
         self._history.saved(folder)
 
+    def wait(self) -> None:
+        """Wait until the ranks are constructed."""
+        self._surely(self._wait_until_built)
+
     def workers(self) -> dict[str, Any]:
         """The ranks by name."""
         return {f"learner {rank}": actor for rank, actor in enumerate(self._ranks)}
@@ -217,7 +221,6 @@ class LearnerGroup:
             try:
                 if self.lost:
                     self._rebuild(*self._history.way())
-                    self.lost = False
                 return call()
             except (RankLost, ObjectLostError) as error:
                 # A result is lost with its node, and so is the rank that made it.
@@ -233,6 +236,8 @@ class LearnerGroup:
             if origin is not None:
                 self._call("restore", ray.put(shipped(load_checkpoint(origin))))
             self._repeat(since)
+            # An engine that comes back may want its weights.
+            self.lost = False
 
     def _repeat(self, updates: Sequence[Update]) -> None:
         for parts in updates:

@@ -111,5 +111,6 @@ class Calls:
         ]
 
 
-def no_answer(limit_s: float) -> TimeoutError:
-    return TimeoutError(f"no answer within {limit_s:g} s")
+def no_answer(limit_s: float, key: str) -> TimeoutError:
+    """What ``key`` of the configuration allows has passed."""
+    return TimeoutError(f"no answer within {limit_s:g} s ({key})")

@@ -44,18 +44,20 @@ class RestartBudget:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._first_cause: Exception | None = None
+        self._first = ""
         self.spent = 0
 
     def spend(self, what: str, cause: Exception) -> None:
         """Count one loss; TooManyLost, from the first cause, when there were too many."""
         # Where it was raised there may be gigabytes in hand.
         self._first_cause = self._first_cause or cause.with_traceback(None)
+        self._first = self._first or f"{what}: {_first_line(cause)}"
         self.spent += 1
         log.warning("%s: %s", what, _first_line(cause))
         if self.spent > self._limit:
             raise TooManyLost(
                 f"{self.spent} workers were lost, rollout.max_restarts allows {self._limit}; "
-                f"the first cause: {_first_line(self._first_cause)}"
+                f"the first cause: {self._first}"
             ) from self._first_cause
 
 
@@ -117,6 +119,11 @@ class Pool:
         return [*self._ready, *(worker for worker in self._starting if worker.constructed)]
 
     @property
+    def ready(self) -> list[Worker]:
+        """Those that were admitted until now."""
+        return list(self._ready)
+
+    @property
     def settled(self) -> bool:
         """Whether all wanted workers are ready."""
         return len(self._ready) == self.wanted
@@ -170,6 +177,8 @@ class Pool:
             return
         log.warning("%s %d is prepared again: %s", self._name, worker.number, _first_line(cause))
         due = self._prepare(worker.actor, cause)
+        if worker not in self.constructed:
+            return  # lost while the learner made again what it is to get
         state = self._ready if worker in self._ready else self._starting
         state.remove(worker)
         again = replace(worker, due=due, renewed=worker.renewed + 1)
@@ -238,7 +247,10 @@ class Pool:
 
     def _situation(self) -> str:
         pulling = any(worker.constructed for worker in self._starting)
-        missing = shortage(self._size.asked, ray.cluster_resources(), ray.available_resources())
+        total, free = ray.cluster_resources(), ray.available_resources()
+        missing = shortage(self._size.asked, total, free)
+        if all(total.get(name, 0.0) >= amount for name, amount in self._size.asked.items()):
+            missing += ", unless it has what it asks for and is still being constructed"
         return (
             f"{len(self._ready)} {self._name}s are ready, want at least {self._size.minimum}: "
             f"{'one pulls its weights' if pulling else missing}"

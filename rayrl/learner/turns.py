@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from rayrl.learner.masters import Masters
+
+log = logging.getLogger(__name__)
 
 
 class TakesTurns:
@@ -62,7 +66,26 @@ class TakesTurns:
         if value.device.type == "cpu":
             return value
         if key not in self._places:
-            place = self._places[key] = torch.empty_like(value, device="cpu")
-            # PyTorch's own pinned memory comes in powers of two, nearly twice as much.
-            torch.cuda.cudart().cudaHostRegister(place.data_ptr(), place.nbytes, 0)
+            self._places[key] = _pinned_like(value)
         return self._places[key].copy_(value, non_blocking=True)
+
+
+def _forget_error(device: torch.device) -> None:
+    """Have CUDA tell of the last error, and with that forget it: launching any kernel asks."""
+    with suppress(RuntimeError):
+        torch.ones(1, device=device)
+
+
+def _pinned_like(value: torch.Tensor) -> torch.Tensor:
+    """Memory of the host for the values of a tensor: pinned where the system allows that."""
+    place = torch.empty_like(value, device="cpu")
+    # PyTorch's own pinned memory comes in powers of two, nearly twice as much.
+    cudart = torch.cuda.cudart()
+    if place.nbytes and int(cudart.cudaHostRegister(place.data_ptr(), place.nbytes, 0)):
+        # CUDA keeps an error until somebody asks, who would be the next kernel.
+        _forget_error(value.device)
+        log.warning(
+            "%d bytes of host memory cannot be pinned; copies to and from the GPU are slower",
+            place.nbytes,
+        )
+    return place

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
-from rayrl.actors import pending
-from rayrl.actors.pending import Calls
+import pytest
+from ray.exceptions import GetTimeoutError
+
+from rayrl.actors import batches, pending
+from rayrl.actors.batches import Batches
+from rayrl.actors.pending import Calls, Pending, Share
+from rayrl.config import Config
 
 NEVER = float("inf")
 
@@ -18,7 +24,7 @@ class World:
         monkeypatch.setattr(pending.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(pending.ray, "wait", self._wait)
 
-    def _wait(self, refs, *, timeout, num_returns=1, fetch_local):
+    def _wait(self, refs, *, timeout, num_returns=1, fetch_local=True):
         assert refs and num_returns <= len(refs) and timeout >= 0.0
         self.now += 1e-5
         timeout = int(timeout * 1000) / 1000  # as Ray has it
@@ -70,3 +76,49 @@ def test_what_is_forgotten_is_not_waited_for(monkeypatch):
     made = calls({"old": 0, "new": 0})
     made.forget("old")
     assert made.late(["new"]) == []
+
+
+def test_parts_that_one_reward_worker_scores_in_turn_have_the_limit_each(monkeypatch):
+    limit_s = Config().train.reward_timeout_s
+    parts = [f"part {i}" for i in range(4)]
+    scored = {part: 0.8 * limit_s * (i + 1) for i, part in enumerate(parts)}
+    world = World(monkeypatch, scored)
+    monkeypatch.setattr(batches.ray, "get", lambda refs, timeout=None: refs)
+    reward = SimpleNamespace(lost=MagicMock())
+    subject = Batches(Config(), None, reward, None, greedy_baseline=False)
+    shares = [Share(index=i, first=i, requests=[], prompts=None) for i in range(4)]
+    for share, part in zip(shares, parts, strict=True):
+        share.scored = part
+        subject._scoring.add(part, 0)
+    results = subject.collect(Pending(step=0, version=0, shares=shares))
+    assert results == parts
+    assert world.now == pytest.approx(100.0 + 3.2 * limit_s, abs=1e-2)
+    reward.lost.assert_not_called()
+
+
+def test_a_reward_worker_that_answers_nothing_is_lost_for_a_limit_that_is_named(monkeypatch):
+    limit_s = Config().train.reward_timeout_s
+    world = World(monkeypatch, {"hung": NEVER, "again": 2 * limit_s})
+
+    def get(ref, timeout=None):
+        if isinstance(ref, list):
+            return [get(one) for one in ref]
+        if ref != "groups" and world.answered[ref] > world.now:
+            raise GetTimeoutError("Get timed out: some object(s) not ready.")
+        return ref
+
+    monkeypatch.setattr(batches.ray, "get", get)
+    reward = SimpleNamespace(lost=MagicMock())
+    subject = Batches(Config(), None, reward, None, greedy_baseline=False)
+    share = Share(index=0, first=0, requests=[], prompts=None, rollout="groups", scored="hung")
+    subject._scoring.add("hung", 0)
+
+    def send(share, pending):
+        world.now += 2 * limit_s
+        share.scored = "again"
+
+    monkeypatch.setattr(subject, "_send_to_score", send)
+    monkeypatch.setattr(subject, "_wait_sampled", lambda *arguments: None)
+    assert subject.collect(Pending(step=0, version=0, shares=[share])) == ["again"]
+    (_, cause), _ = reward.lost.call_args
+    assert str(cause) == f"no answer within {limit_s:g} s (train.reward_timeout_s)"

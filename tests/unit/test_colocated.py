@@ -19,6 +19,7 @@ from rayrl.buckets import fill
 from rayrl.config import Config, EngineConfig
 from rayrl.engine.base import EngineSetup, make_engine
 from rayrl.engine.vllm import VllmEngine
+from rayrl.learner import turns
 from rayrl.learner.turns import TakesTurns
 from rayrl.transport import TransferFailed
 from rayrl.vlm import load_captioner
@@ -28,6 +29,12 @@ from tests.unit.test_learner import batch, learner, parameters
 __all__ = ["batch"]
 
 VALUES = {"a": torch.arange(4.0)}
+COLOCATED = {
+    "rollout": {"colocate": True, "gpus": 0.4},
+    "learner": {"gpus": 0.6},
+    "xe": {"control": False},
+}
+CLIP = {"terms": {"cider_d": 1.0, "clip": {"kind": "clip_score", "folder": "clip", "gpus": 0.25}}}
 FILES = {"config.json": np.frombuffer(b"{}", np.uint8)}
 
 
@@ -143,7 +150,7 @@ def test_a_worker_whose_gpu_fails_it_is_lost_and_no_error_of_the_run(worker):
     # As the driver sees it.
     seen = RayTaskError("greedy", "trace", raised.value).as_instanceof_cause()
     assert isinstance(seen, LOST)
-    with pytest.raises(TooManyLost, match="first cause: its GPU failed it: CUDA error: unspecif"):
+    with pytest.raises(TooManyLost, match=r"first cause: rollout worker 0 .*: its GPU failed"):
         RestartBudget(0).spend("rollout worker 0 was lost and is replaced", seen)
     # Of these the next worker would fail too.
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("size mismatch")):
@@ -259,8 +266,7 @@ def test_what_an_update_alone_needs_moves_and_the_model_stays(tiny_folder, batch
 def test_a_machine_without_the_gpus_that_are_asked_for_is_refused_at_once(
     monkeypatch, have, refused
 ):
-    shares = {"rollout": {"colocate": True, "gpus": 0.4}, "learner": {"gpus": 0.6}}
-    config = Config.model_validate({**shares, "xe": {"control": False}})
+    config = Config.model_validate(COLOCATED)
     calls = []
     fake = SimpleNamespace(
         is_initialized=lambda: False,
@@ -284,3 +290,31 @@ def test_vllm_for_gpus_is_not_started_where_there_is_none(monkeypatch, tiny_fold
     config = EngineConfig(backend="vllm")
     with pytest.raises(ValueError, match=r"build is for GPUs.*want rollout\.gpus, or backend hf"):
         make_engine(EngineSetup(folder=tiny_folder, config=config, group_size=2))
+
+
+@pytest.mark.parametrize(
+    ("sections", "gpus"),
+    [
+        ({"learner": {"gpus": 1}, "rollout": {"gpus": 1}}, 2.0),
+        ({"learner": {"gpus": 1}, "rollout": {"gpus": 1}, "reward": CLIP}, 2.25),
+        (COLOCATED | {"reward": CLIP}, 1.25),
+        ({"learner": {"gpus": 1}, "xe": {"num_workers": 4, "steps": 1}}, 4.0),
+        ({"xe": {"num_workers": 4, "steps": 1}}, 0.0),
+    ],
+)
+def test_a_run_knows_before_it_begins_what_its_terms_and_stage_1_ask_for(sections, gpus):
+    assert cluster.gpus_of(Config.model_validate(sections)) == pytest.approx(gpus)
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, caplog):
+    asked, cleared = [], []
+    cudart = SimpleNamespace(cudaHostRegister=lambda *arguments: asked.append(arguments) or 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(turns, "_forget_error", cleared.append)
+    value = torch.arange(6.0)
+    place = turns._pinned_like(value)
+    assert asked == [(place.data_ptr(), 24, 0)]
+    assert cleared == [value.device]
+    assert "24 bytes of host memory cannot be pinned" in caplog.text
+    assert turns._pinned_like(torch.empty(0)).shape == (0,)
+    assert len(asked) == 1

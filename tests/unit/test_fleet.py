@@ -67,3 +67,104 @@ def test_reward_workers_are_beside_the_learner_where_its_place_is_known(
     first, *others = (given["scheduling_strategy"] for given in options)
     assert (first.node_id, first.soft) == (node, True)
     assert others == ["DEFAULT", "DEFAULT"]
+
+
+ASYNCHRONOUS = {"train": {"max_staleness": 1}}
+COLOCATED = {
+    "learner": {"gpus": 0.5},
+    "rollout": {"colocate": True, "gpus": 0.5, "num_workers": 1, "max_workers": 1},
+    "xe": {"steps": 0},
+}
+
+
+def made(monkeypatch: pytest.MonkeyPatch, pool: Any, config: dict[str, Any]) -> fleet.Fleet:
+    """A fleet on a stand-in for its pool of rollout workers."""
+    monkeypatch.setattr(fleet.ray, "put", lambda value: value)
+    for name in ("rollout_pool", "reward_pool"):
+        monkeypatch.setattr(fleet, name, lambda *arguments, **options: pool)
+    checked = Config.model_validate(config)
+    return fleet.Fleet(checked, {}, Statistics(), RestartBudget(0), greedy_baseline=False)
+
+
+class Clock(SimpleNamespace):
+    """Stands still unless it is moved."""
+
+    def __init__(self) -> None:
+        super().__init__(now=0.0)
+        self.perf_counter = self.monotonic = lambda: self.now
+
+
+def test_start_up_and_evaluations_do_not_pass_for_work_that_hides_sampling(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four workers, of which the learner needs four: it takes 10 s, they 40 all together."""
+    clock, wanted = Clock(), []
+    monkeypatch.setattr(fleet, "time", clock)
+    pool = SimpleNamespace(wanted=4, settled=True, admit=list, resize=wanted.append)
+    rollout = {"num_workers": 4, "min_workers": 1, "max_workers": 4}
+    subject = made(monkeypatch, pool, ASYNCHRONOUS | {"rollout": rollout})
+    clock.now += 300.0
+    for _ in range(8):
+        began = subject.begin_step()
+        assert began == clock.now
+        clock.now += 10.0
+        subject._sampling_s += 40.0
+        subject.adapt()
+        clock.now += 60.0
+    assert wanted == [4] * 8
+
+
+def test_workers_that_do_not_come_are_wanted_no_more_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, pool = Clock(), SimpleNamespace(wanted=4, settled=False, admit=lambda: [None] * 3)
+    pool.resize = lambda wanted: setattr(pool, "wanted", wanted)
+    monkeypatch.setattr(fleet, "time", clock)
+    rollout = {"num_workers": 4, "min_workers": 2, "max_workers": 4, "start_timeout_s": 600.0}
+    subject = made(monkeypatch, pool, ASYNCHRONOUS | {"rollout": rollout})
+    for seconds, wanted in ((500.0, 4), (200.0, 3)):
+        clock.now += seconds
+        subject.begin_step()
+        subject.adapt()
+        assert pool.wanted == wanted
+    assert "1 of 4 rollout workers did not come within 600 s (rollout.start_timeout_s)" in (
+        caplog.text
+    )
+
+
+def test_an_engine_that_is_lost_on_its_way_to_sleep_is_waited_for_and_sleeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers = [SimpleNamespace(actor=MagicMock(), name=name) for name in ("first", "second")]
+    asleep: list[str] = []
+    pool = SimpleNamespace(constructed=workers[:1], wait=lambda: None, admit=list)
+    subject = made(monkeypatch, pool, COLOCATED)
+
+    def answers(pool: Any, calls: Any) -> None:
+        asleep.extend(call.worker.name for call in calls)
+        pool.constructed = workers[1:]
+
+    monkeypatch.setattr(subject._versions, "answers", answers)
+    subject.sleep()
+    assert asleep == ["first", "second"]
+
+
+def test_the_learner_is_built_anew_without_waiting_for_an_engine_that_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits = MagicMock()
+    worker = SimpleNamespace(actor=MagicMock())
+    pool = SimpleNamespace(constructed=[worker], wait=waits, admit=list)
+    subject = made(monkeypatch, pool, COLOCATED)
+    loads = MagicMock()
+    monkeypatch.setattr(subject._versions, "answers", MagicMock())
+    monkeypatch.setattr(subject._versions, "load", loads)
+    subject._versions._trained[3] = "weights"
+    with pytest.raises(RuntimeError, match="again"), subject._aside():
+        raise RuntimeError("the learner is lost again")
+    loads.assert_not_called()
+    subject._asleep = False
+    with subject._aside():
+        loads.assert_not_called()
+    loads.assert_called_once_with(worker, 3)
+    waits.assert_not_called()

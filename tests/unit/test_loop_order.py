@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -159,9 +160,40 @@ def test_a_step_that_was_trained_is_logged_whatever_fails_after_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recorded = Recorded(monkeypatch, staleness=0)
+    recorded.run.log.last_step = 0
     monkeypatch.setattr(saving, "save", recorded._save)
     monkeypatch.setattr(grpo, "_log", MagicMock(side_effect=TooManyLost("in the evaluation")))
     with pytest.raises(TooManyLost):
         grpo.train_or_save(recorded.run, 0)
     ((step, metrics),) = [call.args for call in recorded.run.log.step.call_args_list]
     assert (step, metrics["waiting"]) == (1, 0.0)
+
+
+def test_a_step_whose_logging_failed_is_saved_and_not_logged_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded = Recorded(monkeypatch, staleness=0)
+    recorded.run.learner.lost = recorded.run.learner.midway = False
+    saved: list[bool] = []
+    monkeypatch.setattr(saving, "save", lambda run, *, last: saved.append(last))
+
+    def log(run: Any, *_: object, **options: object) -> None:
+        run.log.last_step = 1
+        raise RuntimeError("something that hears of steps")
+
+    monkeypatch.setattr(grpo, "_log", log)
+    with pytest.raises(RuntimeError, match="something that hears"):
+        grpo.train_or_save(recorded.run, 0)
+    assert saved == [True]
+    recorded.run.log.step.assert_not_called()
+
+
+def test_what_ends_badly_keeps_no_other_part_from_its_end() -> None:
+    run = MagicMock()
+    run.log.attempt.side_effect = TooManyLost("who asks workers for a trace")
+    run.fleet.shutdown.side_effect = RuntimeError("first")
+    with pytest.raises(RuntimeError, match="first"):
+        saving.close(run)
+    run.learner.shutdown.assert_called_once_with()
+    run.backup.close.assert_called_once_with()
+    run.log.close.assert_called_once_with()

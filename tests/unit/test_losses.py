@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from ray.exceptions import (
 )
 
 from rayrl.actors import pool, reward
+from rayrl.actors.history import History
 from rayrl.actors.learner_group import LearnerGroup, RankLost
 from rayrl.actors.losses import LOST
 from rayrl.actors.pool import Pool, PoolSize, RestartBudget, TooFewWorkers, TooManyLost
@@ -218,6 +220,45 @@ def test_what_a_renewed_worker_was_asked_for_before_is_nobodys_loss(monkeypatch)
     (after,) = workers.wait()
     assert after is not before and after.actor is before.actor
     assert (workers._budget.spent, ray.killed) == (0, [])
+
+
+def test_a_worker_that_is_replaced_while_its_weights_are_made_again_is_not_prepared_twice(
+    monkeypatch,
+):
+    ray = Due(monkeypatch, [])
+    size = PoolSize(wanted=1, minimum=1, deadline_s=60.0, asked={})
+    workers = Pool("worker", actor, size, RestartBudget(1))
+    (before,) = workers.wait()
+
+    def prepare(made, lost):
+        if lost is not None:
+            workers.lost(before, KILLED)
+
+    workers._prepare = prepare
+    workers.renew(before, LOST_WEIGHTS)
+    assert len(ray.killed) == 1
+    (after,) = workers.wait()
+    assert (after.number, workers.constructed) == (1, [after])
+
+
+def test_the_learner_is_not_lost_once_more_by_an_engine_that_comes_back():
+    group = object.__new__(LearnerGroup)
+    group._history = History(back=0)
+    group._budget = RestartBudget(1)
+    group._kill = group._wait_until_built = lambda: None
+    group.lost = True
+    rebuilt = []
+
+    @contextmanager
+    def alone():
+        rebuilt.append("learner")
+        yield
+        group.weights(trained_only=True)
+
+    group.alone = alone
+    group._call = lambda *arguments, **options: "weights"
+    assert group.weights(trained_only=True) == "weights"
+    assert rebuilt == ["learner"]
 
 
 def test_the_first_cause_holds_nothing_of_where_it_was_raised():

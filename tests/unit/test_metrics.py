@@ -6,6 +6,7 @@ import io
 import json
 import math
 import resource
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -238,6 +239,22 @@ def test_the_plain_log_gives_one_line_a_step_with_the_change_since_the_start(
         # Two steps took 6 s, so 148 more take 444 s.
         "step   2/150  reward 0.900  CIDEr-D 261.2 (-1.8)  312 captions/s  ETA 7:24",
     ]
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(), OSError(28, "No space left"), RuntimeError("reentrant call")]
+)
+def test_who_reads_no_more_does_not_end_a_run(tmp_path, monkeypatch, error):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise error
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    log = RunLog(tmp_path, total_steps=3, tensorboard=False)
+    log.message("stopping after this step")
+    log.step(1, {"reward/mean": 0.5})
+    log.close()
+    assert [row["step"] for row in log.history()] == [1]
 
 
 def test_a_resumed_run_still_compares_with_the_first_start(tmp_path, capsys):
