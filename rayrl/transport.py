@@ -142,6 +142,9 @@ class Collective:
         if self._connected:
             return self._group.broadcast([bucket], _FROM_LEARNER)
         begun: Future[Any] = Future()
+        if self._device.type == "cuda":
+            # NCCL waits for what is queued on the stream of the thread that calls it, no other.
+            torch.cuda.synchronize(self._device)
 
         def begin() -> None:
             try:

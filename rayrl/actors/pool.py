@@ -90,7 +90,8 @@ class Pool:
     """Workers that ``start`` makes.  ``name`` is what messages call one of them; ``prepare``
     submits to a constructed actor what it needs before it is admitted and returns the reference,
     or None when it needs nothing; where something of that was lost before, it is given the error
-    too."""
+    too.  Its workers are started at once, or with the first :meth:`wait` where ``begin`` is
+    False."""
 
     def __init__(
         self,
@@ -100,6 +101,7 @@ class Pool:
         budget: RestartBudget,
         *,
         prepare: Callable[[Any, ObjectLostError | None], Any] = lambda actor, lost: None,
+        begin: bool = True,
     ) -> None:
         self._name, self._start, self._prepare = name, start, prepare
         self._size, self._budget = size, budget
@@ -110,7 +112,8 @@ class Pool:
         self._leaving: list[Worker] = []
         self.wanted = size.wanted
         self.stop = StopRequest()
-        self._fill()
+        if begin:
+            self._fill()
 
     @property
     def constructed(self) -> list[Worker]:
@@ -141,6 +144,7 @@ class Pool:
         Waits for those that are missing and says every 30 s why; TooFewWorkers at the deadline,
         and once :attr:`stop` is requested.
         """
+        self._fill()
         began = said = time.monotonic()
         while len(self.admit()) < self._size.minimum:
             now = time.monotonic()

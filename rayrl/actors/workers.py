@@ -57,14 +57,14 @@ def reward_pool(
 ) -> Pool:
     """Reward workers, of which one is enough to go on; ``statistics`` holds a reference to what
     rewards are scored against.  They start on the machine of ``learner``, the learner's placement
-    group, where that is known and has room: on one of a rollout worker they would keep it from
-    leaving once that is let go."""
+    group, where it has room: on one of a rollout worker they would keep it from leaving once that
+    is let go.  So where that machine is still to come they start when they are needed."""
     train = config.train
     needs = scored_needs(build(config.objective).needs, config.objective.sources)
 
     def start() -> Any:
         return RewardActor.options(  # type: ignore[attr-defined]
-            num_cpus=train.reward_cpus, scheduling_strategy=_beside(learner)
+            num_cpus=train.reward_cpus, scheduling_strategy=_beside(_node_of(learner))
         ).remote(config.reward, statistics, train.reward_timeout_s, needs)
 
     size = PoolSize(
@@ -73,13 +73,18 @@ def reward_pool(
         deadline_s=config.rollout.start_timeout_s,
         asked={"CPU": train.reward_cpus},
     )
-    return Pool("reward worker", start, size, budget)
+    known = learner is None or bool(_node_of(learner))
+    return Pool("reward worker", start, size, budget, begin=known)
 
 
-def _beside(place: Any) -> Any:
-    """Where a worker is to be started that wants to be on the machine of a placement group's first
-    bundle, and else anywhere."""
+def _node_of(place: Any) -> str:
+    """The machine of a placement group's first bundle; "" where it has none yet."""
     nodes = placement_group_table(place)["bundles_to_node_id"] if place is not None else {}
-    if not nodes.get(0):
+    return nodes.get(0) or ""
+
+
+def _beside(node: str) -> Any:
+    """Where a worker is to be started that wants to be on a machine, and else anywhere."""
+    if not node:
         return "DEFAULT"
-    return NodeAffinitySchedulingStrategy(nodes[0], soft=True, _spill_on_unavailable=True)
+    return NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)

@@ -54,7 +54,7 @@ def test_reward_workers_are_beside_the_learner_where_its_place_is_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a rollout worker's machine they would keep it from leaving."""
-    node, places = "ab" * 28, {"there": "ab" * 28, "waiting": ""}
+    node, places = "ab" * 28, {"there": "ab" * 28, "waiting": "", "later": ""}
     table = lambda place: {"bundles_to_node_id": {0: places[place]}}  # noqa: E731
     monkeypatch.setattr(workers, "placement_group_table", table)
     options: list[Any] = []
@@ -62,11 +62,19 @@ def test_reward_workers_are_beside_the_learner_where_its_place_is_known(
     fake = SimpleNamespace(options=lambda **given: options.append(given) or actor)
     monkeypatch.setattr(workers, "RewardActor", fake)
     config = Config.model_validate({"train": {"reward_workers": 1}})
-    for place in ("there", "waiting", None):
+    for place in ("there", None):
         workers.reward_pool(config, (None,), RestartBudget(0), place)
-    first, *others = (given["scheduling_strategy"] for given in options)
-    assert (first.node_id, first.soft) == (node, True)
-    assert others == ["DEFAULT", "DEFAULT"]
+    later = [
+        workers.reward_pool(config, (None,), RestartBudget(0), p) for p in ("waiting", "later")
+    ]
+    assert len(options) == 2
+    # Where the learner has come meanwhile, and where it still has not.
+    places["later"] = node
+    for pool in reversed(later):
+        pool._fill()
+    beside, anywhere, came, missing = (given["scheduling_strategy"] for given in options)
+    assert (beside.node_id, beside.soft) == (came.node_id, came.soft) == (node, True)
+    assert anywhere == missing == "DEFAULT"
 
 
 ASYNCHRONOUS = {"train": {"max_staleness": 1}}

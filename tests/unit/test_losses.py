@@ -209,6 +209,14 @@ def test_a_pool_that_is_asked_to_stop_waits_for_nobody(monkeypatch):
         workers.wait()
 
 
+def test_a_pool_that_does_not_begin_at_once_begins_when_it_is_waited_for(monkeypatch):
+    Due(monkeypatch, [])
+    size = PoolSize(wanted=2, minimum=1, deadline_s=60.0, asked={})
+    workers = Pool("worker", actor, size, RestartBudget(0), begin=False)
+    assert workers.admit() == []
+    assert len(workers.wait()) == 2
+
+
 def test_what_a_renewed_worker_was_asked_for_before_is_nobodys_loss(monkeypatch):
     ray = Due(monkeypatch, [])
     size = PoolSize(wanted=1, minimum=1, deadline_s=60.0, asked={})
