@@ -24,6 +24,8 @@ READER_CPUS = 0.5
 SPARE_CPUS = 1.5
 """CPUs of a local Ray beside those of actors: Ray Data looks at what is left."""
 _SPIN = "GOMP_SPINCOUNT"
+_MANY = 4
+"""So many times its cores is more than somebody asks of a laptop on purpose."""
 
 
 def connect(num_cpus: float, num_gpus: float | None = None, *, spare_cpus: float = 0.0) -> bool:
@@ -46,6 +48,8 @@ def connect(num_cpus: float, num_gpus: float | None = None, *, spare_cpus: float
         return False
     # Else Ray starts a worker for every CPU beforehand, without the environment that ours ask for.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    # It has a token by itself, which nobody needs to know of.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus + spare_cpus)),
@@ -59,10 +63,17 @@ def connect(num_cpus: float, num_gpus: float | None = None, *, spare_cpus: float
     if num_gpus and num_gpus > found:
         ray.shutdown()
         raise ValueError(
-            f"learner.gpus and rollout.gpus ask for {num_gpus:g} GPUs together, and this machine "
-            f"has {found:g}"
+            "learner.gpus, rollout.gpus and reward terms, or the workers of cross-entropy, ask for "
+            f"{num_gpus:g} GPUs together, and this machine has {found:g}"
         )
     _say_what_is_unused(num_gpus)
+    if num_cpus > _MANY * (have := os.cpu_count() or 1):
+        log.warning(
+            "the run asks for %g CPUs and this machine has %d: its workers will take turns, and "
+            "each takes its own memory",
+            num_cpus,
+            have,
+        )
     return True
 
 

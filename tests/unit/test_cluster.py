@@ -82,3 +82,15 @@ def test_what_a_cluster_lacks_is_said_before_the_run_begins(joined):
     ]
     # What never computes on GPUs takes any number of CPUs.
     assert joined({"CPU": 1.0}, 4.25, None) == []
+
+
+@pytest.mark.parametrize(("cpus", "said"), [(8.0, 0), (8.5, 1)])
+def test_many_more_workers_than_a_machine_has_cores_are_spoken_of(monkeypatch, caplog, cpus, said):
+    fake = SimpleNamespace(
+        is_initialized=lambda: False, init=lambda **options: None, cluster_resources=dict
+    )
+    monkeypatch.setattr(cluster, "ray", fake)
+    monkeypatch.setattr(cluster.os, "cpu_count", lambda: 2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cluster.connect(cpus, 0.0)
+    assert caplog.text.count("this machine has 2: its workers will take turns") == said
