@@ -4,9 +4,10 @@
     <uri>/step_40/  checkpoints/step_40/…, metrics.jsonl, …   a checkpoint and the history until it
     <uri>/report/   report.html, summary.json, …              how it ended
 
-The paths inside a copy are those of the run folder, so an empty one that fetches ``run`` and the
-newest step is the run folder again.  Copies are made in the background: a slow or failing storage
-costs copies, never steps.
+The first two tell the run that they are of (run.json), so that no other goes on from them.  The
+paths inside a copy are those of the run folder, so an empty one that fetches ``run`` and the newest
+step is the run folder again.  Copies are made in the background: a slow or failing storage costs
+copies, never steps.
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from tempfile import TemporaryDirectory
 from threading import Thread
 
 from rayrl.checkpoint import LATEST, best_of, list_checkpoints, point_at
 from rayrl.jsonl import read_jsonl
 from rayrl.metrics import scores_of
+from rayrl.receipt import RUN, read_run_id
 from rayrl.remote import STORAGE_ERRORS, RemoteCopies
 
 _BASE = "run"
-_BASE_FILES = ("config.yaml", "stage1/stage1.json", "stage1/final/**/*")
-_HISTORY_FILES = ("metrics.jsonl", "samples.jsonl", "eval_captions.json", "xe/metrics.jsonl")
+_FINAL, _RECEIPT = "stage1/final/", "stage1/stage1.json"
+_BASE_FILES = (RUN, "config.yaml", _RECEIPT, f"{_FINAL}**/*")
+_HISTORY_FILES = (RUN, "metrics.jsonl", "samples.jsonl", "eval_captions.json", "xe/metrics.jsonl")
 _REPORT_FILES = ("report.html", "summary.json", "config.yaml", "metrics.jsonl")
 _STEP = re.compile(r"step_(\d+)")
 
@@ -37,6 +42,8 @@ CLOSE_S = 1800.0
 _SAY_AFTER_S = 30.0
 
 Say = Callable[[str], None]
+Check = Callable[[Path], None]
+"""Raises ValueError unless a folder, as it was fetched, may become a part of the run folder."""
 _Job = tuple[Future[None], Callable[[], None]]
 
 
@@ -150,63 +157,131 @@ def remote_steps(copies: RemoteCopies) -> list[int]:
     return sorted(int(match[1]) for name in copies.names() if (match := _STEP.fullmatch(name)))
 
 
-def fetch_newest(copies: RemoteCopies, folder: Path, *, say: Say, after: int = -1) -> int | None:
+def run_of(copies: RemoteCopies) -> str:
+    """The id of the run whose copies these are; "" where none tells."""
+    for name in [*(f"step_{step}" for step in reversed(remote_steps(copies))), _BASE]:
+        with TemporaryDirectory() as place:
+            try:
+                copies.fetch(name, Path(place), only=[RUN])
+                found = read_run_id(Path(place))
+            except (FileNotFoundError, ValueError):
+                # Not there, or damaged, which is said when it is fetched.
+                continue
+        if found:
+            return found
+    return ""
+
+
+def fetch_newest(
+    copies: RemoteCopies, folder: Path, *, check: Check, say: Say, after: int = -1
+) -> int | None:
     """Make ``folder`` the run folder of the newest whole checkpoint later than step ``after``.
 
     Returns its step, or None where there is none.  One whose files are not what was written is
-    said and passed over for the one before.
+    said and passed over for the one before.  Nothing is written to the run where ``check`` raises.
     """
     for step in reversed(remote_steps(copies)):
         if step <= after:
             break
-        if _fetch(copies, folder, step, say, history=True):
-            point_at(folder / "checkpoints" / f"step_{step}", LATEST)
-            return step
+        with _partial(folder) as partial:
+            files = _fetched(copies, step, partial, say)
+            if not files:
+                continue
+            files += _base_for(copies, folder, partial, begun=after >= 0)
+            check(partial)
+            _move(partial, folder, files, step)
+        point_at(folder / "checkpoints" / f"step_{step}", LATEST)
+        return step
     return None
 
 
-def fetch_best(copies: RemoteCopies, folder: Path, *, say: Say) -> None:
+def fetch_best(copies: RemoteCopies, folder: Path, *, check: Check, say: Say) -> None:
     """Bring the checkpoint with the highest held-out score to a run folder that has a later one
-    and the history until then, unless it is here; one that is damaged is said and left."""
+    and the history until then, unless it is here; one that is damaged, or for which ``check``
+    raises, is said and left."""
     here = list_checkpoints(folder / "checkpoints")
     there = [step for step in remote_steps(copies) if here and step < here[-1]]
     scores = scores_of(read_jsonl(folder / "metrics.jsonl"))
     for step in best_of(scores, {*here, *there}):
-        if step not in here:
-            _fetch(copies, folder, step, say, history=False)
+        if step in here:
+            continue
+        with _partial(folder) as partial:
+            files = _fetched(copies, step, partial, say)
+            if not files:
+                continue
+            try:
+                check(partial)
+            except (FileNotFoundError, ValueError) as error:
+                say(f"the remote copy of step {step}, the best, is left there: {error}")
+                continue
+            own = [file for file in files if file.startswith(f"checkpoints/step_{step}/")]
+            _move(partial, folder, own, step)
 
 
-def _fetch(copies: RemoteCopies, folder: Path, step: int, say: Say, *, history: bool) -> bool:
-    """Bring a checkpoint, and the run's ``history`` with it; returns whether it is whole."""
-    partial, checkpoint = folder / ".fetched.partial", f"checkpoints/step_{step}/"
+@contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """Where what is fetched for ``folder`` lies until it is moved there."""
+    partial = folder / ".fetched.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        files = copies.fetch(f"step_{step}", partial)
-        if not history:
-            files = [file for file in files if file.startswith(checkpoint)]
-        elif _BASE in copies.names() and not (folder / "stage1" / "stage1.json").is_file():
-            files += copies.fetch(_BASE, partial)
-        _move(partial, folder, files, checkpoint)
-    except ValueError as error:
-        say(f"the remote copy of step {step} is damaged and passed over: {error}")
-        return False
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return True
 
 
-def _move(source: Path, target: Path, files: list[str], checkpoint: str) -> None:
-    """Move fetched files into the run folder, the checkpoint last and whole."""
-    if not any(file.startswith(checkpoint) for file in files):
-        raise ValueError(f"it holds no file of {checkpoint}")
-    for file in files:
-        if not file.startswith(checkpoint):
+def _fetched(copies: RemoteCopies, step: int, partial: Path, say: Say) -> list[str]:
+    """Fetch the copy of a step; returns its files, or none where it is damaged, which is said."""
+    try:
+        files = copies.fetch(f"step_{step}", partial)
+        if not any(file.startswith(f"checkpoints/step_{step}/") for file in files):
+            raise ValueError(f"it holds no file of checkpoints/step_{step}/")
+    except ValueError as error:
+        say(f"the remote copy of step {step} is damaged and passed over: {error}")
+        return []
+    return files
+
+
+def _base_for(copies: RemoteCopies, folder: Path, partial: Path, *, begun: bool) -> list[str]:
+    """Fetch what the run of the copies started from, unless ``folder`` has it; of that only what it
+    was made of, to be compared.  Returns the files that the run folder needs.
+
+    A folder in which no run has ``begun``, which has no checkpoint, can hold another's stage 1."""
+    if _BASE not in copies.names():
+        return []
+    same = begun or read_run_id(folder) == read_run_id(partial)
+    if same and (folder / _RECEIPT).is_file():
+        copies.fetch(_BASE, partial, only=["config.yaml", _RECEIPT])
+        return []
+    of_step = read_run_id(partial)
+    files = copies.fetch(_BASE, partial)
+    if (found := read_run_id(partial)) != of_step:
+        raise ValueError(
+            f"the remote copy {_BASE}/ is of the run {found}, the steps of {of_step!r}"
+        )
+    return files
+
+
+def _move(source: Path, target: Path, files: list[str], step: int) -> None:
+    """Move fetched files into the run folder, the checkpoint of ``step`` last; it and the model of
+    stage 1 whole."""
+    checkpoint = f"checkpoints/step_{step}/"
+    if _RECEIPT in files:
+        # It is never that of another model, whenever this ends.
+        (target / _RECEIPT).unlink(missing_ok=True)
+    if any(file.startswith(_FINAL) for file in files):
+        _move_whole(source / _FINAL, target / _FINAL)
+    # What tells of the run comes with both.
+    for file in dict.fromkeys(files):
+        if not file.startswith((_FINAL, checkpoint)):
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(source / file, target / file)
-    place = target / checkpoint
-    place.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(place, ignore_errors=True)
-    os.replace(source / checkpoint, place)
+    _move_whole(source / checkpoint, target / checkpoint)
+
+
+def _move_whole(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(source, target)
 
 
 def _files(folder: Path, patterns: tuple[str, ...]) -> Iterator[str]:

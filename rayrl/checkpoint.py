@@ -202,6 +202,20 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """``step_N`` or ``latest``, of which files and arrays are read when they are asked for.
 
     Raises FileNotFoundError when there is none, ValueError when it is damaged."""
+    meta = read_meta(folder)
+    files = [_arrays_file(folder / _TRAINER, n + 1) for n in range(meta["array_files"])]
+    return Checkpoint(
+        step=meta["step"],
+        model_files=read_model_files(folder),
+        arrays=StoredArrays(files),
+        meta=meta,
+    )
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Of a checkpoint its ``meta`` alone, of which "step" and "array_files" are numbers.
+
+    Raises as :func:`load_checkpoint` does."""
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no checkpoint to resume from")
     trainer = folder / _TRAINER
@@ -213,11 +227,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise FileNotFoundError(f"{folder}: no {_TRAINER}/{_META}, so it is not a run's checkpoint")
     try:
         meta = json.loads((trainer / _META).read_text())
-        step, count = int(meta["step"]), int(meta["array_files"])
+        return {**meta, "step": int(meta["step"]), "array_files": int(meta["array_files"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{trainer / _META}: damaged: {error!r}") from None
-    arrays = StoredArrays([_arrays_file(trainer, number + 1) for number in range(count)])
-    return Checkpoint(step=step, model_files=read_model_files(folder), arrays=arrays, meta=meta)
 
 
 def forget_trainer(folder: Path) -> None:

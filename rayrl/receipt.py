@@ -1,4 +1,5 @@
-"""What stage 1 was made of, written beside its model, so that no other model is taken for it.
+"""What stage 1 was made of, written beside its model, so that no other model is taken for it; and
+which run a folder holds, so that no other run is.
 
 The model of stage 1 is a run's reference, and the base of its adapters: it is never made twice for
 one run, and a run that is resumed may not claim another one.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from rayrl.config_keys import known_keys
 from rayrl.jsonl import write_atomically
 
 NAME = "stage1.json"
+RUN = "run.json"
 
 _MADE_OF = ("seed", "data.", "model.", "xe.", "sampling.max_tokens")
 _FREE = {
@@ -47,7 +50,21 @@ def write_receipt(
 
 def read_receipt(folder: Path) -> dict[str, Any]:
     """What :func:`write_receipt` wrote there; empty where nothing is."""
-    file = folder / NAME
+    return _read_object(folder / NAME)
+
+
+def write_run_id(folder: Path) -> None:
+    """Give the run that begins in ``folder`` an id, which no other run has."""
+    write_atomically(folder / RUN, json.dumps({"id": uuid.uuid4().hex}))
+
+
+def read_run_id(folder: Path) -> str:
+    """What :func:`write_run_id` wrote there; "" for a run that an earlier version began."""
+    return str(_read_object(folder / RUN).get("id", ""))
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no file, ValueError where it is none."""
     if not file.is_file():
         return {}
     try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -72,11 +72,14 @@ class RemoteCopies:
         manifest = json.dumps({"files": listed}, indent=1).encode()
         self._write(self._path(name, MANIFEST), [manifest])
 
-    def fetch(self, name: str, folder: Path) -> list[str]:
-        """Write a copy's files below ``folder`` and return their paths.
+    def fetch(self, name: str, folder: Path, *, only: Collection[str] = ()) -> list[str]:
+        """Write a copy's files, or of them those in ``only``, below ``folder`` and return their
+        paths.
 
         ValueError naming the first file that is not what the manifest lists."""
         listed = self._manifest(name)
+        if only:
+            listed = {file: want for file, want in listed.items() if file in only}
         for file, want in listed.items():
             target = folder / file
             target.parent.mkdir(parents=True, exist_ok=True)

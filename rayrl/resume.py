@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from rayrl import cli
-from rayrl.backup import Say, fetch_best, fetch_newest, remote_steps
-from rayrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from rayrl.backup import Say, fetch_best, fetch_newest, remote_steps, run_of
+from rayrl.checkpoint import list_checkpoints, load_checkpoint, read_meta
 from rayrl.config import Config
 from rayrl.jsonl import write_atomically
-from rayrl.receipt import other_data, other_model, read_receipt
+from rayrl.receipt import other_data, other_model, read_receipt, read_run_id, write_run_id
 from rayrl.remote import STORAGE_ERRORS, RemoteCopies, open_copies
 
 
@@ -38,64 +38,101 @@ def open_run_folder(
     overwritten or become another, OSError where nothing can be written to the remote place.
     """
     check_folder(folder)
-    copies = open_copies(config.train.checkpoint_uri)
-    checkpoints = folder / "checkpoints"
-    done = list_checkpoints(checkpoints)
-    if not resume:
-        _refuse_to_mix(str(folder), done, "--run_folder")
+    uri = config.train.checkpoint_uri
+    copies = open_copies(uri)
+    if resume:
+        _have_newest(folder, config, fingerprint, copies, say)
+    else:
+        _refuse_to_mix(str(folder), list_checkpoints(folder / "checkpoints"), "--run_folder")
         if copies is not None:
-            _refuse_to_mix(
-                config.train.checkpoint_uri, remote_steps(copies), "--train.checkpoint_uri"
-            )
-    elif copies is not None:
-        newest = done[-1] if done else -1
-        step = fetch_newest(copies, folder, say=say, after=newest)
-        if step is not None:
-            say(f"fetched step {step} from {config.train.checkpoint_uri}")
-        if config.train.keep_best:
-            fetch_best(copies, folder, say=say)
-    if resume and not list_checkpoints(checkpoints):
-        also = f" or {config.train.checkpoint_uri}" if copies is not None else ""
-        raise FileNotFoundError(f"--resume: no checkpoint in {checkpoints}{also}")
-    before = _check_same_run(folder, config, fingerprint) if resume else {}
+            _refuse_to_mix(uri, remote_steps(copies), "--train.checkpoint_uri")
     if copies is not None:
-        _check_writable(copies, config.train.checkpoint_uri)
+        _check_writable(copies, uri)
     folder.mkdir(parents=True, exist_ok=True)
     text = cli.dump(config)
-    if before:
+    if resume and (before := _configuration(folder)):
         for line in changes(before, yaml.safe_load(text)):
             say(f"resuming with another {line}")
     write_atomically(folder / cli.RUN_CONFIG, text)
+    if not resume:
+        write_run_id(folder)
     return copies
 
 
-def _check_same_run(folder: Path, config: Config, fingerprint: str) -> Mapping[str, Any]:
-    """The configuration that the run in ``folder`` had, if it says so.
+def _have_newest(
+    folder: Path, config: Config, fingerprint: str, copies: RemoteCopies | None, say: Say
+) -> None:
+    """Have the run's newest checkpoint, and its best, in ``folder``, from the remote copies where
+    they have it.  Nothing is written before it is known that what is here and what is there are of
+    one run, and of the one that ``config`` goes on with."""
+    uri, checkpoints = config.train.checkpoint_uri, folder / "checkpoints"
+    done = list_checkpoints(checkpoints)
+    # Where it has no checkpoint it may be the first attempt at a run that began elsewhere.
+    own_id = read_run_id(folder) if done else ""
 
-    ValueError where ``config`` starts from another model or trains on other data: what was done
-    cannot have come from there."""
+    def check(fetched: Path) -> None:
+        _refuse_another_run(folder, own_id, uri, read_run_id(fetched))
+        _check_same_run(fetched, uri, config, fingerprint)
+
+    if done:
+        _check_same_run(folder, str(folder), config, fingerprint)
+    if copies is not None:
+        # Also where there is nothing to fetch, for this run's copies would go there.
+        _refuse_another_run(folder, own_id, uri, run_of(copies))
+        newest = done[-1] if done else -1
+        step = fetch_newest(copies, folder, check=check, say=say, after=newest)
+        if step is not None:
+            say(f"fetched step {step} from {uri}")
+        if config.train.keep_best:
+            fetch_best(copies, folder, check=check, say=say)
+    done = list_checkpoints(checkpoints)
+    if not done:
+        also = f" or {uri}" if copies is not None else ""
+        raise FileNotFoundError(f"--resume: no checkpoint in {checkpoints}{also}")
+    # One that is damaged is to be known before the work.
+    load_checkpoint(checkpoints / f"step_{done[-1]}")
+
+
+def _refuse_another_run(folder: Path, own_id: str, uri: str, found: str) -> None:
+    if own_id and found and own_id != found:
+        raise ValueError(
+            f"--resume: {uri} holds copies of another run than the one in {folder} ({found}, "
+            f"not {own_id}): give this run its own --train.checkpoint_uri, or go on with the other "
+            "one in another --run_folder"
+        )
+
+
+def _configuration(folder: Path) -> Mapping[str, Any]:
+    """The configuration that the run in ``folder`` had, if it says so."""
     file = folder / cli.RUN_CONFIG
-    before: Mapping[str, Any] = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
-    made_of = read_receipt(folder / "stage1").get("settings", before)
+    found: Mapping[str, Any] = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+    return found
+
+
+def _check_same_run(folder: Path, name: str, config: Config, fingerprint: str) -> None:
+    """ValueError where ``config`` starts from another model than the run in ``folder``, called
+    ``name``, or trains on other data: what was done cannot have come from there."""
+    made_of = read_receipt(folder / "stage1").get("settings", _configuration(folder))
     if changed := other_model(made_of, config):
         raise ValueError(
-            f"--resume: {folder} started from another model ({'; '.join(changed)}): give it the "
+            f"--resume: {name} started from another model ({'; '.join(changed)}): give it the "
             f"same settings, which without --config are those of its {cli.RUN_CONFIG}, or start "
             "another run with another --run_folder"
         )
     newest = list_checkpoints(folder / "checkpoints")[-1]
-    checkpoint = load_checkpoint(folder / "checkpoints" / f"step_{newest}")
-    check_same_data(checkpoint, fingerprint, other_data(made_of, config))
-    return before
+    meta = read_meta(folder / "checkpoints" / f"step_{newest}")
+    check_same_data(meta, fingerprint, other_data(made_of, config))
 
 
-def check_same_data(checkpoint: Checkpoint, fingerprint: str, settings: Sequence[str] = ()) -> None:
-    """ValueError where a checkpoint was made with other training data; ``settings`` that may tell
-    why are named."""
-    found = checkpoint.meta.get("data")
+def check_same_data(
+    meta: Mapping[str, Any], fingerprint: str, settings: Sequence[str] = ()
+) -> None:
+    """ValueError where the checkpoint of ``meta`` was made with other training data; ``settings``
+    that may tell why are named."""
+    found = meta.get("data")
     if found != fingerprint:
         raise ValueError(
-            f"the training data changed since step {checkpoint.step} "
+            f"the training data changed since step {meta['step']} "
             f"({'; '.join([*settings, f'fingerprint {fingerprint}, was {found}'])}): resume with "
             "the same data or start a new run folder"
         )

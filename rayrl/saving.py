@@ -127,7 +127,7 @@ def restore(run: Run) -> int:
     place = newest_checkpoint(folder).resolve()
     point_at_best(folder, _scores(run))
     checkpoint = load_checkpoint(place)
-    check_same_data(checkpoint, run.train_data.fingerprint())
+    check_same_data(checkpoint.meta, run.train_data.fingerprint())
     run.rounds.restore(checkpoint.meta["rounds"])
     run.reference.restore(checkpoint.arrays)
     run.saved_step = run.learner.restore(checkpoint, place)

@@ -30,15 +30,24 @@ def checkpoint(step: int) -> Checkpoint:
     )
 
 
-class Machine:
-    """A run folder with ``steps`` done, as the driver leaves and copies it."""
+def nothing(folder: Path) -> None:
+    """No check of what was fetched."""
 
-    def __init__(self, folder: Path, copies: RemoteCopies | None, *, keep: int = 2) -> None:
+
+class Machine:
+    """A run folder with ``steps`` done, as the driver leaves and copies it; without an ``own_id``
+    as an earlier version did."""
+
+    def __init__(
+        self, folder: Path, copies: RemoteCopies | None, *, keep: int = 2, own_id: str = ""
+    ) -> None:
         self.folder, self.said, self.scores = folder, [], {}
         (folder / "stage1/final").mkdir(parents=True, exist_ok=True)
         (folder / "stage1/stage1.json").write_text("{}")
         (folder / "stage1/final/model.safetensors").write_bytes(b"stage1")
         (folder / "config.yaml").write_text(cli.dump(Config()))
+        if own_id:
+            (folder / "run.json").write_text(json.dumps({"id": own_id}))
         self.backup = Backup(copies, folder, keep=keep, say=self.said.append)
 
     def save(self, step: int, *, keep: int = 1, score: float | None = None) -> None:
@@ -73,7 +82,7 @@ def test_a_lost_run_folder_comes_back_with_its_history_and_stage_1(tmp_path, cop
     assert remote_steps(copies) == [4, 6], "keep 2 there, though only 1 stays here"
     shutil.rmtree(tmp_path / "lost")
     fresh = tmp_path / "fresh"
-    assert fetch_newest(copies, fresh, say=machine.said.append) == 6
+    assert fetch_newest(copies, fresh, check=nothing, say=machine.said.append) == 6
     loaded = load_checkpoint(fresh / "checkpoints/latest")
     assert loaded.step == 6 and loaded.arrays["optimizer/w/exp_avg"].tolist() == [[6] * 3] * 2
     assert set(loaded.model_files) == {"config.json"}
@@ -145,7 +154,7 @@ def test_a_damaged_newest_copy_is_said_and_the_one_before_is_taken(tmp_path, cop
     machine.backup.close()
     (tmp_path / "remote/step_4/checkpoints/step_4/trainer/meta.json").write_text("{}")
     fresh = tmp_path / "fresh"
-    assert fetch_newest(copies, fresh, say=machine.said.append) == 2
+    assert fetch_newest(copies, fresh, check=nothing, say=machine.said.append) == 2
     assert list_checkpoints(fresh / "checkpoints") == [2]
     assert len(machine.said) == 1
     assert "step 4 is damaged and passed over: step_4/checkpoints/step_4" in machine.said[0]
@@ -156,7 +165,7 @@ def test_a_copy_without_a_checkpoint_in_it_is_passed_over(tmp_path, copies):
     machine.save(2)
     machine.backup.close()
     copies.put("step_4", tmp_path / "lost", ["metrics.jsonl"])
-    assert fetch_newest(copies, tmp_path / "fresh", say=machine.said.append) == 2
+    assert fetch_newest(copies, tmp_path / "fresh", check=nothing, say=machine.said.append) == 2
     assert "it holds no file of checkpoints/step_4/" in machine.said[0]
 
 
@@ -315,6 +324,128 @@ def test_the_later_checkpoint_wins(tmp_path, copies, here, there, wanted):
     assert list_checkpoints(tmp_path / "run/checkpoints")[-1] == wanted
     assert load_checkpoint(tmp_path / "run/checkpoints/latest").step == wanted
     assert any(line.startswith("fetched") for line in said) == (there > here)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def two_runs(tmp_path, copies, *, here: int, there: int, ids: tuple[str, str]) -> Path:
+    """The folder of a run, and at its remote place copies of what may be another."""
+    remote = Machine(tmp_path / "other", copies, own_id=ids[1])
+    remote.backup.base(resumed=False)
+    remote.save(there)
+    remote.backup.close()
+    Machine(tmp_path / "run", None, own_id=ids[0]).save(here)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(("here", "there"), [(2, 4), (4, 2), (4, 4)])
+def test_copies_of_another_run_are_refused_before_anything_is_written(
+    tmp_path, copies, here, there
+):
+    run = two_runs(tmp_path, copies, here=here, there=there, ids=("one", "two"))
+    before, remote = content(run), content(tmp_path / "remote")
+    with pytest.raises(
+        ValueError, match=r"remote holds copies of another run .*run \(two, not one\).*own --train"
+    ):
+        open_run_folder(run, with_uri(tmp_path), DATA, resume=True, say=print)
+    assert content(run) == before and content(tmp_path / "remote") == remote
+
+
+@pytest.mark.parametrize("ids", [("one", "one"), ("", "two"), ("one", ""), ("", "")])
+def test_the_same_run_goes_on_from_its_copies_and_so_does_one_without_an_id(tmp_path, copies, ids):
+    run = two_runs(tmp_path, copies, here=2, there=4, ids=ids)
+    open_run_folder(run, with_uri(tmp_path), DATA, resume=True, say=print)
+    assert list_checkpoints(run / "checkpoints") == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "message"),
+    [
+        ({"seed": 4}, DATA, r"remote started from another model \(seed: 4, was 0\)"),
+        ({}, "now", r"training data changed since step 4 .*fingerprint now, was fingerprint"),
+    ],
+)
+def test_a_copy_is_compared_before_it_is_moved_into_the_run(
+    tmp_path, copies, settings, data, message
+):
+    run = two_runs(tmp_path, copies, here=2, there=4, ids=("", ""))
+    # What is here fits: it is the copy that was made of something else.
+    (run / "config.yaml").write_text(cli.dump(Config.model_validate(settings)))
+    meta = run / "checkpoints/step_2/trainer/meta.json"
+    meta.write_text(meta.read_text().replace(DATA, data))
+    before = content(run)
+    config = with_uri(tmp_path).model_copy(update=settings)
+    with pytest.raises(ValueError, match=message):
+        open_run_folder(run, config, data, resume=True, say=print)
+    assert content(run) == before
+
+
+def test_what_is_here_is_compared_before_a_copy_is_moved_over_it(tmp_path, copies):
+    run = two_runs(tmp_path, copies, here=2, there=4, ids=("", ""))
+    (run / "config.yaml").write_text(cli.dump(Config(seed=4)))
+    before = content(run)
+    with pytest.raises(ValueError, match=r"/run started from another model \(seed: 0, was 4\)"):
+        open_run_folder(run, with_uri(tmp_path), DATA, resume=True, say=print)
+    assert content(run) == before
+
+
+def test_a_copy_of_the_best_that_is_of_another_run_is_left(tmp_path, copies):
+    run = two_runs(tmp_path, copies, here=2, there=1, ids=("one", "one"))
+    copies.remove("run")
+    with (run / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 1, "eval/cider_d": 9.0}\n')
+    mixed = Machine(tmp_path / "other", None, own_id="two").folder
+    files = [name for name in content(mixed) if "stage1" not in name]
+    copies.put("step_1", mixed, files)
+    copies.put("step_2", run, content(run))
+    said: list[str] = []
+    open_run_folder(run, with_uri(tmp_path), DATA, resume=True, say=said.append)
+    assert list_checkpoints(run / "checkpoints") == [2]
+    assert said[0].startswith("the remote copy of step 1, the best, is left there: --resume: file:")
+
+
+def test_a_first_attempt_without_a_checkpoint_makes_way_for_the_run(tmp_path, copies):
+    run = two_runs(tmp_path, copies, here=2, there=4, ids=("attempt", "run"))
+    shutil.rmtree(run / "checkpoints")
+    (run / "stage1/final/of_the_attempt").write_text("")
+    (tmp_path / "other/stage1/final/model.safetensors").write_bytes(b"of the run")
+    copies.put("run", tmp_path / "other", backup._files(tmp_path / "other", backup._BASE_FILES))
+    open_run_folder(run, with_uri(tmp_path), DATA, resume=True, say=print)
+    assert list_checkpoints(run / "checkpoints") == [4]
+    assert json.loads((run / "run.json").read_text()) == {"id": "run"}
+    final = {file.name: file.read_bytes() for file in (run / "stage1/final").iterdir()}
+    assert final == {"model.safetensors": b"of the run"}
+
+
+def test_a_run_has_an_id_from_its_beginning_which_its_copies_carry(tmp_path, copies):
+    config = with_uri(tmp_path)
+    ids = set()
+    for name in ("one", "run"):
+        open_run_folder(tmp_path / name, config, DATA, resume=False, say=print)
+        ids.add((tmp_path / name / "run.json").read_text())
+    assert len(ids) == 2
+    own = (tmp_path / "run/run.json").read_bytes()
+    machine = Machine(tmp_path / "run", copies)
+    machine.backup.base(resumed=False)
+    machine.save(6)
+    machine.backup.close()
+    for copy in ("run", "step_6"):
+        assert (tmp_path / "remote" / copy / "run.json").read_bytes() == own
+    for name in ("run", "fresh"):
+        open_run_folder(tmp_path / name, config, DATA, resume=True, say=print)
+        assert (tmp_path / name / "run.json").read_bytes() == own
+
+
+def test_steps_do_not_go_on_from_the_stage_1_of_another_run(tmp_path, copies):
+    two_runs(tmp_path, copies, here=2, there=4, ids=("", "one"))
+    (tmp_path / "other/run.json").write_text('{"id": "two"}')
+    copies.put("run", tmp_path / "other", ["run.json", "stage1/stage1.json"])
+    with pytest.raises(ValueError, match=r"run/ is of the run two, the steps of 'one'"):
+        open_run_folder(tmp_path / "fresh", with_uri(tmp_path), DATA, resume=True, say=print)
+    assert content(tmp_path / "fresh") == {}
 
 
 def test_runs_are_not_mixed_and_nothing_to_resume_is_said(tmp_path, copies):

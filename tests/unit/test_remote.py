@@ -128,6 +128,14 @@ def test_what_is_put_is_fetched_on_every_filesystem(tmp_path, kind):
     assert_put_and_fetched(RemoteCopies(*filesystem(kind, tmp_path / "remote")), tmp_path)
 
 
+def test_some_files_of_a_copy_are_fetched_alone(tmp_path):
+    copies = open_copies(f"file://{tmp_path}/remote")
+    copies.put("step_4", run_folder(tmp_path / "source"), FILES)
+    only = ["metrics.jsonl", "not_there"]
+    assert copies.fetch("step_4", tmp_path / "back", only=only) == ["metrics.jsonl"]
+    assert [file.name for file in (tmp_path / "back").iterdir()] == ["metrics.jsonl"]
+
+
 def test_putting_again_leaves_nothing_of_before(tmp_path):
     copies = open_copies(f"file://{tmp_path}/remote")
     source = run_folder(tmp_path / "source")
