@@ -58,14 +58,16 @@ class Backup:
         self._copies, self._folder, self._keep, self._say = copies, folder, keep, say
         self._queue: SimpleQueue[_Job | None] = SimpleQueue()
         self._given: dict[str, Future[None]] = {}
+        self._resumed, self._base_is_there = True, False
         if copies is not None:
             # A process can end without this thread, whatever a copy hangs on.
             Thread(target=_work, args=[self._queue], name="backup", daemon=True).start()
 
     def base(self, *, resumed: bool) -> None:
         """Copy what the run started from, unless the run that was resumed did: stage 1 is never
-        trained twice for one run."""
-        self._submit(_BASE, lambda copies: self._copy_base(copies, resumed))
+        trained twice for one run.  Where that fails, the next checkpoint's copy begins with it."""
+        self._resumed = resumed
+        self._submit(_BASE, self._copy_base)
 
     def checkpoint(self, step: int, *, last: bool, scores: Mapping[int, float]) -> None:
         """Copy the local checkpoint of ``step``.  Training does not wait for a slow storage: while
@@ -125,15 +127,24 @@ class Backup:
             self._given[name] = Future()
             self._queue.put((self._given[name], partial(job, self._copies)))
 
-    def _copy_base(self, copies: RemoteCopies, resumed: bool) -> None:
-        if not (resumed and _BASE in copies.names()):
+    def _copy_base(self, copies: RemoteCopies) -> None:
+        if self._base_is_there:
+            return
+        if not (self._resumed and self._own_base(copies)):
             copies.put(_BASE, self._folder, _files(self._folder, _BASE_FILES))
+        self._base_is_there = True
+
+    def _own_base(self, copies: RemoteCopies) -> bool:
+        """Whether what this run started from is there, and not that of an attempt before it."""
+        return _BASE in copies.names() and _id_in(copies, _BASE) == read_run_id(self._folder)
 
     def _copy_best(self, copies: RemoteCopies, step: int, scores: Mapping[int, float]) -> None:
         if f"step_{step}" not in copies.names():
             self._copy_step(copies, step, scores)
 
     def _copy_step(self, copies: RemoteCopies, step: int, scores: Mapping[int, float]) -> None:
+        # Nobody could go on from a checkpoint without it.
+        self._copy_base(copies)
         patterns = (f"checkpoints/step_{step}/**/*", *_HISTORY_FILES)
         copies.put(f"step_{step}", self._folder, _files(self._folder, patterns))
         steps = remote_steps(copies)
@@ -158,18 +169,20 @@ def remote_steps(copies: RemoteCopies) -> list[int]:
 
 
 def run_of(copies: RemoteCopies) -> str:
-    """The id of the run whose copies these are; "" where none tells."""
-    for name in [*(f"step_{step}" for step in reversed(remote_steps(copies))), _BASE]:
-        with TemporaryDirectory() as place:
-            try:
-                copies.fetch(name, Path(place), only=[RUN])
-                found = read_run_id(Path(place))
-            except (FileNotFoundError, ValueError):
-                # Not there, or damaged, which is said when it is fetched.
-                continue
-        if found:
-            return found
-    return ""
+    """The id of the run whose checkpoints these are; "" where none tells."""
+    ids = (_id_in(copies, f"step_{step}") for step in reversed(remote_steps(copies)))
+    return next((found for found in ids if found), "")
+
+
+def _id_in(copies: RemoteCopies, name: str) -> str:
+    """The id of the run that a copy is of; "" where it does not tell, or is damaged, which is said
+    when it is fetched."""
+    with TemporaryDirectory() as place:
+        try:
+            copies.fetch(name, Path(place), only=[RUN])
+            return read_run_id(Path(place))
+        except ValueError:
+            return ""
 
 
 def fetch_newest(
@@ -178,7 +191,8 @@ def fetch_newest(
     """Make ``folder`` the run folder of the newest whole checkpoint later than step ``after``.
 
     Returns its step, or None where there is none.  One whose files are not what was written is
-    said and passed over for the one before.  Nothing is written to the run where ``check`` raises.
+    said and passed over for the one before.  ValueError where what the run started from is neither
+    here nor whole there.  Nothing is written to the run then, or where ``check`` raises.
     """
     for step in reversed(remote_steps(copies)):
         if step <= after:
@@ -245,10 +259,17 @@ def _base_for(copies: RemoteCopies, folder: Path, partial: Path, *, begun: bool)
     """Fetch what the run of the copies started from, unless ``folder`` has it; of that only what it
     was made of, to be compared.  Returns the files that the run folder needs.
 
-    A folder in which no run has ``begun``, which has no checkpoint, can hold another's stage 1."""
-    if _BASE not in copies.names():
-        return []
+    A folder in which no run has ``begun``, which has no checkpoint, can hold another's stage 1.
+    ValueError where it is needed, and not whole there."""
     same = begun or read_run_id(folder) == read_run_id(partial)
+    if _BASE not in copies.names():
+        if same and (folder / _FINAL).is_dir():
+            return []
+        raise ValueError(
+            f"--resume: there is no remote copy {_BASE}/ of what the run started from, and "
+            f"{folder} holds no {_FINAL} of it: put its stage1 there, for another one would make "
+            "it another run"
+        )
     if same and (folder / _RECEIPT).is_file():
         copies.fetch(_BASE, partial, only=["config.yaml", _RECEIPT])
         return []

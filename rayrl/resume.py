@@ -83,14 +83,21 @@ def _have_newest(
         step = fetch_newest(copies, folder, check=check, say=say, after=newest)
         if step is not None:
             say(f"fetched step {step} from {uri}")
-        if config.train.keep_best:
-            fetch_best(copies, folder, check=check, say=say)
     done = list_checkpoints(checkpoints)
     if not done:
         also = f" or {uri}" if copies is not None else ""
         raise FileNotFoundError(f"--resume: no checkpoint in {checkpoints}{also}")
+    final = folder / "stage1" / "final"
+    if not final.is_dir():
+        raise FileNotFoundError(
+            f"--resume: {final}, which the run started from, is not there: put it back, or fetch "
+            "the run from its remote copies into another --run_folder, for another one would make "
+            "it another run"
+        )
     # One that is damaged is to be known before the work.
     load_checkpoint(checkpoints / f"step_{done[-1]}")
+    if copies is not None and config.train.keep_best:
+        fetch_best(copies, folder, check=check, say=say)
 
 
 def _refuse_another_run(folder: Path, own_id: str, uri: str, found: str) -> None:

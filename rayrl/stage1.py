@@ -99,7 +99,7 @@ def run_stage1(config: Config, run_folder: Path, *, resume: bool = False) -> lis
 
     A finished stage 1 of the same settings and source is used again, and an unfinished one goes on;
     the finished one of a run which goes on (``resume``) is used whatever the settings:
-    :func:`rayrl.resume.open_run_folder` has compared them."""
+    :func:`rayrl.resume.open_run_folder` has compared them, and refused to go on without it."""
     folder = run_folder / "stage1"
     final, found, made = folder / "final", read_receipt(folder), made_of(config)
     begun = _unfinished(folder / _TRAINING)
@@ -111,8 +111,6 @@ def run_stage1(config: Config, run_folder: Path, *, resume: bool = False) -> lis
             return _snapshots(found, folder) or [Snapshot(steps=0, seconds=0.0, folder=final)]
         if not go_on:
             print(f"stage 1 is done again: another {', '.join(reasons)}", flush=True)
-    elif resume:
-        print(f"stage 1 is done again: {final} is not there", flush=True)
     captions = [text for texts in load_split(config.data, "train").references() for text in texts]
     start = start_folder(config, folder / "start", captions)
     snapshots = [Snapshot(steps=0, seconds=0.0, folder=start)]

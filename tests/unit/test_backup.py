@@ -178,10 +178,68 @@ def test_a_failed_copy_costs_that_copy_and_says_so(tmp_path, copies):
     machine = Machine(tmp_path / "run", Unreachable(copies._filesystem, copies._root))
     machine.save(2)
     machine.save(4)
-    assert machine.said == ["the remote copy of step_2 failed: no route to step_2; going on"]
+    assert machine.said == ["the remote copy of step_2 failed: no route to run; going on"]
     machine.backup.close()
     assert len(machine.said) == 2 and "step_4" in machine.said[1]
     assert list_checkpoints(tmp_path / "run/checkpoints") == [4]
+
+
+class Interrupted(RemoteCopies):
+    """Storage that refuses the first copy."""
+
+    refused = False
+
+    def put(self, name, folder, files):
+        if not self.refused:
+            self.refused = True
+            raise OSError("storage went away")
+        super().put(name, folder, files)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_the_run_started_from_is_copied_with_the_next_step_where_it_failed(
+    tmp_path, copies, earlier
+):
+    if earlier:
+        # Of an attempt that left no checkpoint: it stays until this run's own is made.
+        attempt = Machine(tmp_path / "attempt", copies)
+        (tmp_path / "attempt/stage1/final/model.safetensors").write_bytes(b"other")
+        attempt.backup.base(resumed=False)
+        attempt.backup.close()
+    machine = Machine(tmp_path / "lost", Interrupted(copies._filesystem, copies._root))
+    machine.backup.base(resumed=False)
+    machine.save(2)
+    machine.backup.close()
+    assert machine.said == ["the remote copy of run failed: storage went away; going on"]
+    assert copies.names() == ["run", "step_2"]
+    open_run_folder(tmp_path / "fresh", with_uri(tmp_path), DATA, resume=True, say=print)
+    assert (tmp_path / "fresh/stage1/final/model.safetensors").read_bytes() == b"stage1"
+
+
+def test_a_checkpoint_has_no_copy_where_what_it_started_from_has_none(tmp_path, copies):
+    class WithoutBase(RemoteCopies):
+        def put(self, name, folder, files):
+            if name == "run":
+                raise OSError("too large")
+            super().put(name, folder, files)
+
+    machine = Machine(tmp_path / "run", WithoutBase(copies._filesystem, copies._root))
+    machine.backup.base(resumed=False)
+    machine.save(2)
+    machine.backup.close()
+    assert copies.names() == []
+    assert machine.said[-1] == "the remote copy of step_2 failed: too large; going on"
+
+
+def test_a_run_does_not_go_on_elsewhere_without_what_it_started_from(tmp_path, copies):
+    run = two_runs(tmp_path, copies, here=2, there=4, ids=("one", "one"))
+    copies.remove("run")
+    with pytest.raises(ValueError, match=r"no remote copy run/ of what .*fresh holds no stage1/f"):
+        open_run_folder(tmp_path / "fresh", with_uri(tmp_path), DATA, resume=True, say=print)
+    assert content(tmp_path / "fresh") == {}
+    # Where it is, it does.
+    open_run_folder(run, with_uri(tmp_path), DATA, resume=True, say=print)
+    assert list_checkpoints(run / "checkpoints") == [2, 4]
 
 
 class Slow(RemoteCopies):
@@ -256,6 +314,18 @@ def test_what_a_resumed_run_started_from_is_not_copied_again(tmp_path, copies):
     machine.backup.close()
     copy = tmp_path / "remote/run/stage1/final/model.safetensors"
     assert copy.read_bytes() == b"stage1"
+
+
+def test_what_another_attempt_started_from_is_not_taken_for_the_runs_own(tmp_path, copies):
+    attempt = Machine(tmp_path / "attempt", copies, own_id="attempt")
+    attempt.backup.base(resumed=False)
+    attempt.backup.close()
+    Machine(tmp_path / "run", None, own_id="run").save(2)
+    open_run_folder(tmp_path / "run", with_uri(tmp_path), DATA, resume=True, say=print)
+    machine = Machine(tmp_path / "run", copies)
+    machine.backup.base(resumed=True)
+    machine.backup.close()
+    assert json.loads((tmp_path / "remote/run/run.json").read_text()) == {"id": "run"}
 
 
 def with_uri(tmp_path, **train) -> Config:

@@ -90,6 +90,15 @@ def test_without_its_receipt_a_run_is_held_to_its_configuration(run):
     assert run_stage1(same, run, resume=True)[-1].folder == run / "stage1/final"
 
 
+def test_a_run_whose_stage_1_is_gone_is_refused_and_does_not_get_another(run):
+    shutil.rmtree(run / "stage1/final")
+    before = content(run)
+    config = parsed("--run_folder", str(run), "--resume").config
+    with pytest.raises(FileNotFoundError, match=r"stage1/final, which the run started from, is no"):
+        open_run_folder(run, config, DATA, resume=True, say=print)
+    assert content(run) == before
+
+
 def test_what_makes_no_other_model_may_change_and_stage_1_stays(run, model):
     stage1 = content(run / "stage1")
     shutil.rmtree(model)
