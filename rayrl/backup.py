@@ -32,7 +32,8 @@ from rayrl.remote import STORAGE_ERRORS, RemoteCopies
 
 _BASE = "run"
 _FINAL, _RECEIPT = "stage1/final/", "stage1/stage1.json"
-_BASE_FILES = (RUN, "config.yaml", _RECEIPT, f"{_FINAL}**/*")
+_MADE_OF = ("config.yaml", _RECEIPT)
+_BASE_FILES = (RUN, *_MADE_OF, f"{_FINAL}**/*")
 _HISTORY_FILES = (RUN, "metrics.jsonl", "samples.jsonl", "eval_captions.json", "xe/metrics.jsonl")
 _REPORT_FILES = ("report.html", "summary.json", "config.yaml", "metrics.jsonl")
 _STEP = re.compile(r"step_(\d+)")
@@ -201,7 +202,7 @@ def fetch_newest(
             files = _fetched(copies, step, partial, say)
             if not files:
                 continue
-            files += _base_for(copies, folder, partial, begun=after >= 0)
+            files += _base_for(copies, folder, partial, say, begun=after >= 0)
             check(partial)
             _move(partial, folder, files, step)
         point_at(folder / "checkpoints" / f"step_{step}", LATEST)
@@ -255,7 +256,9 @@ def _fetched(copies: RemoteCopies, step: int, partial: Path, say: Say) -> list[s
     return files
 
 
-def _base_for(copies: RemoteCopies, folder: Path, partial: Path, *, begun: bool) -> list[str]:
+def _base_for(
+    copies: RemoteCopies, folder: Path, partial: Path, say: Say, *, begun: bool
+) -> list[str]:
     """Fetch what the run of the copies started from, unless ``folder`` has it; of that only what it
     was made of, to be compared.  Returns the files that the run folder needs.
 
@@ -267,14 +270,25 @@ def _base_for(copies: RemoteCopies, folder: Path, partial: Path, *, begun: bool)
             return []
         raise ValueError(
             f"--resume: there is no remote copy {_BASE}/ of what the run started from, and "
-            f"{folder} holds no {_FINAL} of it: put its stage1 there, for another one would make "
-            "it another run"
+            f"{folder} holds no {_FINAL} of it: put its own stage1 and {RUN} there, for another "
+            "one would make it another run"
         )
     if same and (folder / _RECEIPT).is_file():
-        copies.fetch(_BASE, partial, only=["config.yaml", _RECEIPT])
+        try:
+            copies.fetch(_BASE, partial, only=_MADE_OF)
+        except ValueError as error:
+            say(f"the remote copy {_BASE}/ of what the run started from is damaged: {error}")
+            for file in _MADE_OF:
+                (partial / file).unlink(missing_ok=True)
         return []
     of_step = read_run_id(partial)
-    files = copies.fetch(_BASE, partial)
+    try:
+        files = copies.fetch(_BASE, partial)
+    except ValueError as error:
+        raise ValueError(
+            f"--resume: the remote copy {_BASE}/ of what the run started from is damaged ({error}) "
+            f"and no step goes on without it: put the run's own stage1 and {RUN} into {folder}"
+        ) from None
     if (found := read_run_id(partial)) != of_step:
         raise ValueError(
             f"the remote copy {_BASE}/ is of the run {found}, the steps of {of_step!r}"

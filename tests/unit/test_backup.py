@@ -237,9 +237,34 @@ def test_a_run_does_not_go_on_elsewhere_without_what_it_started_from(tmp_path, c
     with pytest.raises(ValueError, match=r"no remote copy run/ of what .*fresh holds no stage1/f"):
         open_run_folder(tmp_path / "fresh", with_uri(tmp_path), DATA, resume=True, say=print)
     assert content(tmp_path / "fresh") == {}
-    # Where it is, it does.
+    # Where it is, it does, and where it is put.
+    for name in ("run.json", "stage1"):
+        (shutil.copytree if name == "stage1" else shutil.copy)(
+            run / name, tmp_path / "fresh" / name
+        )
+    open_run_folder(tmp_path / "fresh", with_uri(tmp_path), DATA, resume=True, say=print)
+    assert list_checkpoints(tmp_path / "fresh/checkpoints") == [4]
     open_run_folder(run, with_uri(tmp_path), DATA, resume=True, say=print)
     assert list_checkpoints(run / "checkpoints") == [2, 4]
+
+
+@pytest.mark.parametrize("file", ["stage1/final/model.safetensors", "config.yaml"])
+def test_where_what_the_run_started_from_is_damaged_no_step_is_blamed(tmp_path, copies, file):
+    run = two_runs(tmp_path, copies, here=2, there=4, ids=("one", "one"))
+    damaged = tmp_path / "remote/run" / file
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    said: list[str] = []
+    config = with_uri(tmp_path)
+    with pytest.raises(ValueError, match=rf"remote copy run/ .* is damaged \(run/{file}: got"):
+        open_run_folder(tmp_path / "fresh", config, DATA, resume=True, say=said.append)
+    assert said == [] and content(tmp_path / "fresh") == {}
+    # A folder that has it itself goes on.
+    open_run_folder(run, config, DATA, resume=True, say=said.append)
+    assert list_checkpoints(run / "checkpoints") == [2, 4]
+    assert [line for line in said if "damaged" in line] == [
+        line for line in said if line.startswith("the remote copy run/ of what the run started")
+    ]
+    assert any("damaged" in line for line in said) == (file == "config.yaml")
 
 
 class Slow(RemoteCopies):
