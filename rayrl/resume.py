@@ -118,7 +118,8 @@ def _configuration(folder: Path) -> Mapping[str, Any]:
 
 def _check_same_run(folder: Path, name: str, config: Config, fingerprint: str) -> None:
     """ValueError where ``config`` starts from another model than the run in ``folder``, called
-    ``name``, or trains on other data: what was done cannot have come from there."""
+    ``name``, or trains on other data: what was done cannot have come from there.  Also where it has
+    fewer steps than were done."""
     made_of = read_receipt(folder / "stage1").get("settings", _configuration(folder))
     if changed := other_model(made_of, config):
         raise ValueError(
@@ -129,6 +130,11 @@ def _check_same_run(folder: Path, name: str, config: Config, fingerprint: str) -
     newest = list_checkpoints(folder / "checkpoints")[-1]
     meta = read_meta(folder / "checkpoints" / f"step_{newest}")
     check_same_data(meta, fingerprint, other_data(made_of, config))
+    if newest > config.train.steps:
+        raise ValueError(
+            f"--resume: {name} holds step {newest}, and train.steps is {config.train.steps}: give "
+            f"it at least {newest}"
+        )
 
 
 def check_same_data(

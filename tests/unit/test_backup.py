@@ -478,6 +478,14 @@ def test_a_copy_is_compared_before_it_is_moved_into_the_run(
     assert content(run) == before
 
 
+def test_a_copy_of_a_later_step_than_the_run_shall_have_is_refused(tmp_path, copies):
+    run = two_runs(tmp_path, copies, here=2, there=4, ids=("one", "one"))
+    before = content(run)
+    with pytest.raises(ValueError, match=r"remote holds step 4, and train\.steps is 3"):
+        open_run_folder(run, with_uri(tmp_path, steps=3), DATA, resume=True, say=print)
+    assert content(run) == before
+
+
 def test_what_is_here_is_compared_before_a_copy_is_moved_over_it(tmp_path, copies):
     run = two_runs(tmp_path, copies, here=2, there=4, ids=("", ""))
     (run / "config.yaml").write_text(cli.dump(Config(seed=4)))

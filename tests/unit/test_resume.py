@@ -116,6 +116,16 @@ def test_what_makes_no_other_model_may_change_and_stage_1_stays(run, model):
     assert cli.load(run / "config.yaml") == config
 
 
+def test_fewer_steps_than_were_done_are_refused_before_anything_is_written(run):
+    before = content(run)
+    fewer = parsed("--run_folder", str(run), "--resume", "--train.steps", "2").config
+    with pytest.raises(ValueError, match=r"run holds step 3, and train\.steps is 2: .*least 3"):
+        open_run_folder(run, fewer, DATA, resume=True, say=print)
+    assert content(run) == before
+    same = parsed("--run_folder", str(run), "--resume", "--train.steps", "3").config
+    open_run_folder(run, same, DATA, resume=True, say=print)
+
+
 def test_a_setting_that_an_earlier_version_did_not_know_is_no_change(run):
     receipt = run / "stage1/stage1.json"
     found = json.loads(receipt.read_text())
