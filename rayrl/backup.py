@@ -30,6 +30,8 @@ from rayrl.metrics import scores_of
 from rayrl.receipt import RUN, read_run_id
 from rayrl.remote import STORAGE_ERRORS, RemoteCopies
 
+FETCHED = ".fetched.partial"
+"""Where in the run folder what is fetched lies until it is whole and known to be of the run."""
 _BASE = "run"
 _FINAL, _RECEIPT = "stage1/final/", "stage1/stage1.json"
 _MADE_OF = ("config.yaml", _RECEIPT)
@@ -151,6 +153,10 @@ class Backup:
         steps = remote_steps(copies)
         for old in set(steps[: -self._keep]) - set(best_of(scores, steps)):
             copies.remove(f"step_{old}")
+        for name in copies.unfinished():
+            # Of a driver that was killed: this thread alone writes here, and now none of them.
+            if _STEP.fullmatch(name):
+                copies.remove(name)
 
 
 def _work(jobs: SimpleQueue[_Job | None]) -> None:
@@ -236,7 +242,7 @@ def fetch_best(copies: RemoteCopies, folder: Path, *, check: Check, say: Say) ->
 @contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
     """Where what is fetched for ``folder`` lies until it is moved there."""
-    partial = folder / ".fetched.partial"
+    partial = folder / FETCHED
     shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial

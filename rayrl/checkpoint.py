@@ -88,6 +88,13 @@ def save_checkpoint(
     return place
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove the checkpoints below ``folder`` that a lost process left half-written.  Only where
+    nobody writes one: they look the same."""
+    for partial in list(folder.rglob(".step_*.partial")):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def split(arrays: Mapping[str, np.ndarray], most: int) -> Iterator[dict[str, np.ndarray]]:
     """The arrays in their order, at a time as many as have at most so many bytes together, or one
     that has more.  Each is asked for once."""

@@ -43,17 +43,29 @@ class RemoteCopies:
 
     def names(self) -> list[str]:
         """The names of the whole copies, sorted."""
+        return [name for name in self._found()[0] if self._is_whole(name)]
+
+    def unfinished(self) -> list[str]:
+        """The names of copies without a manifest, sorted: of those that are being written or
+        removed, and of those whose writer was lost."""
+        listed, all_names = self._found()
+        return sorted({*all_names} - {*listed})
+
+    def _found(self) -> tuple[list[str], list[str]]:
+        """The names of the copies that have a manifest, and of all, each sorted."""
         # All files, for what is no object is no folder to Google's storage, unless somebody made an
         # empty object of its name; a copy that other tools brought there has none.
         selector = pafs.FileSelector(self._root, allow_not_found=True, recursive=True)
-        paths = (PurePosixPath(entry.path) for entry in self._filesystem.get_file_info(selector))
         root = PurePosixPath(self._root)
-        found = [
-            path.parent.name
-            for path in paths
-            if path.name == MANIFEST and path.parent.parent == root
-        ]
-        return sorted(name for name in found if self._is_whole(name))
+        listed, all_names = set(), set()
+        for entry in self._filesystem.get_file_info(selector):
+            path = PurePosixPath(entry.path)
+            name, *within = path.relative_to(root).parts if path.is_relative_to(root) else ("",)
+            if within == [MANIFEST]:
+                listed.add(name)
+            if within or (name and entry.type == pafs.FileType.Directory):
+                all_names.add(name)
+        return sorted(listed), sorted(all_names)
 
     def check(self) -> None:
         """Write a small file and remove it: what will be refused is to be known before a run's

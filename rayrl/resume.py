@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import yaml
 
 from rayrl import cli
-from rayrl.backup import Say, fetch_best, fetch_newest, remote_steps, run_of
-from rayrl.checkpoint import list_checkpoints, load_checkpoint, read_meta
+from rayrl.backup import FETCHED, Say, fetch_best, fetch_newest, remote_steps, run_of
+from rayrl.checkpoint import list_checkpoints, load_checkpoint, read_meta, remove_unfinished
 from rayrl.config import Config
 from rayrl.jsonl import write_atomically
 from rayrl.receipt import other_data, other_model, read_receipt, read_run_id, write_run_id
@@ -49,6 +50,9 @@ def open_run_folder(
     if copies is not None:
         _check_writable(copies, uri)
     folder.mkdir(parents=True, exist_ok=True)
+    # Of a driver that was killed; where another one writes here, runs are mixed already.
+    remove_unfinished(folder)
+    shutil.rmtree(folder / FETCHED, ignore_errors=True)
     text = cli.dump(config)
     if resume and (before := _configuration(folder)):
         for line in changes(before, yaml.safe_load(text)):

@@ -169,6 +169,24 @@ def test_a_copy_without_a_checkpoint_in_it_is_passed_over(tmp_path, copies):
     assert "it holds no file of checkpoints/step_4/" in machine.said[0]
 
 
+def test_what_a_killed_driver_left_of_a_copy_goes_with_the_next_one(tmp_path, copies):
+    machine = Machine(tmp_path / "run", copies)
+    remote = tmp_path / "remote"
+    for name in ("step_3", "step_9", "of_others", "report"):
+        (remote / name / "checkpoints").mkdir(parents=True)
+        (remote / name / "checkpoints/half").write_text("")
+    (remote / "step_5").mkdir()
+    # Whole by its manifest's being there, whatever it holds.
+    (remote / "step_1").mkdir()
+    (remote / "step_1/manifest.json").write_text("{")
+    machine.save(6)
+    machine.backup.close()
+    assert machine.said == []
+    assert {place.name for place in remote.iterdir()} == {
+        *("run", "step_1", "step_6", "of_others", "report")
+    }
+
+
 class Unreachable(RemoteCopies):
     def put(self, name, folder, files):
         raise OSError(f"no route to {name}")

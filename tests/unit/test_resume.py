@@ -116,6 +116,30 @@ def test_what_makes_no_other_model_may_change_and_stage_1_stays(run, model):
     assert cli.load(run / "config.yaml") == config
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_a_killed_driver_left_half_written_goes_when_a_run_opens_its_folder(run, resume):
+    flags = ["--resume"] if resume else []
+    if not resume:
+        shutil.rmtree(run / "checkpoints")
+    config = parsed("--run_folder", str(run), "--xe.steps", "0", *flags).config
+    whole = content(run)
+    left = ["checkpoints/.step_8.partial", "replay/.step_7.partial", ".fetched.partial/checkpoints"]
+    for place in [*left, "stage1/training/.step_5.partial"]:
+        (run / place).mkdir(parents=True)
+        (run / place / "model.safetensors").write_bytes(b"half")
+    open_run_folder(run, config, DATA, resume=resume, say=print)
+    assert content(run).keys() == whole.keys()
+
+
+def test_a_run_that_is_refused_loses_nothing_that_is_half_written(run):
+    # Another driver may be at work there.
+    (run / "checkpoints/.step_8.partial").mkdir()
+    config = parsed("--run_folder", str(run), "--xe.steps", "0").config
+    with pytest.raises(ValueError, match="holds a run of 3 steps"):
+        open_run_folder(run, config, DATA, resume=False, say=print)
+    assert (run / "checkpoints/.step_8.partial").is_dir()
+
+
 def test_fewer_steps_than_were_done_are_refused_before_anything_is_written(run):
     before = content(run)
     fewer = parsed("--run_folder", str(run), "--resume", "--train.steps", "2").config
