@@ -232,8 +232,7 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     check_objective(config)
     train_data, val_data = load_train_and_val(config.data)
     copies = open_run_folder(folder, config, train_data.fingerprint(), resume=resume, say=print)
-    count = min(len(val_data), config.train.eval_images)
-    heldout = Heldout([val_data[i] for i in range(count)], folder)
+    heldout = Heldout.first(config.train.eval_images, val_data, folder)
     statistics = reward_statistics(train_data.references(), config.reward)
     local = connect(cpus_of(config), gpus_of(config), spare_cpus=SPARE_CPUS)
     try:
@@ -290,6 +289,7 @@ def _start(
         total_steps=config.train.steps,
         tensorboard=config.train.tensorboard,
         resume_from=last,
+        heldout=heldout.name,
         also=[RayMetrics(folder.name), tracer],
     )
     return Run(

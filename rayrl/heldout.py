@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rayrl.data.images import decode
 from rayrl.jsonl import write_atomically
 from rayrl.rewards import ptb
 from rayrl.rewards.cider import CiderD, DocumentFrequency
-from rayrl.rewards.signature import cider_signature
+from rayrl.rewards.signature import cider_signature, statistics_in
 from rayrl.types import Prompt
 
 _THUMBNAIL = 160
@@ -22,7 +23,7 @@ Attempt = Callable[[str, Callable[[], None]], None]
 
 class Heldout:
     """The held-out prompts of a run and what was captioned at which version; ``signature`` says
-    what the scores mean.
+    what the scores mean, and ``name`` which prompts they are of.
 
     Scores are CIDEr-D x100 as pycocoevalcap reports them: PTB tokens, no end token, document
     frequencies of the held-out references themselves."""
@@ -37,9 +38,15 @@ class Heldout:
         self._references = [[ptb.tokenize(text) for text in texts] for texts in references]
         df = DocumentFrequency.from_references(self._references, source="corpus")
         self.signature = cider_signature(df)
+        self.name = statistics_in(self.signature)
         self._cider = CiderD(df)
         self._file = folder / "eval_captions.json"
-        self._before: list[tuple[str, float]] = []
+        self._before: list[dict[str, Any]] = []
+
+    @classmethod
+    def first(cls, count: int, data: Sequence[Prompt], folder: Path) -> Heldout:
+        """The first ``count`` prompts, or all where there are fewer."""
+        return cls([data[i] for i in range(min(count, len(data)))], folder)
 
     def score(self, captions: Sequence[str]) -> tuple[float, list[float]]:
         """Corpus score and each caption's, x100."""
@@ -50,31 +57,54 @@ class Heldout:
         """Score a version's captions and keep them beside the first ones in eval_captions.json,
         which ``attempt`` (its name, and what writes it) may give up."""
         corpus, each = self.score(captions)
-        now = list(zip(captions, each, strict=True))
         if not self._before:
-            self._before = self._restored() or now
+            self._before = self._first_captions(version, captions)
         images = [
             {
                 "prompt_id": prompt.prompt_id,
                 "image_base64_jpeg": thumbnail(prompt.image),
                 "references": list(prompt.references),
-                "before": {"caption": before[0], "cider_d": before[1]},
-                "after": {"caption": after[0], "cider_d": after[1]},
+                "before": before,
+                "after": {"caption": caption, "cider_d": score},
             }
-            for prompt, before, after in zip(self.prompts, self._before, now, strict=True)
+            for prompt, before, caption, score in zip(
+                self.prompts, self._before, captions, each, strict=True
+            )
         ]
         text = json.dumps({"version": version, "images": images})
         attempt(self._file.name, lambda: write_atomically(self._file, text))
         return corpus
 
-    def _restored(self) -> list[tuple[str, float]]:
-        """The first captions of the run that this one resumes, if they fit."""
+    def _first_captions(self, version: int, captions: Sequence[str]) -> list[dict[str, Any]]:
+        """Of each prompt the first caption in the run, the version that it is of and its score by
+        these references; for one that was not held out before, of those at ``version``."""
+        kept = self._kept() if version > 0 else {}
+        first = [
+            kept.get(_key(prompt.prompt_id, prompt.references), (caption, version))
+            for prompt, caption in zip(self.prompts, captions, strict=True)
+        ]
+        _, each = self.score([caption for caption, _ in first])
+        return [
+            {"caption": caption, "cider_d": score, "version": begun}
+            for (caption, begun), score in zip(first, each, strict=True)
+        ]
+
+    def _kept(self) -> Mapping[str, tuple[str, int]]:
+        """The first captions in the run that this one resumes, and their versions."""
         if not self._file.is_file():
-            return []
-        images = json.loads(self._file.read_text())["images"]
-        if [i["prompt_id"] for i in images] != [p.prompt_id for p in self.prompts]:
-            return []
-        return [(i["before"]["caption"], i["before"]["cider_d"]) for i in images]
+            return {}
+        return {
+            _key(image["prompt_id"], image["references"]): (
+                image["before"]["caption"],
+                image["before"].get("version", 0),
+            )
+            for image in json.loads(self._file.read_text())["images"]
+        }
+
+
+def _key(prompt_id: str, references: Sequence[str]) -> str:
+    """Tells an image of one data set from one of the same id in another."""
+    return json.dumps([prompt_id, *references])
 
 
 def thumbnail(image: bytes) -> str:

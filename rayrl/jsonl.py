@@ -29,6 +29,11 @@ class JsonlFile:
         self._waiting += rows
         self.flush()
 
+    def replace(self, rows: Sequence[Row]) -> None:
+        """Have these rows and no others, whole or not at all."""
+        write_atomically(self._file, lines(rows))
+        self._waiting.clear()
+
     def flush(self) -> None:
         """Write what waits.  OSError where storage still refuses."""
         if not self._waiting:

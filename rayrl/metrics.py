@@ -20,6 +20,8 @@ from rayrl.jsonl import JsonlFile, json_value, lines, read_jsonl, write_atomical
 from rayrl.progress import Progress, open_progress, progress_text
 
 EVAL_METRIC = "eval/cider_d"
+EVAL_SET = "eval/set"
+"""In a row with a score: which held-out set it is of."""
 _METRICS, _SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
@@ -69,7 +71,8 @@ class StepSink(Protocol):
 class RunLog:
     """The log of one run folder; ``also`` hears of each step too.
 
-    ``scores`` are the held-out ones so far, by step; ``last_step`` is the newest that was logged.
+    ``scores`` are the held-out ones so far, by step; those from here on are of the held-out set
+    ``heldout``, and compare with none of another.  ``last_step`` is the newest that was logged.
 
     ``resume_from=k`` continues after step k: what the run before wrote between its last
     checkpoint and its end is dropped.  Without it the log starts empty.
@@ -83,6 +86,7 @@ class RunLog:
         total_steps: int,
         tensorboard: bool = True,
         resume_from: int | None = None,
+        heldout: str = "",
         also: Sequence[StepSink] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -93,6 +97,7 @@ class RunLog:
             _keep_steps(folder / name, keep)
             self._files[name] = JsonlFile(folder / name)
         self._refused: set[str] = set()
+        self._heldout, self._other_set = heldout, False
         self.scores = scores_of(self.history())
         self._total, self.last_step = total_steps, keep
         self._sinks = [*also, *([TensorBoard(folder)] if tensorboard else [])]
@@ -109,7 +114,9 @@ class RunLog:
             raise ValueError(f"step {step} after step {self.last_step}: steps only go up")
         self.last_step = step
         now = self._clock()
-        row = {"step": step, "time": now, **metrics}
+        row: dict[str, Any] = {"step": step, "time": now, **metrics}
+        if self._heldout and EVAL_METRIC in metrics:
+            row[EVAL_SET] = self._heldout
         self.attempt(_METRICS, lambda: self._files[_METRICS].append([row]))
         for name, value in metrics.items():
             if not math.isfinite(value):
@@ -117,6 +124,26 @@ class RunLog:
         for sink in self._sinks:
             self.attempt(type(sink).__name__, functools.partial(sink.step, step, metrics))
         self._show(step, metrics, now)
+
+    def resumed(self, heldout: str) -> None:
+        """The run that this one resumes had the held-out set ``heldout`` ("": not known, taken for
+        this one's): scores that do not say of which they are, by an earlier version, are of that.
+
+        Says where this one's is another."""
+        rows, known = self._files[_METRICS].rows(), heldout or self._heldout
+        scored = [row for row in rows if row.get(EVAL_METRIC) is not None]
+        if known and any(EVAL_SET not in row for row in scored):
+            for row in scored:
+                row.setdefault(EVAL_SET, known)
+            self.attempt(_METRICS, lambda: self._files[_METRICS].replace(rows))
+        self.scores = scores_of(rows)
+        last = scored[-1].get(EVAL_SET, "") if scored else self._heldout
+        self._other_set = last != self._heldout
+        if self._other_set:
+            self.message(
+                f"the held-out set is another, {self._heldout}, was {last}: its scores are not "
+                "compared with those before"
+            )
 
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Append groups to samples.jsonl; each record holds at least its ``step``."""
@@ -143,7 +170,7 @@ class RunLog:
         """Say something once, above the progress line."""
         self._progress.stay(text)
 
-    def history(self) -> list[dict[str, float]]:
+    def history(self) -> list[dict[str, Any]]:
         """The steps so far, those before a resume too, without values that were not finite."""
         return [
             {name: value for name, value in row.items() if value is not None}
@@ -162,7 +189,9 @@ class RunLog:
 
     def _show(self, step: int, metrics: Mapping[str, float], now: float) -> None:
         evaluated = EVAL_METRIC in metrics
-        if evaluated:
+        if evaluated and self._other_set:
+            self.scores, self._other_set = scores_of(self.history()), False
+        elif evaluated:
             self.scores[step] = metrics[EVAL_METRIC]
         scores = list(self.scores.values()) or [math.nan]
         # Counted from the first logged step, so that start-up does not pass for slow steps.
@@ -181,9 +210,14 @@ class RunLog:
 
 
 def scores_of(history: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """The held-out scores in the rows of metrics.jsonl, by step."""
+    """The held-out scores in the rows of metrics.jsonl, by step: those of the same held-out set as
+    the last one, for others do not compare."""
     rows = [row for row in history if row.get(EVAL_METRIC) is not None]
-    return {int(row["step"]): float(row[EVAL_METRIC]) for row in rows}
+    return {
+        int(row["step"]): float(row[EVAL_METRIC])
+        for row in rows
+        if row.get(EVAL_SET) == rows[-1].get(EVAL_SET)
+    }
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

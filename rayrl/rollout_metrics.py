@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rayrl.config import Config
+from rayrl.metrics import scores_of
 from rayrl.outline import Outline
 from rayrl.types import FloatArray, ScoredGroup
 
@@ -62,9 +63,12 @@ def sample_records(
     ]
 
 
-def summarize(config: Config, history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The run in numbers, from its metrics: held-out scores (greedy, CIDEr-D x100), speed, time."""
-    scores = [row["eval/cider_d"] for row in history if "eval/cider_d" in row]
+def summarize(config: Config, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The run in numbers, from its metrics: held-out scores (greedy, CIDEr-D x100), speed, time.
+
+    Scores are of one held-out set: the start is at step 0 unless it was changed since."""
+    by_step = scores_of(history)
+    scores = list(by_step.values())
     phases: dict[str, float] = {}
     for row in history:
         for name, value in row.items():
@@ -78,6 +82,7 @@ def summarize(config: Config, history: Sequence[Mapping[str, float]]) -> dict[st
         "objective": config.objective.preset,
         "seed": config.seed,
         "cider_d_start": scores[0],
+        "cider_d_start_step": min(by_step),
         "cider_d_end": scores[-1],
         "cider_d_best": max(scores),
         "captions_per_second": len(trained) * config.captions_per_step / max(seconds, 1e-9),

@@ -20,7 +20,9 @@ from rayrl.checkpoint import (
     point_at_best,
     save_checkpoint,
 )
+from rayrl.metrics import EVAL_METRIC
 from rayrl.resume import check_same_data
+from rayrl.rewards.signature import statistics_in
 
 if TYPE_CHECKING:
     from rayrl.grpo import Run
@@ -125,8 +127,9 @@ def restore(run: Run) -> int:
     """Put the learner where the newest checkpoint was; returns its step, which is saved."""
     folder = run.folder / "checkpoints"
     place = newest_checkpoint(folder).resolve()
-    point_at_best(folder, _scores(run))
     checkpoint = load_checkpoint(place)
+    run.log.resumed(statistics_in(checkpoint.meta.get("signatures", {}).get(EVAL_METRIC, "")))
+    point_at_best(folder, _scores(run))
     check_same_data(checkpoint.meta, run.train_data.fingerprint())
     run.rounds.restore(checkpoint.meta["rounds"])
     run.reference.restore(checkpoint.arrays)

@@ -15,6 +15,7 @@ from rayrl.checkpoint import forget_trainer
 from rayrl.config import Config
 from rayrl.heldout import Heldout
 from rayrl.interrupt import StopRequest
+from rayrl.metrics import EVAL_METRIC, EVAL_SET
 from rayrl.stage1 import Snapshot
 from rayrl.vlm import load_captioner
 from rayrl.weights import pack
@@ -92,6 +93,7 @@ class XeCurve:
                 captions = [c.text for c in self.fleet.greedy(self.heldout.prompts, i)]
                 scores.append(self.heldout.score(captions)[0])
                 row = {"step": snapshot.steps, "seconds": snapshot.seconds}
-                out.write(json.dumps({**row, "eval/cider_d": scores[-1]}) + "\n")
+                score = {EVAL_METRIC: scores[-1], EVAL_SET: self.heldout.name}
+                out.write(json.dumps({**row, **score}) + "\n")
                 self.say(f"cross-entropy, step {snapshot.steps}: held-out CIDEr-D {scores[-1]:.1f}")
         return scores

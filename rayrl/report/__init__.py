@@ -44,6 +44,8 @@ def headline(run: RunFolder) -> str:
     if not scores:
         return f"{run.objective}: no held-out evaluation yet"
     first, last = f"{scores[0]:.1f}", f"{scores[-1]:.1f}"
+    if len(scores) == 1 and run.left_out:
+        return f"{run.objective} is at a held-out CIDEr-D of {first}"
     if len(scores) == 1:
         return f"{run.objective} starts from a held-out CIDEr-D of {first}"
     if first == last:
@@ -71,6 +73,7 @@ def _view(run: RunFolder) -> dict[str, Any]:
             "worse": sum(one < 0 for one in changes),
         },
         "picks": pick_images(run.images),
+        "joined_later": [i for i in run.images if i["before"].get("version", 0) > 0],
         "groups": groups,
         "advantage_limit": largest_advantage(groups),
         "thumbnails": {image["prompt_id"]: image["image_base64_jpeg"] for image in run.images},
@@ -107,11 +110,14 @@ def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
     scores = [score for _, _, score in run.evaluations]
     if scores:
         gain = number(scores[-1] - scores[0], "+.1f")
-        remark = f"{gain} since the start" if scores[1:] else "at the start"
+        start = f"step {run.evaluations[0][0]}" if run.left_out else "the start"
+        remark = f"{gain} since {start}" if scores[1:] else f"at {start}"
         tiles.append(("Held-out CIDEr-D", f"{scores[-1]:.1f}", remark))
     control = run.summary.get("cider_d_xe_control")
     if scores and control is not None:
-        remark = f"{number(control - scores[0], '+.1f')} in the same time"
+        # Where the held-out set was changed the first score is not of the model that it began with.
+        gain = "" if run.left_out else f"{number(control - scores[0], '+.1f')} "
+        remark = f"{gain}in the same time"
         tiles.append(("More cross-entropy instead", f"{control:.1f}", remark))
     seconds = run.training_seconds[-1] if run.metrics else 0.0
     if seconds:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from rayrl.jsonl import read_jsonl
-from rayrl.metrics import EVAL_METRIC
+from rayrl.metrics import EVAL_METRIC, EVAL_SET
 
 Row = Mapping[str, Any]
 _SECONDS = "seconds/"
@@ -31,18 +31,20 @@ class RunFolder:
     """A run, whole or partial; a file that it has not written yet is empty here.
 
     ``metrics`` holds a row a step; ``stage1`` and ``control`` hold held-out scores of
-    cross-entropy against its training seconds: the stage before, and more of it instead.
+    cross-entropy against its training seconds: the stage before, and more of it instead.  All
+    scores are of one held-out set, the last one's; those of the steps ``left_out`` were of another.
     """
 
     name: str
     config_text: str
     config: Row
-    metrics: list[Row]
+    metrics: Sequence[Row]
     samples: Sequence[Row]
     images: Sequence[Row]
     summary: Row
-    stage1: list[Row]
-    control: list[Row]
+    stage1: Sequence[Row]
+    control: Sequence[Row]
+    left_out: Sequence[int] = ()
 
     @property
     def objective(self) -> str:
@@ -110,20 +112,44 @@ def read_run(folder: Path) -> RunFolder:
         raise ValueError(f"{folder / 'config.yaml'}: not YAML: {error}") from None
     # One row alone is the model that was given: no stage 1 was run.
     stage1 = _scores(folder / "xe" / "metrics.jsonl")
+    metrics = _scores(folder / "metrics.jsonl")
+    control = _scores(folder / "xe_baseline.jsonl")
+    left_out = _leave_out_other_sets(metrics, stage1, control)
     return RunFolder(
         name=folder.resolve().name,
         config_text=config_text,
         config=config,
-        metrics=_scores(folder / "metrics.jsonl"),
+        metrics=metrics,
         samples=read_jsonl(folder / "samples.jsonl"),
         images=_read_json(folder / "eval_captions.json").get("images", []),
         summary=_read_json(folder / "summary.json"),
         stage1=stage1 if len(stage1) > 1 else [],
-        control=_scores(folder / "xe_baseline.jsonl"),
+        control=control,
+        left_out=left_out,
     )
 
 
-def _scores(file: Path) -> list[Row]:
+def _leave_out_other_sets(
+    metrics: Sequence[dict[str, Any]],
+    stage1: Sequence[dict[str, Any]],
+    control: Sequence[dict[str, Any]],
+) -> list[int]:
+    """Take the scores that are not of the last one's held-out set out of the rows; returns their
+    steps in ``metrics``.  Where an earlier version did not say of which they are, the models of
+    stage 1 were scored as step 0 was, and the control as the last step."""
+    scored = [row for row in metrics if EVAL_METRIC in row]
+    if not scored:
+        return []
+    first, last = scored[0].get(EVAL_SET), scored[-1].get(EVAL_SET)
+    others = [row for row in scored if row.get(EVAL_SET) != last]
+    for rows, unsaid in ((others, None), (stage1, first), (control, last)):
+        for row in rows:
+            if row.get(EVAL_SET, unsaid) != last:
+                row.pop(EVAL_METRIC, None)
+    return [int(row["step"]) for row in others]
+
+
+def _scores(file: Path) -> list[dict[str, Any]]:
     """The rows of a file, without the values that were not finite (null)."""
     return [{k: v for k, v in row.items() if v is not None} for row in read_jsonl(file)]
 

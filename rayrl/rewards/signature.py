@@ -7,6 +7,8 @@ different numbers; a score without these declarations compares with nothing.
 
 from __future__ import annotations
 
+import re
+
 from rayrl import __version__
 from rayrl.rewards.cider_numpy import SIGMA
 from rayrl.rewards.document_frequency import DocumentFrequency
@@ -24,6 +26,13 @@ def cider_signature(df: DocumentFrequency) -> str:
     return (
         f"{_METRIC}+eos:{eos}+df:{df.source}[{df.num_documents}]#{df.content_hash}+{PTB_SIGNATURE}"
     )
+
+
+def statistics_in(signature: str) -> str:
+    """What a signature says of its document frequencies, ``corpus[5000]#1f0c...``, or "".  Where
+    they are those of the references themselves it tells one held-out set from others."""
+    found = re.search(r"\+df:([^+]*)", signature)
+    return found[1] if found else ""
 
 
 def batch_signature(eos: bool) -> str:

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 import pytest
 from rich.console import Console
 
+from rayrl.config import Config
 from rayrl.jsonl import read_jsonl
 from rayrl.metrics import Phases, RunLog, write_summary
 from rayrl.progress import TerminalProgress, duration, progress_text
+from rayrl.rollout_metrics import summarize
 
 # TensorBoard writes in a thread of its own, which ends with the error that it met.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -265,6 +267,65 @@ def test_a_resumed_run_still_compares_with_the_first_start(tmp_path, capsys):
     capsys.readouterr()
     resumed.step(2, {"reward/mean": 1.0})
     assert capsys.readouterr().out == "step 2/4  reward 1.000  CIDEr-D 105.0 (+5.0)\n"
+
+
+def resumed(folder, heldout: str, was: str, step: int) -> RunLog:
+    log = RunLog(folder, total_steps=9, tensorboard=False, resume_from=step, heldout=heldout)
+    log.resumed(was)
+    return log
+
+
+def test_scores_of_another_held_out_set_are_not_compared(tmp_path, capsys):
+    log = RunLog(tmp_path, total_steps=9, tensorboard=False, heldout="A")
+    log.step(0, {"eval/cider_d": 100.0})
+    log.step(1, {"reward/mean": 1.0})
+    log.step(2, {"eval/cider_d": 120.0})
+    assert [row.get("eval/set") for row in lines(tmp_path)] == ["A", None, "A"]
+    capsys.readouterr()
+    log = resumed(tmp_path, "B", "A", 2)
+    assert capsys.readouterr().out == (
+        "the held-out set is another, B, was A: its scores are not compared with those before\n"
+    )
+    # Until there is one of the new set the best is that of the old.
+    assert log.scores == {0: 100.0, 2: 120.0}
+    log.step(3, {"eval/cider_d": 50.0})
+    assert capsys.readouterr().out == "step 3/9  CIDEr-D 50.0 (+0.0)\n"
+    log.step(4, {"eval/cider_d": 60.0})
+    assert log.scores == {3: 50.0, 4: 60.0}
+    summary = summarize(Config(), log.history())
+    names = ("cider_d_start", "cider_d_start_step", "cider_d_end", "cider_d_best")
+    assert [summary[name] for name in names] == [50.0, 3, 60.0, 60.0]
+    # The set from before compares with itself again.
+    capsys.readouterr()
+    log = resumed(tmp_path, "A", "B", 4)
+    assert "another, A, was B" in capsys.readouterr().out
+    log.step(5, {"eval/cider_d": 125.0})
+    assert log.scores == {0: 100.0, 2: 120.0, 5: 125.0}
+    resumed(tmp_path, "A", "A", 5)
+    assert "another" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("was", "scores"), [("A", {3: 50.0}), ("B", {0: 100.0, 3: 50.0})])
+def test_scores_of_an_earlier_version_are_of_the_set_that_its_checkpoint_names(
+    tmp_path, was, scores
+):
+    log = RunLog(tmp_path, total_steps=9, tensorboard=False)
+    log.step(0, {"eval/cider_d": 100.0, "kl": math.nan})
+    log.step(1, {})
+    log = resumed(tmp_path, "B", was, 1)
+    log.step(3, {"eval/cider_d": 50.0})
+    assert log.scores == scores
+    # Also when it is resumed a second time, by a checkpoint that names the new one.
+    assert resumed(tmp_path, "B", "B", 3).scores == scores
+    assert lines(tmp_path)[0]["kl"] is None
+
+
+def test_scores_that_nothing_is_known_of_are_compared_as_ever(tmp_path, capsys):
+    RunLog(tmp_path, total_steps=9, tensorboard=False).step(0, {"eval/cider_d": 100.0})
+    log = resumed(tmp_path, "B", "", 0)
+    log.step(1, {"eval/cider_d": 50.0})
+    assert log.scores == {0: 100.0, 1: 50.0}
+    assert "another" not in capsys.readouterr().out
 
 
 def test_what_is_not_known_is_left_out_of_the_line():

@@ -255,6 +255,32 @@ def test_the_headline_does_not_flatter(tmp_path, scores, said):
     assert said.replace("CIDEr-D", "CIDEr\u2011D") in page_of(folder).text
 
 
+def test_scores_of_another_held_out_set_are_left_out_and_it_is_said(tmp_path):
+    folder = fake_run(tmp_path)
+    rows = [{"step": s, "eval/cider_d": 50.0 + s, "eval/set": "A"} for s in range(3)]
+    rows += [{"step": 3, "eval/cider_d": 20.0, "eval/set": "B"}]
+    write_lines(folder / "metrics.jsonl", rows)
+    images = json.loads((folder / "eval_captions.json").read_text())
+    for image, version in zip(images["images"], [3, 0, 5], strict=False):
+        image["before"]["version"] = version
+    (folder / "eval_captions.json").write_text(json.dumps(images))
+    assert headline(read_run(folder)) == "GRPO is at a held-out CIDEr-D of 20.0"
+    write_lines(folder / "metrics.jsonl", [*rows, {**rows[-1], "step": 4, "eval/cider_d": 25.0}])
+    run = read_run(folder)
+    assert headline(run) == "GRPO raised held-out CIDEr-D from 20.0 to 25.0"
+    assert run.evaluations == [(3, 0.0, 20.0), (4, 0.0, 25.0)]
+    by_time, _ = score_charts(run)
+    # Cross-entropy was scored with the first set, and the control, if nothing is said, as the end.
+    assert [shape.name for shape in by_time.shapes] == ["more cross-entropy", "GRPO"]
+    text = page_of(folder).text
+    assert "scores of 3 evaluations from step 0 to step 2 are of another one and left out" in text
+    assert "Held-out CIDEr-D 25.0 +5.0 since step 3" in text
+    assert "More cross-entropy instead 265.4 in the same time" in text
+    assert "2 of the images were not held out from the start: their first caption is of step 3" in (
+        text
+    )
+
+
 def test_nothing_is_loaded_from_outside(run):
     page = page_of(run)
     loads = {

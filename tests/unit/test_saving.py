@@ -162,6 +162,31 @@ def test_a_run_that_goes_on_knows_what_was_best(job):
     assert best(job) == "step_32"
 
 
+def test_the_best_of_one_held_out_set_is_not_compared_with_another(job):
+    job.signatures = {"eval/cider_d": "Cider-D+df:corpus[9]#aa+tok:ptb+rayrl:0.1.0"}
+    evaluated(job, 1, 50.0)
+    evaluated(job, 30, 40.0)
+    # By the checkpoint: the log is of a version that did not say.
+    job.log = RunLog(
+        job.folder, total_steps=9, tensorboard=False, resume_from=30, heldout="corpus[5]#bb"
+    )
+    assert saving.restore(job) == 30
+    assert best(job) == "step_1", "until there is one of the new set"
+    assert evaluated(job, 31, 20.0)
+    assert best(job) == "step_31"
+    assert not evaluated(job, 32, 19.0)
+
+
+def test_a_newer_rayrl_has_the_same_held_out_set(job):
+    job.signatures = {"eval/cider_d": "Cider-D+df:corpus[9]#aa+tok:ptb+rayrl:0.1.0"}
+    evaluated(job, 30, 40.0)
+    job.log = RunLog(
+        job.folder, total_steps=9, tensorboard=False, resume_from=30, heldout="corpus[9]#aa"
+    )
+    saving.restore(job)
+    assert not evaluated(job, 31, 20.0)
+
+
 def test_a_best_score_without_room_on_the_disk_is_not_pointed_at(job, full, capsys):
     evaluated(job, 1, 50.0)
     full(True)
