@@ -54,7 +54,7 @@ class LearnerActor(Traced):
                 config=config.learner,
                 objective=build(config.objective),
                 sources=config.objective.sources,
-                num_terms=len(config.reward.terms),
+                reward_weights=config.reward.weights,
                 temperature=config.sampling.temperature,
                 instruction=config.data.instruction,
                 total_steps=config.train.steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,13 +11,19 @@ import torch
 from rayrl.config import LearnerConfig
 from rayrl.learner.parallel import Ranks
 from rayrl.objectives.batch import OPTIONAL_FIELDS, GroupBatch
+from rayrl.objectives.terms import NO_WEIGHTS
 from rayrl.types import TrainBatch
 
 _DTYPES = {"b": torch.bool, "i": torch.long}
 
 
-def group_batch(batch: TrainBatch, device: str | torch.device) -> GroupBatch:
-    """The step's groups on ``device``; all captions that exist are valid.
+def group_batch(
+    batch: TrainBatch,
+    device: str | torch.device,
+    reward_weights: Mapping[str, float] = NO_WEIGHTS,
+) -> GroupBatch:
+    """The step's groups on ``device``; all captions that exist are valid.  ``reward_weights`` are
+    those of the terms by name, which the run's configuration knows and batches do not carry.
 
     Raises ValueError on a field that no objective knows."""
     if unknown := batch.fields.keys() - OPTIONAL_FIELDS.keys():
@@ -44,6 +50,7 @@ def group_batch(batch: TrainBatch, device: str | torch.device) -> GroupBatch:
             np.zeros_like(batch.mask) if batch.forced is None else batch.forced, torch.bool
         ),
         greedy_rewards=None if batch.greedy_rewards is None else tensor(batch.greedy_rewards),
+        reward_weights=reward_weights,
         **fields,
     )
 

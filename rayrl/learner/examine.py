@@ -36,7 +36,7 @@ def examine_folder(folder: Path, config: Config) -> Iterator[str]:
         total_steps=config.train.steps,
         seed=config.seed,
         sources=config.objective.sources,
-        num_terms=len(config.reward.terms),
+        reward_weights=config.reward.weights,
     )
     yield from examine(learner, load_checkpoint(folder))
 

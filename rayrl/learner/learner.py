@@ -11,7 +11,7 @@ Knows torch and nothing of Ray.  A step trains on P groups of G captions:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +49,15 @@ from rayrl.objectives.prepare import NotFiniteError
 from rayrl.types import FloatArray, StepReport, TrainBatch
 from rayrl.weights import Weights
 
+ONE_TERM: Mapping[str, float] = {"cider_d": 1.0}
+
 
 class Learner:
     """Holds the policy, its frozen reference where the objective asks for one, and the optimizer.
 
     ``folder`` is the stage-1 model: the policy starts there and the reference stays there.
     ``ranks``: this process's place among those that take the same steps; each is given every
-    group and each returns the same report.
+    group and each returns the same report.  ``reward_weights``: those of the terms by name.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Learner:
         seed: int,
         ranks: Ranks = SOLO,
         sources: SourcesConfig = NO_SOURCES,
-        num_terms: int = 1,
+        reward_weights: Mapping[str, float] = ONE_TERM,
     ) -> None:
         self._ranks = ranks
         self._config = config
@@ -80,6 +82,7 @@ class Learner:
         self._objective_state = objective.initial_state()
         self._total_steps = total_steps
         self._seed = seed
+        self._reward_weights = dict(reward_weights)
         self.policy = Policy(
             folder,
             model=model,
@@ -98,7 +101,8 @@ class Learner:
             sources,
             self.policy,
             updates_per_step=updates_per_step(config),
-            num_terms=num_terms,
+            # Terms that are only logged have no head; see rayrl.objectives.terms.counted.
+            num_terms=sum(weight != 0 for weight in reward_weights.values()),
             ranks=ranks,
         )
         self.losses = Losses(self.policy, self.providers, config, ranks)
@@ -129,7 +133,7 @@ class Learner:
         group_size = batch.shape[1]
         batch = self._completed(batch)
         inputs = policy.inputs(batch)
-        given = group_batch(batch, policy.device)
+        given = group_batch(batch, policy.device, self._reward_weights)
         groups = self.losses.with_start_fields(given, inputs)
         before = self._objective_state
         self._set_rate()

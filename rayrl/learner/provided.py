@@ -38,7 +38,8 @@ def check_objective(config: Config) -> None:
     objective = build(config.objective)
     objective.check(provided(config))
     check_planners(objective.planners(0), config.train.group_size)
-    rehearse(objective, list(config.reward.terms), config.train.group_size)
+    reward, group_size = config.reward, config.train.group_size
+    rehearse(objective, list(reward.terms), group_size, reward.weights)
 
 
 def _whole_minibatches(config: Config) -> bool:

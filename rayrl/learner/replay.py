@@ -53,6 +53,7 @@ def make_replay(
         "prompt_ids": list(batch.prompt_ids),
         "references": [list(captions) for captions in batch.references],
         "objective_state": values,
+        "reward_weights": dict(groups.reward_weights),
     }
     return Checkpoint(step=step, model_files=model_files, arrays=arrays, meta=meta)
 
@@ -67,7 +68,9 @@ def read_replay(replay: Checkpoint) -> tuple[TrainBatch, GroupBatch, dict[str, A
     tensors = {k: torch.from_numpy(np.array(v)) for k, v in arrays.items() if k.startswith(_GROUP)}
     terms = {k.removeprefix(_TERMS): v for k, v in tensors.items() if k.startswith(_TERMS)}
     fields = {k.removeprefix(_GROUP): v for k, v in tensors.items() if not k.startswith(_TERMS)}
-    groups = GroupBatch(image_ids=ids, terms=terms, **fields)
+    # A replay of before has none, and its terms counted once.
+    weights = replay.meta.get("reward_weights", {})
+    groups = GroupBatch(image_ids=ids, terms=terms, reward_weights=weights, **fields)
     batch = TrainBatch(
         prompt_ids=ids,
         images=tuple(arrays[f"{_IMAGE}{i}"].tobytes() for i in range(len(ids))),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rayrl.objectives import stats
 from rayrl.objectives.plan import near
+from rayrl.objectives.terms import NO_WEIGHTS
 
 
 def raw_reward(rewards: Tensor) -> Tensor:
@@ -148,18 +149,21 @@ def softmax_weight(
 def normalize_each(
     terms: Mapping[str, Tensor],
     valid: Tensor | None = None,
+    reward_weights: Mapping[str, float] = NO_WEIGHTS,
     *,
     term_weights: Mapping[str, float],
     eps: float = 1e-4,
     ddof: int = 1,
 ) -> Tensor:
-    """Each reward term normalised in its group, then their weighted sum (GDPO, 2601.05242), terms
-    without a weight counting once: the scale of a term does not matter."""
+    """Each reward term normalised in its group, then their weighted sum (GDPO, 2601.05242), each by
+    its weight in ``term_weights`` or else under reward.terms: the scale of a term does not
+    matter."""
     for name in term_weights:
         if name not in terms:
             raise ValueError(f"term_weights: no reward term {name!r}{near(name, terms)}")
+    weights = {**reward_weights, **term_weights}
     normal = {name: stats.standardize(term, valid, eps, ddof) for name, term in terms.items()}
-    return torch.stack([term_weights.get(name, 1.0) * z for name, z in normal.items()]).sum(0)
+    return torch.stack([weights.get(name, 1.0) * z for name, z in normal.items()]).sum(0)
 
 
 def local_and_global(

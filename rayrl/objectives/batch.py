@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,8 +60,9 @@ class GroupBatch:
     """P groups of G captions.
 
     ``rewards`` is the weighted sum of ``terms``, ``valid`` False where a group has fewer captions,
-    ``old_logprobs`` those of the policy at the start of the step.  The other fields are None
-    unless :attr:`Objective.needs` names them; ``OPTIONAL_FIELDS`` says what they hold.
+    ``old_logprobs`` those of the policy at the start of the step.  ``reward_weights`` are the
+    weights of ``terms`` by name, 1 where it has none.  The other fields are None unless
+    :attr:`Objective.needs` names them; ``OPTIONAL_FIELDS`` says what they hold.
     """
 
     image_ids: tuple[str, ...]
@@ -90,6 +91,7 @@ class GroupBatch:
     augmented_ref_logprobs: Tensor | None = None
     earlier: Tensor | None = None
     caption_features: Tensor | None = None
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         p, g, t = self.mask.shape
@@ -129,6 +131,6 @@ class GroupBatch:
         }
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if spec.name not in changes and value is not None:
+            if spec.name not in {*changes, "reward_weights"} and value is not None:
                 changes[spec.name] = value[rows]
         return replace(self, **changes)

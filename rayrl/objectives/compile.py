@@ -15,7 +15,7 @@ ALWAYS = frozenset(
     {
         *("image_ids", "token_ids", "mask", "lengths", "valid", "truncated"),
         *("rollout_logprobs", "old_logprobs", "policy_logprobs"),
-        *("rewards", "raw_rewards", "caption_weights", "token_weights"),
+        *("rewards", "raw_rewards", "reward_weights", "caption_weights", "token_weights"),
         *("losses", "normalizer", "generator", "state", "step", "metrics", "parameters"),
     }
 )

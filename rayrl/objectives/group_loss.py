@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from rayrl.objectives import stats
 from rayrl.objectives.stats import masked_sum, pairwise, safe_exp
+from rayrl.objectives.terms import NO_WEIGHTS, counted
 
 
 def pair_mean(pair_losses: Tensor, pair_weights: Tensor) -> Tensor:
@@ -153,16 +154,19 @@ def heads(
     mask: Tensor,
     terms: Mapping[str, Tensor],
     valid: Tensor,
+    reward_weights: Mapping[str, float] = NO_WEIGHTS,
     *,
     beta: float,
 ) -> Tensor:
     """Mean over K output heads of the logistic loss of best against worst by the head's own reward
-    term [P]; head_logprobs is [P,G,T,K] in the order of the terms (MAH-DPO, 2510.01167,
-    read in its abstract)."""
-    if head_logprobs.shape[-1] != len(terms):
-        raise ValueError(f"{head_logprobs.shape[-1]} heads for {len(terms)} reward terms")
+    term [P]; head_logprobs is [P,G,T,K] in the order of the terms whose weight is not 0, and by one
+    of negative weight the lowest is best (MAH-DPO, 2510.01167, read in its abstract)."""
+    theirs = counted(terms, reward_weights)
+    own = [reward_weights.get(name, 1.0) * term for name, term in theirs.items()]
+    if head_logprobs.shape[-1] != len(own):
+        raise ValueError(f"{head_logprobs.shape[-1]} heads for {len(own)} reward terms")
     losses = []
-    for head, reward in zip(head_logprobs.unbind(-1), terms.values(), strict=True):
+    for head, reward in zip(head_logprobs.unbind(-1), own, strict=True):
         drift = masked_sum(head - ref_logprobs, mask)
         best = reward.masked_fill(~valid, -torch.inf).argmax(1, keepdim=True)
         worst = reward.masked_fill(~valid, torch.inf).argmin(1, keepdim=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rayrl.objectives.plan import near
 from rayrl.objectives.stats import masked_sum, pairwise
+from rayrl.objectives.terms import NO_WEIGHTS
 
 
 def difference(scores: Tensor, *, beta: float) -> Tensor:
@@ -45,17 +46,24 @@ def favour_top(
 def other_terms(
     scores: Tensor,
     terms: Mapping[str, Tensor],
+    reward_weights: Mapping[str, float] = NO_WEIGHTS,
     *,
     beta: float,
     main_term: str,
     main_weight: float,
 ) -> Tensor:
     """(beta (s_i - s_j) - sum_k w_k (r_k,i - r_k,j)) / w_main over the other terms k, which share
-    1 - w_main equally (MODPO, 2310.03708)."""
+    1 - w_main by their weights under reward.terms (MODPO, 2310.03708): one of weight 0 has no part
+    in it, and a penalty of negative weight stays one."""
     if main_term not in terms:
         raise ValueError(f"main_term: no reward term {main_term!r}{near(main_term, terms)}")
-    others = [pairwise(value, value) for name, value in terms.items() if name != main_term]
-    gap = (1 - main_weight) * torch.stack(others).mean(0) if others else 0.0
+    weights = {name: reward_weights.get(name, 1.0) for name in terms if name != main_term}
+    total = sum(abs(weight) for weight in weights.values())
+    gap: Tensor | float = 0.0
+    if total:
+        shares = [weight / total * terms[name] for name, weight in weights.items()]
+        others = torch.stack(shares).sum(0)
+        gap = (1 - main_weight) * pairwise(others, others)
     return (beta * pairwise(scores, scores) - gap) / main_weight
 
 

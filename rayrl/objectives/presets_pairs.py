@@ -132,6 +132,7 @@ PAIRS: Mapping[str, Preset] = {
         ),
         limit="main_weight 1: online_dpo",
         basis="code",
+        note="the others share 1 - main_weight by their weights under reward.terms",
     ),
     "apo_momentum": Preset(
         title="Accelerated preference optimization: momentum between rounds",
@@ -162,6 +163,7 @@ PAIRS: Mapping[str, Preset] = {
         plan=Plan(surrogate=part("heads", beta=0.1)),
         limit="one term: online_dpo",
         basis="abstract",
+        note="terms of weight 0 have none",
     ),
     "pami_changed_image": Preset(
         title="PaMi-VDPO: the caption must depend on the image",

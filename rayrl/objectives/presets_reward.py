@@ -17,7 +17,7 @@ REWARD: Mapping[str, Preset] = {
         plan=replace(CLIPPED, aggregate=(part("weighted_sum", term_weights={}),)),
         limit="one term: GRPO",
         basis="abstract",
-        note="term_weights replaces the weights under reward.terms",
+        note="term_weights replaces single weights of reward.terms",
     ),
     "gdpo": Preset(
         title="GDPO: every term normalised in its group, then summed and whitened",
@@ -31,6 +31,7 @@ REWARD: Mapping[str, Preset] = {
         ),
         limit="one term: GRPO, then whitened over the batch",
         basis="code",
+        note="weights are those of reward.terms; term_weights replaces single ones",
     ),
     "ensemble_worst_case": Preset(
         title="Reward ensemble, worst case (WCO)",
@@ -38,7 +39,7 @@ REWARD: Mapping[str, Preset] = {
         plan=replace(CLIPPED, aggregate=(part("worst_of"),)),
         limit="equal terms: GRPO",
         basis="code",
-        note="terms must share a scale",
+        note="terms must share a scale; those of weight 0 are left out, other weights say nothing",
     ),
     "ensemble_uncertainty": Preset(
         title="Reward ensemble, weighted by uncertainty (UWO)",
@@ -46,7 +47,7 @@ REWARD: Mapping[str, Preset] = {
         plan=replace(CLIPPED, aggregate=(part("mean_minus_variance", uncertainty=1.0),)),
         limit="equal terms or uncertainty 0: GRPO on the mean",
         basis="code",
-        note="terms must share a scale",
+        note="terms must share a scale; those of weight 0 are left out, other weights say nothing",
     ),
     "constrained_grpo": Preset(
         title="Constrained GRPO",
@@ -149,7 +150,7 @@ REWARD: Mapping[str, Preset] = {
         plan=replace(CLIPPED, aggregate=(part("product", main_term="cider_d"),)),
         limit="all factors 1: GRPO",
         basis="abstract",
-        note="the other terms must be factors in [0, 1]",
+        note="the other terms, but those of weight 0, must be factors in [0, 1]",
     ),
     "harmonic_reward": Preset(
         title="Lambda-harmonic reward",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,17 @@ from torch import Tensor
 
 from rayrl.objectives.batch import GroupBatch
 from rayrl.objectives.objective import Objective
+from rayrl.objectives.terms import NO_WEIGHTS, counted
 
 _IMAGES, _TOKENS, _OTHERS = 3, 4, 2
 
 
-def rehearse(objective: Objective, terms: Sequence[str], group_size: int) -> None:
+def rehearse(
+    objective: Objective,
+    terms: Sequence[str],
+    group_size: int,
+    reward_weights: Mapping[str, float] = NO_WEIGHTS,
+) -> None:
     """Take a step, without a model, on groups of ``group_size`` captions with these reward terms.
 
     Raises ValueError, naming the objective, for what only shows there: a reward term that a part
@@ -22,11 +28,11 @@ def rehearse(objective: Objective, terms: Sequence[str], group_size: int) -> Non
     of tokens in front of a loss of captions.
     """
     for phase in objective.phases():
-        batch = _groups(terms, group_size)
+        batch = _groups(terms, group_size, reward_weights)
         try:
             state, prepared = phase.prepare(phase.initial_state(), batch)
             policy = _logprobs(batch.mask)
-            graph: dict[str, Any] = _graph(batch, policy, len(terms))
+            graph: dict[str, Any] = _graph(batch, policy)
             out = phase.loss(prepared, policy, prepared.normalizer(), **graph)
             pairs = {name: (float(s), float(w)) for name, (s, w) in out.metrics.items()}
             phase.control(state, {name: s / w for name, (s, w) in pairs.items() if w})
@@ -37,7 +43,9 @@ def rehearse(objective: Objective, terms: Sequence[str], group_size: int) -> Non
             ) from error
 
 
-def _groups(terms: Sequence[str], group_size: int) -> GroupBatch:
+def _groups(
+    terms: Sequence[str], group_size: int, reward_weights: Mapping[str, float]
+) -> GroupBatch:
     """Groups with every field that an objective may need; all numbers lie within 0 and 1."""
     p, g, t = _IMAGES, group_size, _TOKENS
     draw = torch.Generator().manual_seed(0)
@@ -76,6 +84,7 @@ def _groups(terms: Sequence[str], group_size: int) -> GroupBatch:
         augmented_ref_logprobs=logprobs,
         earlier=torch.zeros(p, g, dtype=torch.bool),
         caption_features=uniform(p, g, _OTHERS),
+        reward_weights=reward_weights,
     )
 
 
@@ -83,13 +92,14 @@ def _logprobs(mask: Tensor) -> Tensor:
     return torch.where(mask, -1.0, 0.0)
 
 
-def _graph(batch: GroupBatch, policy: Tensor, terms: int) -> dict[str, Tensor]:
+def _graph(batch: GroupBatch, policy: Tensor) -> dict[str, Tensor]:
     """What a loss may need of the model's current weights."""
+    heads = len(counted(batch.terms, batch.reward_weights))
     return {
         "entropy": batch.mask.float(),
         "policy_values": torch.zeros_like(policy),
         "augmented_logprobs": policy,
-        "head_logprobs": policy[..., None].expand(*policy.shape, terms),
+        "head_logprobs": policy[..., None].expand(*policy.shape, heads),
         "anchor_logprobs": policy,
         "anchor_mask": batch.mask,
     }

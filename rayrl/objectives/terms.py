@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+NO_WEIGHTS: Mapping[str, float] = {}
+"""Of reward terms by name; one without a weight counts once."""
+
+
+def counted(
+    terms: Mapping[str, Tensor], weights: Mapping[str, float], named: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The terms [P,G] that an objective counts: those whose weight under reward.terms is not 0, for
+    that says to log a term only, and those that a parameter has ``named``."""
+    return {k: v for k, v in terms.items() if k in named or weights.get(k, 1.0) != 0}
 
 
 def clip_score(cosine: Tensor) -> Tensor:

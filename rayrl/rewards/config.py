@@ -342,6 +342,11 @@ class RewardConfig(Section):
         return df
 
     @property
+    def weights(self) -> dict[str, float]:
+        """By the terms' names."""
+        return {name: term.weight for name, term in self.terms.items()}
+
+    @property
     def counts_ngrams(self) -> bool:
         """Whether any term scores against document frequencies."""
         return any(term.counts_ngrams for term in self.terms.values())

@@ -148,7 +148,7 @@ def _combine_one(
     for name in config.terms:
         if reason := _problem(scores[name], i):
             return Dropped(who, f"{name}: {reason}")
-    weights = {name: term.weight for name, term in config.terms.items()}
+    weights = config.weights
     answers = {name: scores[name].groups[i] for name in weights}
     terms = {name: np.asarray(scores_of(answer)) for name, answer in answers.items()}
     judged = judgements(answers)

@@ -29,6 +29,7 @@ def learner(
     ranks=SOLO,
     sources=NO_SOURCES,
     num_terms=1,
+    reward_weights=None,
     dtype="float32",
     **config,
 ):
@@ -43,7 +44,9 @@ def learner(
         seed=0,
         ranks=ranks,
         sources=sources,
-        num_terms=num_terms,
+        reward_weights={f"term {k}": 1.0 for k in range(num_terms)}
+        if reward_weights is None
+        else reward_weights,
     )
 
 
