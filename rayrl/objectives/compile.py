@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from rayrl.objectives.batch import GRAPH_FIELDS, OPTIONAL_FIELDS
 from rayrl.objectives.inject import BoundPart
-from rayrl.objectives.parts import resolve
-from rayrl.objectives.plan import SLOTS, Plan, near
+from rayrl.objectives.parts import may_be_of_tokens, resolve
+from rayrl.objectives.plan import DEFAULT_REDUCER, SLOTS, Plan, near
 
 ALWAYS = frozenset(
     {
@@ -70,11 +70,21 @@ CONFIGURED: Mapping[str, str] = {
 """Needs that are brought once something is configured, and what."""
 
 _ROOTS = frozenset(
-    {
-        *("rollout", "select", "aggregate", "mask", "weights", "mismatch"),
-        *("surrogate", "regularizers", "reducer", "control"),
-    }
+    {"rollout", "select", "weights", "mismatch", "surrogate", "regularizers", "control"}
 )
+_CHANGED: Mapping[str, str] = {
+    "rewards": "aggregate",
+    "token_weights": "mask",
+    "normalizer": "mask",
+}
+"""Names that are always there, and the slot that changes what they stand for."""
+
+_BEFORE_AGGREGATE = frozenset({"select", "labels", "segments", "aggregate"})
+"""Slots whose parts read the raw rewards, or make others of them."""
+
+_STATISTICS = ("labels", "segments", "aggregate", "advantage")
+"""Slots whose parts see by `valid` the captions that statistics_of names."""
+
 _BEFORE_LOSS = frozenset(
     {"select", "labels", "segments", "aggregate", "advantage", "mask", "pairs"}
 )
@@ -115,11 +125,18 @@ def compile_plan(name: str, plan: Plan) -> Compiled:
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None
     for slot, items in slots.items():
-        if items and slot not in used:
+        # A plan has a reducer whether one was asked for or not.
+        if items and slot not in used and getattr(plan, slot) != DEFAULT_REDUCER:
             raise ValueError(
                 f"objective {name}: slot {slot} is filled with {items[0].name}, "
                 "but no other part reads what it produces"
             )
+    statistics = (part for slot in _STATISTICS for part in slots[slot])
+    if plan.statistics_of == "kept" and not any("valid" in part.inputs for part in statistics):
+        raise ValueError(
+            f"objective {name}: statistics_of is kept, but no part of {', '.join(_STATISTICS)} "
+            "reads 'valid', the captions that it is about"
+        )
     needs_of: dict[str, tuple[str, ...]] = {}
     for bound in (bound for items in slots.values() for bound in items):
         for need in _needs(bound):
@@ -149,10 +166,13 @@ def _switched_off(bound: BoundPart) -> bool:
 def _reachable(slots: Mapping[str, tuple[BoundPart, ...]]) -> set[str]:
     """Slots whose result is read, starting from those that make the loss."""
     used = {slot for slot in _ROOTS if slots[slot]}
+    if slots["regularizers"] or any(may_be_of_tokens(part) for part in slots["surrogate"]):
+        used.add("reducer")
     waiting = list(used)
     while waiting:
         for bound in slots[waiting.pop()]:
-            for source in _sources(bound):
+            changing = [slot for slot in _changing(bound) if slots[slot]]
+            for source in (*_sources(bound), *changing):
                 if not slots[source] and source not in used:
                     raise ValueError(
                         f"{bound.slot} {bound.name} reads {_read(bound, source)}, "
@@ -190,6 +210,14 @@ def _sources(bound: BoundPart) -> Iterable[str]:
         # An advantage part may change the advantages of the one before it.
         if name in DERIVED and name not in bound.optional and DERIVED[name] != bound.slot:
             yield DERIVED[name]
+
+
+def _changing(bound: BoundPart) -> Iterable[str]:
+    """The slots that change what ``bound`` reads, where they are filled."""
+    for name in bound.inputs:
+        raw = name == "rewards" and bound.slot in _BEFORE_AGGREGATE
+        if name in _CHANGED and not raw:
+            yield _CHANGED[name]
 
 
 def _read(bound: BoundPart, slot: str) -> str:

@@ -71,6 +71,12 @@ def functions(slot: str) -> dict[str, Callable[..., Any]]:
     }
 
 
+def may_be_of_tokens(surrogate: BoundPart) -> bool:
+    """Whether a loss may be one of tokens [P,G,T], which alone are reduced: all are but those of
+    :mod:`rayrl.objectives.group_loss`.  What one's own function makes only its call shows."""
+    return getattr(surrogate.function, "__module__", "") != group_loss.__name__
+
+
 def _imported(slot: str, path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     try:

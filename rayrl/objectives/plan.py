@@ -51,6 +51,10 @@ def part(function: str | Callable[..., Any], **params: Any) -> Part:
     return Part(function, params)
 
 
+DEFAULT_REDUCER = Part("token_mean")
+"""Of a plan that names none; losses of captions and groups need none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The parts of an objective; a slot that nothing reads stays empty (None or ())."""
@@ -72,7 +76,7 @@ class Plan:
     link: Part | None = None
     surrogate: Part
     regularizers: tuple[Part, ...] = ()
-    reducer: Part = Part("token_mean")
+    reducer: Part = DEFAULT_REDUCER
     control: tuple[Part, ...] = ()
     statistics_of: str = "all"
     """Whose rewards make a group's mean and spread: of `all` captions, or of those `kept`."""

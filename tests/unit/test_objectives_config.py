@@ -140,6 +140,42 @@ def test_a_pairwise_loss_behind_an_advantage_is_refused() -> None:
         preset("online_dpo", advantage="group_center")
 
 
+UNREAD: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("disco_log_likelihood", {"aggregate": "win_rate"}, "slot aggregate is filled with win_rate"),
+    ("pacs", {"aggregate": "win_rate"}, "slot aggregate"),
+    ("superhf_best_of_n", {"aggregate": "win_rate"}, "slot aggregate"),
+    ("trpa_levels", {"aggregate": "win_rate"}, "slot aggregate"),
+    ("mah_dpo_heads", {"aggregate": "worst_of"}, "slot aggregate"),
+    ("online_dpo", {"mask": "sampled_only"}, "slot mask is filled with sampled_only"),
+    ("pmd_mean", {"mask": "sampled_only"}, "slot mask"),
+    ("brain_posterior", {"mask": "sampled_only"}, "slot mask"),
+    (
+        "online_dpo",
+        {"reducer": "sequence_mean_token_sum"},
+        "slot reducer is filled with sequence_m",
+    ),
+    ("online_dpo", {"statistics_of": "kept"}, "statistics_of is kept, but no part of labels,"),
+)
+
+
+@pytest.mark.parametrize(("name", "overrides", "message"), UNREAD)
+def test_what_is_filled_and_never_read_is_refused(
+    name: str, overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"objective {name}: {message}"):
+        preset(name, **overrides)
+
+
+def test_what_is_read_by_a_regularizer_or_by_default_is_not() -> None:
+    preset("online_dpo", reducer="token_mean")
+    preset("mpo_maximum_preference", reducer="sequence_mean_token_sum", mask="sampled_only")
+    preset("mpo_maximum_preference", kl_coef=0.0)
+    preset("disco_log_likelihood", mask="sampled_only")
+    preset("prdp_reward_difference", aggregate="win_rate")
+    preset("online_dpo", aggregate="win_rate", select="balanced")
+    preset("pacs", statistics_of="kept", select="balanced")
+
+
 def test_an_advantage_part_that_changes_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="whiten_captions changes the advantages of the part bef"):
         preset("grpo", advantage="whiten_captions")
