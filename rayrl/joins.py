@@ -65,8 +65,8 @@ def _picked(old: ScoredGroup, new: ScoredGroup, picks: Sequence[tuple[int, int]]
     def optional(of_old: Any, of_new: Any) -> tuple[Any, ...] | None:
         return None if of_old is None or of_new is None else tuple(rows(of_old, of_new))
 
-    fields = {name: value for name, value in old.fields.items() if name in _OF_THE_IMAGE}
-    for name in old.fields.keys() & new.fields.keys() - _OF_THE_IMAGE:
+    fields = {name: value for name, value in old.fields.items() if name in OF_THE_IMAGE}
+    for name in old.fields.keys() & new.fields.keys() - OF_THE_IMAGE:
         if old.fields[name].ndim == 1:
             fields[name] = np.array(rows(old.fields[name], new.fields[name]))
     captions = rows(old.group.completions, new.group.completions)
@@ -81,5 +81,11 @@ def _picked(old: ScoredGroup, new: ScoredGroup, picks: Sequence[tuple[int, int]]
     )
 
 
-_OF_THE_IMAGE = frozenset({"reference_rewards"})
+OF_THE_IMAGE = frozenset({"reference_rewards"})
 """Fields of a scored group that say something of its image and not of its captions."""
+
+OF_PAIRS = frozenset({"similarity"})
+"""Fields of pairs of captions, which a group of two rounds does not have."""
+
+JOINING = frozenset({"allocate", "branch", "hint_in_context", "inject_prefix"})
+"""Planners whose requests join captions to those of a group, rather than replacing them all."""

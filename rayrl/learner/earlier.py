@@ -8,9 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from rayrl.joins import OF_THE_IMAGE
 from rayrl.types import TrainBatch
 
 _PREFIX = "earlier/"
+
+NOT_REMEMBERED = frozenset(
+    {"judge_ok", "reward_versions", "similarity", "token_credit", "prefix_values"}
+)
+"""Fields of captions that the earlier one of a group does not have."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +72,10 @@ class EarlierCaptions:
             truncated=with_value(batch.truncated, lambda old: old.truncated),
             terms={name: with_value(values, _term(name)) for name, values in batch.terms.items()},
             # What else is known of the captions is not known of the earlier one.
-            fields={"earlier": with_value(np.zeros((p, g), bool), lambda old: True)},
+            fields={
+                **{name: batch.fields[name] for name in batch.fields.keys() & OF_THE_IMAGE},
+                "earlier": with_value(np.zeros((p, g), bool), lambda old: True),
+            },
             wrong_spans=None,
             prefix_rewards=None,
         )

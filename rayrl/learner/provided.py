@@ -5,8 +5,11 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from rayrl.config import Config
+from rayrl.joins import JOINING, OF_PAIRS
+from rayrl.learner.earlier import NOT_REMEMBERED
 from rayrl.objectives import build
 from rayrl.objectives.compile import PROVIDED
+from rayrl.objectives.objective import Objective
 from rayrl.objectives.rehearsal import rehearse
 from rayrl.rewards.config import FunctionConfig, HttpConfig
 from rayrl.rounds import check_planners
@@ -37,9 +40,26 @@ def check_objective(config: Config) -> None:
         raise ValueError(f"learner.lora.rank {rank} needs PEFT: install rayrl[lora]")
     objective = build(config.objective)
     objective.check(provided(config))
+    _check_joins(objective)
     check_planners(objective.planners(0), config.train.group_size)
     reward, group_size = config.reward, config.train.group_size
     rehearse(objective, list(reward.terms), group_size, reward.weights)
+
+
+def _check_joins(objective: Objective) -> None:
+    """Raise ValueError where captions join a group without a field that the objective needs."""
+    name, needs = objective.name, objective.needs
+    for lost in sorted(needs & NOT_REMEMBERED if "earlier" in needs else ()):
+        raise ValueError(
+            f"objective {name} needs earlier and {lost}, but captions of an earlier checkpoint "
+            f"come without {lost}; leave out the part that needs the one or the other"
+        )
+    for planner in (planner for phase in objective.phases() for planner in phase.planners(0)):
+        for lost in sorted(needs & OF_PAIRS if planner.name in JOINING else ()):
+            raise ValueError(
+                f"objective {name} needs {lost}, but rollout {planner.name} joins captions to "
+                f"groups, which then have no {lost}; leave out one of them"
+            )
 
 
 def _whole_minibatches(config: Config) -> bool:

@@ -39,7 +39,11 @@ def shorter_good(
     brevity_temperature: float,
 ) -> Tensor:
     """Good against bad captions (labels above and below 1/2), the good ones weighted by
-    softmax((1 - n / max_tokens) / tau) among themselves, n their length (DRPO, 2510.04474)."""
+    softmax((1 - n / max_tokens) / tau) among themselves, n their length (DRPO, 2510.04474).
+
+    Raises ValueError for ``max_tokens`` below 1."""
+    if max_tokens < 1:
+        raise ValueError(f"shorter_good: max_tokens {max_tokens}, want at least 1")
     good, bad = (labels > 0.5) & valid, (labels <= 0.5) & valid
     utility = (1 - lengths.to(labels.dtype) / max_tokens) / brevity_temperature
     share = torch.softmax(utility.masked_fill(~good, -1e30), 1) * good

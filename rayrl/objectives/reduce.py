@@ -72,7 +72,11 @@ def constant_length(
     max_tokens: int,
 ) -> Tensor:
     """Sum over tokens divided by captions times a constant length (Dr.GRPO, 2503.20783), which is
-    that of the longest caption that may be sampled and never that of the batch."""
+    that of the longest caption that may be sampled and never that of the batch.
+
+    Raises ValueError for a length below 1, with which nothing would be learned."""
+    if max_tokens < 1:
+        raise ValueError(f"constant_length: max_tokens {max_tokens}, want at least 1")
     total = (_token_sums(losses, token_weights) * caption_weights).sum()
     return _over(total, normalizer.captions * max_tokens)
 

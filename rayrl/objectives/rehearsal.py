@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rayrl.objectives.batch import GroupBatch
-from rayrl.objectives.objective import Objective
+from rayrl.objectives.batch import OPTIONAL_FIELDS, GroupBatch
+from rayrl.objectives.objective import LossOutput, Objective, State
 from rayrl.objectives.terms import NO_WEIGHTS, counted
 
 _IMAGES, _TOKENS, _OTHERS = 3, 4, 2
@@ -25,29 +26,71 @@ def rehearse(
 
     Raises ValueError, naming the objective, for what only shows there: a reward term that a part
     names and the run does not have, groups of one caption where captions are compared, advantages
-    of tokens in front of a loss of captions.
+    of tokens in front of a loss of captions, a loss or a gradient that is not finite, a metric that
+    a controller reads and nothing reports.
     """
     for phase in objective.phases():
-        batch = _groups(terms, group_size, reward_weights)
         try:
-            state, prepared = phase.prepare(phase.initial_state(), batch)
-            policy = _logprobs(batch.mask)
-            graph: dict[str, Any] = _graph(batch, policy)
-            out = phase.loss(prepared, policy, prepared.normalizer(), **graph)
+            batch = _groups(terms, group_size, reward_weights, objective.needs)
+            state, out, _ = _trial(phase, phase.initial_state(), batch, objective.needs)
             pairs = {name: (float(s), float(w)) for name, (s, w) in out.metrics.items()}
             phase.control(state, {name: s / w for name, (s, w) in pairs.items() if w})
-        except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+        except _TROUBLE as error:
             raise ValueError(
                 f"objective {phase.name}, tried on groups of {group_size} with the reward terms "
                 f"{', '.join(terms)}: {error}"
             ) from error
 
 
+_TROUBLE = (ArithmeticError, LookupError, RuntimeError, ValueError)
+"""What parts raise on groups that they cannot work with."""
+
+
+def _trial(
+    phase: Objective, state: State, batch: GroupBatch, needs: Collection[str]
+) -> tuple[State, LossOutput, Tensor]:
+    """One update: the state after it, its loss, and the gradient in the log-probs [P,G,T].
+
+    Raises ValueError where the loss has no gradient, or one of the two is not finite."""
+    state, prepared = phase.prepare(state, batch)
+    policy = _logprobs(batch.mask).requires_grad_()
+    graph: dict[str, Any] = {k: v for k, v in _graph(batch, policy).items() if k in needs}
+    out = phase.loss(prepared, policy, prepared.normalizer(), **graph)
+    for name, (value, _) in out.metrics.items():
+        if name.startswith(_LOSS) and not torch.isfinite(value):
+            raise ValueError(
+                f"the loss {name.removeprefix(_LOSS)} is {float(value)}, want a finite one; "
+                "a parameter may be out of its range, as a 0 that something is divided by"
+            )
+    if not out.loss.requires_grad:
+        raise ValueError("the loss does not depend on the policy: it has no gradient")
+    leaves = {
+        "the policy": policy,
+        **{k: v for k, v in graph.items() if v.is_leaf and v.requires_grad},
+    }
+    gradients = torch.autograd.grad(out.loss, list(leaves.values()), allow_unused=True)
+    for name, gradient in zip(leaves, gradients, strict=True):
+        if gradient is not None and not bool(torch.isfinite(gradient).all()):
+            raise ValueError(
+                f"the loss is finite, its gradient in {name} is not, and no update could be taken; "
+                "a parameter may be out of its range, as a 0 that something is divided by"
+            )
+    own = gradients[0]
+    return state, out, torch.zeros_like(policy) if own is None else own
+
+
+_LOSS = "objective/loss_"
+
+
 def _groups(
-    terms: Sequence[str], group_size: int, reward_weights: Mapping[str, float]
+    terms: Sequence[str],
+    group_size: int,
+    reward_weights: Mapping[str, float],
+    needs: Collection[str],
 ) -> GroupBatch:
-    """Groups with every field that an objective may need; all numbers lie within 0 and 1."""
-    p, g, t = _IMAGES, group_size, _TOKENS
+    """Groups with the fields that a run brings for these ``needs``; all numbers lie within 0 and 1.
+    The caption of an earlier checkpoint is one more than the ``group_size``."""
+    p, g, t = _IMAGES, group_size + ("earlier" in needs), _TOKENS
     draw = torch.Generator().manual_seed(0)
 
     def uniform(*shape: int) -> Tensor:
@@ -57,7 +100,7 @@ def _groups(
     mask = torch.arange(t) < lengths[..., None]
     logprobs = _logprobs(mask)
     values = {name: uniform(p, g) for name in terms}
-    return GroupBatch(
+    groups = GroupBatch(
         image_ids=tuple(f"image {i}" for i in range(p)),
         token_ids=torch.randint(0, 9, (p, g, t), generator=draw),
         mask=mask,
@@ -82,10 +125,13 @@ def _groups(
         collision=uniform(p, g, t) * mask,
         auxiliary_logprobs=logprobs[..., None].expand(p, g, t, _OTHERS),
         augmented_ref_logprobs=logprobs,
-        earlier=torch.zeros(p, g, dtype=torch.bool),
+        earlier=(torch.arange(g) == group_size).expand(p, g),
         caption_features=uniform(p, g, _OTHERS),
         reward_weights=reward_weights,
     )
+    # Which tokens are forced is always known.
+    others: dict[str, Any] = dict.fromkeys(OPTIONAL_FIELDS.keys() - {"forced", *needs})
+    return replace(groups, **others)
 
 
 def _logprobs(mask: Tensor) -> Tensor:
@@ -96,8 +142,8 @@ def _graph(batch: GroupBatch, policy: Tensor) -> dict[str, Tensor]:
     """What a loss may need of the model's current weights."""
     heads = len(counted(batch.terms, batch.reward_weights))
     return {
-        "entropy": batch.mask.float(),
-        "policy_values": torch.zeros_like(policy),
+        "entropy": batch.mask.float().requires_grad_(),
+        "policy_values": torch.zeros_like(policy, requires_grad=True),
         "augmented_logprobs": policy,
         "head_logprobs": policy[..., None].expand(*policy.shape, heads),
         "anchor_logprobs": policy,

@@ -52,6 +52,12 @@ def test_an_image_that_comes_again_meets_its_first_caption():
     assert third.token_ids[0, 2].tolist() == [8, 9]
 
 
+def test_what_is_known_of_the_image_stays_known():
+    fields = {"reference_rewards": np.ones((2, 3)), "judge_ok": np.ones((2, 2), bool)}
+    joined = EarlierCaptions().joined(replace(FIRST, fields=fields))
+    assert joined.fields.keys() == {"reference_rewards", "earlier"}
+
+
 def test_longer_captions_of_before_widen_the_batch():
     store = EarlierCaptions()
     store.joined(FIRST)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
 
 from rayrl.config import Config
+from rayrl.joins import JOINING
 from rayrl.learner.provided import check_objective
 from rayrl.objectives import preset, presets
+from rayrl.objectives.parts import functions
 from rayrl.objectives.rehearsal import rehearse
 
 # Those that name their terms, or take a number of them.
@@ -47,6 +51,66 @@ def test_what_does_not_fit_is_refused_in_words(name, overrides, terms, message) 
         ValueError, match=rf"objective {name}, tried on groups of 4 .*: .*{message}"
     ):
         rehearse(objective, terms, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("sso", {"step_size": 0}, "the loss policy is nan, want a finite one"),
+        ("sapo", {"gate_positive": 0}, "the loss policy is -inf"),
+        ("modpo", {"main_weight": 0}, "the loss policy is inf"),
+        ("brain_posterior", {"posterior_temperature": 0}, "its gradient in the policy is not"),
+        ("disco_log_likelihood", {"contrast_temperature": 0}, "the loss policy is nan"),
+        ("reg_grpo", {"spread_floor": 0}, "the loss policy is nan"),
+        ("dr_grpo", {"max_tokens": 0}, "constant_length: max_tokens 0, want at least 1"),
+        ("drpo_decoupled", {"max_tokens": 0}, "shorter_good: max_tokens 0, want at least 1"),
+        ("grpo_adaptive_kl", {"kl_coef": 0}, "metric objective/kl_k3, which this objective does n"),
+        ("grpo_adaptive_entropy", {"entropy_coef": 0}, "the metric objective/entropy, which this"),
+    ],
+)
+def test_an_update_that_could_not_be_taken_is_refused(name, overrides, message) -> None:
+    with pytest.raises(ValueError, match=rf"objective {name}, tried on groups of 4 .*{message}"):
+        rehearse(preset(name, **overrides), TWO, 4)
+
+
+def test_a_loss_without_a_gradient_is_refused() -> None:
+    def constant(policy_logprobs: Tensor) -> Tensor:
+        return torch.ones_like(policy_logprobs)
+
+    alone = {"surrogate": constant, "advantage": "", "mismatch": ""}
+    with pytest.raises(ValueError, match="the loss does not depend on the policy"):
+        rehearse(preset("nsc", **alone), TWO, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        (
+            "self_cider_diversity",
+            {"rollout": "allocate"},
+            "needs similarity, but rollout allocate joins captions to groups, which then have no",
+        ),
+        (
+            "seppo_earlier",
+            {"select": "satisfies_judges"},
+            "needs earlier and judge_ok, but captions of an earlier checkpoint come without judge_",
+        ),
+    ],
+)
+def test_fields_that_joined_captions_do_not_have_are_refused(name, overrides, message) -> None:
+    def config(**objective) -> Config:
+        reward = {"terms": {"cider_d": 1.0}, "constraints": {"cider_d": ">= 0"}}
+        return Config.model_validate({"objective": objective, "reward": reward})
+
+    check_objective(config(preset=name))
+    check_objective(config(preset=name, set={"rollout": "refill"}))
+    with pytest.raises(ValueError, match=f"objective {name} {message}"):
+        check_objective(config(preset=name, set=overrides))
+
+
+def test_the_planners_that_join_captions_are_known() -> None:
+    joining = {n for n, f in functions("rollout").items() if "join=" in inspect.getsource(f)}
+    assert joining == JOINING
 
 
 def test_a_part_of_ones_own_is_rehearsed_too() -> None:
