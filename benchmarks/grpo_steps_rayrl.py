@@ -67,7 +67,7 @@ class Steps:
             Path(case.folder),
             model=self._config.model,
             config=self._config.learner,
-            objective=build(self._config.objective),
+            objective=build(self._config.objective, max_tokens=self._config.sampling.max_tokens),
             temperature=self._config.sampling.temperature,
             instruction=self._config.data.instruction,
             total_steps=self._config.train.steps,

@@ -276,7 +276,7 @@ def _start(
 ) -> Run:
     """Start the workers and the learner from the stage-1 model."""
     files = read_model_files(stage1.folder)
-    objective = build(config.objective)
+    objective = build(config.objective, max_tokens=config.sampling.max_tokens)
     last = list_checkpoints(folder / "checkpoints")[-1] if resume else None
     budget = RestartBudget(config.rollout.max_restarts)
     # First, so that it has its place before rollout workers, of which a run can have fewer.

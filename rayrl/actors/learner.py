@@ -52,7 +52,7 @@ class LearnerActor(Traced):
                 write_model_files(files, Path(folder), with_weights=True),
                 model=config.model,
                 config=config.learner,
-                objective=build(config.objective),
+                objective=build(config.objective, max_tokens=config.sampling.max_tokens),
                 sources=config.objective.sources,
                 reward_weights=config.reward.weights,
                 temperature=config.sampling.temperature,

@@ -60,7 +60,10 @@ def reward_pool(
     group, where it has room: on one of a rollout worker they would keep it from leaving once that
     is let go.  So where that machine is still to come they start when they are needed."""
     train = config.train
-    needs = scored_needs(build(config.objective).needs, config.objective.sources)
+    needs = scored_needs(
+        build(config.objective, max_tokens=config.sampling.max_tokens).needs,
+        config.objective.sources,
+    )
 
     def start() -> Any:
         return RewardActor.options(  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ def examine_folder(folder: Path, config: Config) -> Iterator[str]:
         folder,
         model=config.model,
         config=config.learner.model_copy(update={"compile": False}),
-        objective=build(config.objective),
+        objective=build(config.objective, max_tokens=config.sampling.max_tokens),
         temperature=config.sampling.temperature,
         instruction=config.data.instruction,
         total_steps=config.train.steps,

@@ -38,7 +38,7 @@ def check_objective(config: Config) -> None:
     # Found and not imported: it brings PyTorch along.
     if rank and find_spec("peft") is None:
         raise ValueError(f"learner.lora.rank {rank} needs PEFT: install rayrl[lora]")
-    objective = build(config.objective)
+    objective = build(config.objective, max_tokens=config.sampling.max_tokens)
     objective.check(provided(config))
     _check_joins(objective)
     check_planners(objective.planners(0), config.train.group_size)

@@ -36,6 +36,13 @@ def preset(name: str, **overrides: Any) -> Objective:
     return Schedule(name, plan) if isinstance(plan, Phases) else Objective(name, plan)
 
 
-def build(config: ObjectiveConfig) -> Objective:
-    """The objective that a configuration describes."""
-    return preset(config.preset, **config.set)
+def build(config: ObjectiveConfig, *, max_tokens: int) -> Objective:
+    """The objective that a configuration describes, for captions of at most ``max_tokens`` tokens:
+    a parameter ``max_tokens`` is that number where the configuration sets none."""
+    from rayrl.objectives.config import plan_with
+    from rayrl.objectives.plan import Phases
+
+    plan = plan_with(config.preset, config.set)
+    plans = plan.plans if isinstance(plan, Phases) else (plan,)
+    reads = any("max_tokens" in one.parameters() for one in plans)
+    return preset(config.preset, **({"max_tokens": max_tokens} if reads else {}) | config.set)

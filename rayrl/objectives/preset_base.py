@@ -29,7 +29,7 @@ class Preset:
 
 
 MAX_TOKENS = 24
-"""The default of sampling.max_tokens; objectives with a constant length want the same."""
+"""The default of sampling.max_tokens, which takes its place in a run: rayrl.objectives.build."""
 
 TRUNCATED_IS = part("token_truncated", is_cap=2.0)
 

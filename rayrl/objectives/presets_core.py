@@ -117,7 +117,7 @@ CORE: Mapping[str, Preset] = {
         ),
         limit="GRPO's advantage where the group's spread is 1",
         basis="code",
-        note="max_tokens: the same as sampling.max_tokens",
+        note="max_tokens follows sampling.max_tokens",
         recommended=True,
     ),
     "dapo": Preset(
@@ -141,7 +141,8 @@ CORE: Mapping[str, Preset] = {
         ),
         limit="clip_high 0.2, nothing selected, equal lengths: grpo without KL",
         basis="code",
-        note="lengths scaled from 20480 and 4096; refilling stops after refill_rounds",
+        note="lengths scaled from 20480 and 4096; max_tokens follows sampling.max_tokens; "
+        "refilling stops after refill_rounds",
         recommended=True,
     ),
     "lite_ppo": Preset(

@@ -101,6 +101,7 @@ GROUP: Mapping[str, Preset] = {
         ),
         limit="brevity_temperature to infinity: disco_log_likelihood",
         basis="code",
+        note="max_tokens follows sampling.max_tokens",
     ),
     "pacs": Preset(
         title="PACS: the reward as the label of a supervised loss",

@@ -128,7 +128,12 @@ def run(
         learner=group,
         log=log,
         backup=Backup(None, folder, keep=1, say=log.message),
-        rounds=Rounds.of_run(config, build(config.objective).planners, data, folder),
+        rounds=Rounds.of_run(
+            config,
+            build(config.objective, max_tokens=config.sampling.max_tokens).planners,
+            data,
+            folder,
+        ),
         signatures={},
         phases=Phases(),
         tracer=Tracer(None, fleet.workers),

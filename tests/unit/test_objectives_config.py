@@ -50,7 +50,36 @@ def test_a_parameter_is_overridden_wherever_it_is_set() -> None:
     assert objective.plan.parameters()["clip_high"] == 0.28
     assert objective.needs == frozenset()
     config = ObjectiveConfig(preset="grpo", set={"clip_high": 0.28, "kl_coef": 0})
-    assert build(config).plan == objective.plan
+    assert build(config, max_tokens=24).plan == objective.plan
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("dapo", {}),
+        ("dr_grpo", {}),
+        ("drpo_decoupled", {}),
+        ("grpo", {"reducer": "constant_length"}),
+    ],
+)
+def test_the_longest_caption_is_that_of_the_run_unless_it_is_set(
+    name: str, overrides: dict[str, Any]
+) -> None:
+    def max_tokens(**more: Any) -> int:
+        config = ObjectiveConfig(preset=name, set={**overrides, **more})
+        return int(build(config, max_tokens=60).plan.parameters()["max_tokens"])
+
+    assert max_tokens() == 60
+    assert max_tokens(max_tokens="30") == 30
+
+
+def test_captions_within_the_runs_length_are_not_punished_by_dapo() -> None:
+    long = torch.arange(60).expand(1, 4, 60) < torch.tensor([10, 30, 40, 54])[None, :, None]
+    logprobs = torch.where(long, -1.0, 0.0).double()
+    same = {"token_ids": long.long(), "rollout_logprobs": logprobs, "old_logprobs": logprobs}
+    batch = toy_batch(mask=long, ref_logprobs=None, **same)
+    fields = prepared(build(ObjectiveConfig(preset="dapo"), max_tokens=60), batch).fields
+    assert_close(fields["rewards"], REWARDS)
 
 
 def test_a_slot_is_overridden_by_name_by_function_and_by_part() -> None:
