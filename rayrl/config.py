@@ -20,8 +20,7 @@ from pydantic import (
 from rayrl.credentials import refuse_credentials
 from rayrl.data.config import DataConfig
 from rayrl.learner.config import LearnerConfig, LoraConfig
-from rayrl.objectives.config import ObjectiveConfig, plan_with
-from rayrl.objectives.plan import Plan
+from rayrl.objectives.config import ObjectiveConfig
 from rayrl.parts import Part
 from rayrl.rewards.config import RewardConfig
 from rayrl.rollout_config import RolloutConfig, check_sync
@@ -243,19 +242,6 @@ class Config(Section):
             raise ValueError(
                 f"reward.df batch over train.images_per_step {images}: with one image every "
                 "CIDEr-D is 0; take more images, or reward.df train"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _group_compares(self) -> Config:
-        if self.train.group_size > 1:
-            return self
-        plan = plan_with(self.objective.preset, self.objective.set)
-        first = plan.advantage[0].name if isinstance(plan, Plan) and plan.advantage else ""
-        if first not in ("raw_reward", "greedy_baseline", "reference_value_baseline"):
-            raise ValueError(
-                f"train.group_size 1: objective {self.objective.preset} compares the captions of "
-                "a group, so one caption teaches it nothing; want at least 2"
             )
         return self
 

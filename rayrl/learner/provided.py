@@ -10,7 +10,7 @@ from rayrl.learner.earlier import NOT_REMEMBERED
 from rayrl.objectives import build
 from rayrl.objectives.compile import PROVIDED
 from rayrl.objectives.objective import Objective
-from rayrl.objectives.rehearsal import rehearse
+from rayrl.objectives.rehearsal import learns_from_one, rehearse
 from rayrl.rewards.config import FunctionConfig, HttpConfig
 from rayrl.rounds import check_planners
 
@@ -42,8 +42,14 @@ def check_objective(config: Config) -> None:
     objective.check(provided(config))
     _check_joins(objective)
     check_planners(objective.planners(0), config.train.group_size)
-    reward, group_size = config.reward, config.train.group_size
-    rehearse(objective, list(reward.terms), group_size, reward.weights)
+    terms, weights = list(config.reward.terms), config.reward.weights
+    # What is wrong with groups of any size does not show on those of one caption.
+    rehearse(objective, terms, max(2, config.train.group_size), weights)
+    if config.train.group_size == 1 and not learns_from_one(objective, terms, weights):
+        raise ValueError(
+            f"train.group_size 1: objective {objective.name} compares the captions of a group, so "
+            "one caption teaches it nothing; want at least 2"
+        )
 
 
 def _check_joins(objective: Objective) -> None:

@@ -42,6 +42,33 @@ def rehearse(
             ) from error
 
 
+def learns_from_one(
+    objective: Objective,
+    terms: Sequence[str],
+    reward_weights: Mapping[str, float] = NO_WEIGHTS,
+) -> bool:
+    """Whether groups of one caption teach an objective something, in each of its phases: whether
+    its gradient in the caption's log-probs depends on the reward.  It is asked in the second step
+    that sees the images, for some compare a caption with those of before."""
+    batch = _groups(terms, 1, reward_weights, objective.needs)
+    others = {name: 1 - values for name, values in batch.terms.items()}
+    other = replace(batch, terms=others, rewards=torch.stack(list(others.values())).sum(0))
+    for phase in objective.phases():
+        try:
+            state, *_ = _trial(phase, phase.initial_state(), batch, objective.needs)
+            one, two = (_trial(phase, state, some, objective.needs)[2] for some in (batch, other))
+        except _TROUBLE:
+            return False
+        if float((one - two).abs().max()) <= max(
+            _ROUNDING, _ROUNDING_SHARE * float(one.abs().max())
+        ):
+            return False
+    return True
+
+
+_ROUNDING, _ROUNDING_SHARE = 1e-6, 1e-3
+"""A change of the gradient, and as a share of it, that may come from rounding alone."""
+
 _TROUBLE = (ArithmeticError, LookupError, RuntimeError, ValueError)
 """What parts raise on groups that they cannot work with."""
 

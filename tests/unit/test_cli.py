@@ -141,7 +141,6 @@ def test_the_resolved_file_reads_back_as_the_same_configuration(tmp_path):
         (["--model.trainable", "[]"], "name at least one of vision, connector, language"),
         (["--model.tiny.text_width", "100"], "text_width 100: want a multiple of 32"),
         (["--model.tiny.patch_size", "7"], "do not tile it"),
-        (["--train.group_size", "1"], "objective grpo compares the captions of a group"),
         (["--objective.preset", "grop"], "'grop'"),
         (["--objective.set", "kl_coeff=0"], "kl_coef"),
         (["--engine.max_model_len", "32"], "leave no room for the instruction within 32"),

@@ -13,7 +13,7 @@ from rayrl.joins import JOINING
 from rayrl.learner.provided import check_objective
 from rayrl.objectives import preset, presets
 from rayrl.objectives.parts import functions
-from rayrl.objectives.rehearsal import rehearse
+from rayrl.objectives.rehearsal import learns_from_one, rehearse
 
 # Those that name their terms, or take a number of them.
 TERMS = {
@@ -106,6 +106,33 @@ def test_fields_that_joined_captions_do_not_have_are_refused(name, overrides, me
     check_objective(config(preset=name, set={"rollout": "refill"}))
     with pytest.raises(ValueError, match=f"objective {name} {message}"):
         check_objective(config(preset=name, set=overrides))
+
+
+def test_one_caption_is_enough_where_captions_of_a_group_are_not_compared() -> None:
+    enough = {n for n in presets() if learns_from_one(preset(n), TERMS.get(n, TWO))}
+    assert enough == {
+        *("a_star_po", "cgpo_crpg", "clip_reward_scst", "dcpo_dynamic_clip", "krpo_kalman"),
+        *("ngrpo_virtual_best", "poad_action_decomposition", "ppo", "ppo_max", "raft_crraft"),
+        *("reinforce", "reinforce_plus_plus", "remax", "scst", "seppo_earlier", "t_ppo_truncated"),
+        "vgpo_value_anchor",
+    }
+    assert not learns_from_one(preset("grpo", regularizers="kl_k1"), TWO)
+
+
+def test_a_run_with_one_caption_an_image_says_so_before_it_starts() -> None:
+    def config(name: str, **overrides) -> Config:
+        objective = {"preset": name, "set": overrides}
+        return Config.model_validate({"objective": objective, "train": {"group_size": 1}})
+
+    message = "train.group_size 1: objective {} compares the captions of a group, so one caption"
+    for name in ("grpo", "rwr_softmax", "superhf_best_of_n", "pass_at_k", "copo_consistency"):
+        with pytest.raises(ValueError, match=message.format(name)):
+            check_objective(config(name))
+    for name in ("ppo", "reinforce_plus_plus", "scst"):
+        check_objective(config(name))
+    # What is wrong whatever the size is not taken for that.
+    with pytest.raises(ValueError, match="limits: no cost 'long'"):
+        check_objective(config("constrained_grpo", limits="long:0.2"))
 
 
 def test_the_planners_that_join_captions_are_known() -> None:
