@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from rayrl import cli
 from rayrl.config import Config
+from rayrl.objectives.config import plan_with
+from rayrl.objectives.plan import Phases
 from rayrl.own_modules import find_here
 
 
@@ -25,6 +27,7 @@ def grpo(argv: Sequence[str] | None = None) -> None:
         "objective, on CIDEr-D.",
     )
     _speak_of_stage1(invocation.config)
+    _speak_of_phases(invocation.config)
     if invocation.dry_run:
         from rayrl.actors.cluster import failing_in_one_line
         from rayrl.learner.provided import check_objective
@@ -74,5 +77,18 @@ def _speak_of_stage1(config: Config) -> None:
         print(
             f"stage 1 trains {path} for {xe.steps} steps at xe.lr {xe.lr:g}, a rate for the tiny "
             "captioner; want --xe.steps 0 for a model that captions already, or an xe.lr",
+            file=sys.stderr,
+        )
+
+
+def _speak_of_phases(config: Config) -> None:
+    """Warn of phases of the objective that begin after the run's last step."""
+    preset, steps = config.objective.preset, config.train.steps
+    plan = plan_with(preset, config.objective.set)
+    if isinstance(plan, Phases) and steps <= (begins := sum(plan.steps[:-1])):
+        lengths = "+".join(str(length) for length in plan.steps)
+        print(
+            f"train.steps {steps}: the last phase of {preset} begins after {begins} steps and is "
+            f"never reached; want more steps, or other lengths than phase_steps={lengths}",
             file=sys.stderr,
         )

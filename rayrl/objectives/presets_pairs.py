@@ -204,6 +204,6 @@ PAIRS: Mapping[str, Preset] = {
         plan=Phases((CLIPPED, PREFERENCE), (200, 50)),
         limit="only GRPO steps: GRPO",
         basis="abstract",
-        note="steps have no published values",
+        note="steps have no published values; phase_steps, 200+50, want a run of more than 200",
     ),
 }

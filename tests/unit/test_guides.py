@@ -147,3 +147,17 @@ def test_a_rate_for_the_tiny_captioner_is_spoken_of_where_it_would_train_another
     told = capsys.readouterr().err
     assert ("xe.lr 0.002, a rate for the tiny captioner" in told) == said
     assert ("--xe.steps 0" in told) == said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--train.steps", "200"], True),
+        (["--train.steps", "201"], False),
+        (["--objective.set", "phase_steps=20+5"], False),
+    ],
+)
+def test_a_phase_that_a_run_never_reaches_is_spoken_of(capsys, flags, said):
+    commands.grpo(["--objective.preset", "veripo_schedule", *flags, "--dry-run"])
+    told = capsys.readouterr().err
+    assert ("the last phase of veripo_schedule begins after 200 steps and is never" in told) == said
