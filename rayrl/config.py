@@ -112,7 +112,7 @@ class EngineConfig(Section):
     kv_cache_mb: PositiveInt = 128
     """Memory of one engine's key-value cache, in MiB; never guessed from the machine."""
     max_model_len: PositiveInt = 128
-    """Longest sequence, image tokens and caption together."""
+    """Longest sequence of vLLM: image tokens, instruction and caption together."""
     max_concurrency: PositiveInt = 256
     """Captions that one engine decodes at once."""
     enforce_eager: bool = True

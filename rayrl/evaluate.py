@@ -24,6 +24,7 @@ from rayrl.decoding import Captions, Decoding
 from rayrl.engine.base import chosen_backend
 from rayrl.eval_cli import PROGRAM, Options, refuse
 from rayrl.jsonl import write_atomically
+from rayrl.prompt_length import check_first_prompt
 from rayrl.rewards.bootstrap import compare, comparison_table, scaled
 from rayrl.rewards.java import MetricUnavailable, find_java
 from rayrl.rewards.results import ImageId, match, read_results, write_results
@@ -78,6 +79,7 @@ def evaluate_checkpoint(options: Options, config: Config) -> None:
     )
     config = _with_backend(config, decoding, options.subject)
     data = _at_least_two(load_split(config.data, options.split))
+    check_first_prompt(config, options.subject, data[0])
     workers, rollout = config.rollout.num_workers, config.rollout
     cpus = workers * rollout.cpus + READER_CPUS
     local = connect(cpus, workers * rollout.gpus, spare_cpus=SPARE_CPUS)

@@ -11,6 +11,7 @@ from typing import Any
 from rayrl.checkpoint import forget_trainer, list_checkpoints, load_checkpoint, newest_checkpoint
 from rayrl.config import Config, ModelConfig
 from rayrl.data import load_split
+from rayrl.prompt_length import check_first_prompt
 from rayrl.receipt import NAME, made_of, other_settings, read_receipt, write_receipt
 from rayrl.vlm import build_tiny_captioner, load_processor
 from rayrl.weights import ADAPTER_CONFIG
@@ -93,9 +94,12 @@ def _with_image_processor(model: ModelConfig, source: Path, folder: Path) -> Pat
     return folder
 
 
-def run_stage1(config: Config, run_folder: Path, *, resume: bool = False) -> list[Snapshot]:
+def run_stage1(
+    config: Config, run_folder: Path, *, resume: bool = False, sampled: bool = True
+) -> list[Snapshot]:
     """Build or find the starting model, train it, and return the snapshots, the last one under
-    ``stage1/final``.
+    ``stage1/final``.  ValueError where engines will sample from it (``sampled``) and have no room
+    for its captions: before it is trained.
 
     A finished stage 1 of the same settings and source is used again, and an unfinished one goes on;
     the finished one of a run which goes on (``resume``) is used whatever the settings:
@@ -111,8 +115,11 @@ def run_stage1(config: Config, run_folder: Path, *, resume: bool = False) -> lis
             return _snapshots(found, folder) or [Snapshot(steps=0, seconds=0.0, folder=final)]
         if not go_on:
             print(f"stage 1 is done again: another {', '.join(reasons)}", flush=True)
-    captions = [text for texts in load_split(config.data, "train").references() for text in texts]
+    data = load_split(config.data, "train")
+    captions = [text for texts in data.references() for text in texts]
     start = start_folder(config, folder / "start", captions)
+    if sampled:
+        check_first_prompt(config, start, data[0])
     snapshots = [Snapshot(steps=0, seconds=0.0, folder=start)]
     if config.xe.steps:
         # Imported late: Ray Train is not for runs without stage 1.

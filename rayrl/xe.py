@@ -314,7 +314,7 @@ def main(config: Config) -> None:
         refuse_begun(folder)
         gpus = worker_resources(config)["GPU"] * config.xe.num_workers
         connect(xe_cpus(config), gpus, spare_cpus=SPARE_CPUS)
-        final = run_stage1(config, folder)[-1]
+        final = run_stage1(config, folder, sampled=False)[-1]
         # Not before: until then a model of another configuration may be there.
         write_atomically(folder / cli.RUN_CONFIG, cli.dump(config))
     print(f"{final.steps} steps in {final.seconds:.0f} s; model: {final.folder}")

@@ -13,6 +13,7 @@ from rayrl.checkpoint_names import Renamed, checkpoint_names
 from rayrl.config import Part
 from rayrl.engine.base import EngineSetup, Sampling, forced_tokens
 from rayrl.engine.vllm_process import TRANSFER_BACKEND, import_vllm, silence_thread_warnings
+from rayrl.prompt_length import check_length
 from rayrl.readback import parts_of_fused
 from rayrl.types import Completion, FloatArray, Prompt, RolloutGroup
 from rayrl.vlm import (
@@ -44,6 +45,7 @@ class VllmEngine:
 
         config = setup.config
         self._version = -1
+        self._longest = config.max_model_len
         self._processor = load_processor(setup.folder, trust_remote_code=setup.trust_remote_code)
         model_config = AutoConfig.from_pretrained(
             setup.folder, trust_remote_code=setup.trust_remote_code
@@ -95,6 +97,7 @@ class VllmEngine:
             for given, seed in zip(beginnings, seeds, strict=True)
         ]
         outputs = self._llm.generate(self._inputs(prompts, beginnings), parameters, use_tqdm=False)
+        self._check_lengths(prompts, outputs, beginnings, sampling.max_tokens)
         greedy: list[Completion | None] = [None] * len(prompts)
         if sampling.greedy_baseline:
             greedy = list(self.greedy(prompts, sampling.max_tokens))
@@ -116,8 +119,10 @@ class VllmEngine:
         parameters = self._sampling_params(
             temperature=0.0, max_tokens=max_tokens, logit_bias=self._bias, **_OUTPUT
         )
-        inputs = self._inputs(prompts, [[]] * len(prompts))
+        beginnings: list[list[int]] = [[]] * len(prompts)
+        inputs = self._inputs(prompts, beginnings)
         outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
+        self._check_lengths(prompts, outputs, beginnings, max_tokens)
         return self._completions([output.outputs[0] for output in outputs], [])
 
     def score(self, prompt: Prompt, token_ids: Sequence[int]) -> FloatArray:
@@ -180,6 +185,19 @@ class VllmEngine:
     def _check_loaded(self) -> None:
         if self._version < 0:
             raise RuntimeError("the engine holds no weights yet: load a version before sampling")
+
+    def _check_lengths(
+        self,
+        prompts: Sequence[Prompt],
+        outputs: Sequence[Any],
+        beginnings: Sequence[Sequence[int]],
+        max_tokens: int,
+    ) -> None:
+        """ValueError where a caption could have been cut off.  Afterwards, for only then is it
+        known how many tokens vLLM made of each image."""
+        for prompt, output, given in zip(prompts, outputs, beginnings, strict=True):
+            length = len(output.prompt_token_ids) - len(given)
+            check_length(length, max_tokens, self._longest, prompt.prompt_id)
 
     def _inputs(
         self, prompts: Sequence[Prompt], forced: Sequence[Sequence[int]]

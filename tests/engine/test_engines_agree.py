@@ -87,6 +87,22 @@ def moved(captioner, part, scale=0.05):
     return captioner
 
 
+def test_a_caption_that_could_be_cut_off_is_refused_with_its_first_prompt(
+    engine, captioner, prompts
+):
+    engine.load_weights(pack(captioner.model, 0), changed=ALL)
+    length = len(engine.generate(prompts[:1], SAMPLING, [1])[0].prompt_token_ids)
+    longest = 128 - length
+    assert engine.greedy(prompts[:1], longest)
+    if isinstance(engine, HfEngine):
+        return  # which has no longest sequence
+    with pytest.raises(ValueError, match=rf"\(length {length}\) and .*max_tokens {longest + 1} "):
+        engine.greedy(prompts[:1], longest + 1)
+    with pytest.raises(ValueError, match=r"want --engine\.max_model_len 129 or more"):
+        too_long = replace(SAMPLING, max_tokens=longest + 1)
+        engine.generate(prompts[:1], too_long, [1], [[5, 6]])
+
+
 def test_logprobs_agree_before_and_after_an_update_of_every_part(engine, captioner, prompts):
     engine.load_weights(pack(captioner.model, 0), changed=ALL)
     assert learner_difference(captioner, engine.generate(prompts, SAMPLING, seeds(prompts))) < 1e-5

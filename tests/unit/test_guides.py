@@ -111,6 +111,7 @@ def test_messages_in_the_table_of_failures_are_in_the_code():
         "gave up after",
         "s are ready, want at least",
         "waiting for room for",
+        "are longer than engine.max_model_len",
     ):
         assert message in code, message
 

@@ -8,11 +8,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from rayrl import cli, eval_cli, stage1, xe
 from rayrl.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
-from rayrl.config import Config
+from rayrl.config import Config, EngineConfig
+from rayrl.engine import base
 from rayrl.interrupt import StopRequest
 from rayrl.stage1 import Snapshot, run_stage1, start_folder
 from rayrl.vlm import load_captioner, prompt_inputs
@@ -135,6 +137,39 @@ def test_a_name_that_is_no_folder_is_named_with_its_key(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(ValueError, match=r"^model\.path who/what: .* check your internet"):
         run_stage1(without_training("who/what"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
+def test_a_model_whose_captions_would_be_cut_off_is_not_trained(
+    model, tmp_path, training, monkeypatch, spare, fits
+):
+    from rayrl.data import load_split
+
+    monkeypatch.setattr(base, "vllm_importable", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    config = in_four_steps(model, sampling={"max_tokens": 9})
+    first = load_split(config.data, "train")[0]
+    inputs = prompt_inputs(load_captioner(model).processor, [first.image], [first.text])
+    length = inputs["input_ids"].shape[1]
+    engine = {"backend": "auto", "max_model_len": length + 9 + spare}
+    config = in_four_steps(model, sampling={"max_tokens": 9}, engine=engine)
+    if fits:
+        with pytest.raises(Lost):
+            run_stage1(config, tmp_path / "run")
+        return
+    message = (
+        rf"the prompt of image .* \(length {length}\) and a caption of sampling\.max_tokens 9 are "
+        rf"longer than engine\.max_model_len {length + 8}, .* --engine\.max_model_len {length + 9} "
+    )
+    with pytest.raises(ValueError, match=message):
+        run_stage1(config, tmp_path / "run")
+    assert training.asked == []
+    # Cross-entropy alone samples nothing, and transformers has no such limit.
+    with pytest.raises(Lost):
+        run_stage1(config, tmp_path / "xe", sampled=False)
+    with pytest.raises(Lost):
+        engine = {**engine, "backend": "hf"}
+        run_stage1(config.model_copy(update={"engine": EngineConfig(**engine)}), tmp_path / "hf")
 
 
 def test_a_copy_that_breaks_off_is_no_stage_1(model, tmp_path, monkeypatch):
