@@ -217,7 +217,7 @@ class ChatConfig(ServerConfig):
     )
     """What to ask; {caption} and {references} are filled in."""
     scale: PositiveFloat = 10.0
-    """What the number is divided by."""
+    """The highest answer, by which the number is divided; one beyond it drops the image."""
 
 
 class EnsembleConfig(TermConfig):

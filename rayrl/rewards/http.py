@@ -26,7 +26,10 @@ from rayrl.rewards.term import Failure, Item, Judged, Scores
 
 T = TypeVar("T")
 _RETRIED_STATUS = frozenset({408, 425, 429})
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_SAID = re.compile(
+    r"(-?\d+(?:\.\d+)?)(?:[*_`\s]*(?:/|out of)[*_`\s]*(\d+(?:\.\d+)?))?", flags=re.IGNORECASE
+)
+"""A number, and of how many it is where that is said: 7, 7/10, **7** out of 10."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -129,7 +132,8 @@ class HttpTerm:
 
 class ChatTerm:
     """An LLM judge behind an OpenAI-compatible ``/chat/completions``, asked about every caption
-    with its image; the last number of its answer, divided by ``scale``, is the score."""
+    with its image; the number of its answer (:func:`rating`), divided by ``scale``, is the
+    score."""
 
     def __init__(self, client: Client, model: str, question: str, scale: float) -> None:
         self._client = client
@@ -168,10 +172,23 @@ class ChatTerm:
 
     def _read(self, answer: Any) -> float:
         text = answer["choices"][0]["message"]["content"]
-        numbers = _NUMBER.findall(text)
-        if not numbers:
-            raise ValueError(f"no number in {text[:100]!r}")
-        return float(numbers[-1]) / self._scale
+        return rating(text, self._scale) / self._scale
+
+
+def rating(text: str, scale: float) -> float:
+    """What a judge's answer gives, from 0 to ``scale``: the last number that is said to be out of
+    ``scale`` ("8/10", "7 out of 10"), else the last number.  ValueError where there is none, or it
+    is on another scale: a clipped guess would be learned from like an answer."""
+    said = _SAID.findall(text)
+    if not said:
+        raise ValueError(f"no number in {text[:100]!r}")
+    number, of = next(
+        (pair for pair in reversed(said) if pair[1] and float(pair[1]) == scale), said[-1]
+    )
+    if (of and float(of) != scale) or not 0 <= float(number) <= scale:
+        shown = f"{number}/{of}" if of else number
+        raise ValueError(f"{shown} in {text[:100]!r}, want a number from 0 to {scale:g} (scale)")
+    return float(number)
 
 
 def _data_url(image: bytes) -> str:

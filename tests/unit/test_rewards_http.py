@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayrl.rewards.http import ChatTerm, Client, HttpTerm
+from rayrl.rewards.http import ChatTerm, Client, HttpTerm, rating
 from rayrl.rewards.term import Failure, Item
 from rayrl.types import Prompt
 
@@ -192,6 +193,44 @@ def test_a_judge_who_will_not_say_drops_the_image(server: Server) -> None:
     results = term.score([item(0, "a cat", "a dog"), item(1, "a dog")])
     assert isinstance(results[0], Failure) and "no number in 'I cannot'" in results[0].reason
     assert list(results[1]) == [0.9]
+
+
+@pytest.mark.parametrize(
+    ("answer", "want"),
+    [
+        ("7", 7),
+        ("Score: 7.5.", 7.5),
+        ("On 0 to 10 I say 0", 0),
+        ("8/10", 8),
+        ("7 out of 10.", 7),
+        ("**7**/10", 7),
+        ("**Rating: 9 / 10**", 9),
+        ("10/10, for it names 2 dogs", 10),
+        ("1/2 of it is wrong: 3", 3),
+        ("12", "12 in '12', want a number from 0 to 10"),
+        ("-3", "-3 in"),
+        ("7-8", "-8 in"),
+        ("12/10", "12/10 in"),
+        ("4/5", "4/5 in '4/5', want a number from 0 to 10"),
+        ("85 out of 100", "85/100 in"),
+        ("I cannot", "no number in 'I cannot'"),
+    ],
+)
+def test_an_answer_is_a_number_of_the_scale_or_not_understood(
+    answer: str, want: float | str
+) -> None:
+    if isinstance(want, str):
+        with pytest.raises(ValueError, match=re.escape(want)):
+            rating(answer, 10.0)
+    else:
+        assert rating(answer, 10.0) == want
+
+
+def test_a_judge_beyond_the_scale_drops_the_image(server: Server) -> None:
+    term = chat(server, lambda text: "12" if "a cat" in text else "8/10", retries=0)
+    results = term.score([item(0, "a cat", "a dog"), item(1, "a dog")])
+    assert isinstance(results[0], Failure) and "answer not understood" in results[0].reason
+    assert list(results[1]) == [0.8]
 
 
 def test_the_key_comes_from_the_environment(
