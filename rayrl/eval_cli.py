@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -83,7 +84,8 @@ def load_config(options: Options, overrides: Sequence[str]) -> Config:
     """The configuration that was given, else that of the run that made the checkpoint: with
     another instruction or another data set it would score something else.
 
-    Raises FileNotFoundError where the checkpoint is no model folder, else as :func:`cli.load`.
+    Raises FileNotFoundError where the checkpoint is no model folder, UsageError where nothing says
+    which data to take, else as :func:`cli.load`.
     """
     file = options.config
     if options.checkpoint:
@@ -97,7 +99,31 @@ def load_config(options: Options, overrides: Sequence[str]) -> Config:
         if file is None and of_run.is_file():
             print(f"configuration: {of_run}")
             file = of_run
-    return cli.load(file, overrides, program=PROGRAM)
+    config = cli.load(file, overrides, program=PROGRAM)
+    if file is None and config.data.source == "scenes" and not _names_data(options, overrides):
+        raise config_keys.UsageError(_no_data(options))
+    return config
+
+
+def _names_data(options: Options, overrides: Sequence[str]) -> bool:
+    """Whether the command line says what is scored, be it the generated scenes."""
+    keys = {flag.partition("=")[0] for flag in overrides}
+    named = any(re.fullmatch(r"--data(\.(source|scenes\b.*))?", key) for key in keys)
+    return named or options.self_test or options.references is not None
+
+
+def _no_data(options: Options) -> str:
+    """What to say where the default, generated scenes, would be taken for somebody's data."""
+    if options.checkpoint:
+        return (
+            f"--checkpoint {options.checkpoint} lies in no run folder with a {cli.RUN_CONFIG}, and "
+            "nothing says which images to caption: want --config FILE, or --data.source and "
+            "--data.path (--data.source scenes for the generated ones)"
+        )
+    return (
+        "no --references: want a COCO captions file, a Karpathy file, or an object of image id to "
+        "captions; or, for a data set with images, --config FILE or --data.source and --data.path"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -79,6 +79,8 @@ def evaluate_checkpoint(options: Options, config: Config) -> None:
     )
     config = _with_backend(config, decoding, options.subject)
     data = _at_least_two(load_split(config.data, options.split))
+    _say_data(options, config, data)
+    print(f"instruction: {config.data.instruction}", flush=True)
     check_first_prompt(config, options.subject, data[0])
     workers, rollout = config.rollout.num_workers, config.rollout
     cpus = workers * rollout.cpus + READER_CPUS
@@ -264,8 +266,18 @@ def _described_data(options: Options, config: Config, data: Dataset) -> dict[str
 def _references(options: Options, config: Config) -> Dataset:
     """The data set that results are scored against."""
     if options.references:
-        return _at_least_two(load_references(options.references, options.split))
-    return _at_least_two(load_split(config.data, options.split))
+        data = load_references(options.references, options.split)
+    else:
+        data = load_split(config.data, options.split)
+    _say_data(options, config, data)
+    return _at_least_two(data)
+
+
+def _say_data(options: Options, config: Config, data: Dataset) -> None:
+    """Say what is scored: no score means anything without it."""
+    path = config.data.path_of(options.split)
+    where = str(options.references or f"{config.data.source} {path}".rstrip())
+    print(f"data: {where}, split {options.split}, {len(data)} images", flush=True)
 
 
 def _at_least_two(data: Dataset) -> Dataset:

@@ -128,9 +128,18 @@ def test_a_wrong_results_file_is_one_line_and_exit_code_2(folder, capsys, conten
         (("--checkpoint", ".", "--samples", "1"), "at least 2 captions"),
         (("--checkpoint", ".", "--beam", "0"), "0, want at least 1"),
         (
-            ("--checkpoint", ".", "--beam", "3", "--engine.backend", "vllm"),
+            (
+                *("--checkpoint", ".", "--beam", "3", "--engine.backend", "vllm"),
+                *("--data.source", "scenes"),
+            ),
             "needs --engine.backend",
         ),
+        (
+            ("--checkpoint", ".", "--data.max_val", "9"),
+            "--checkpoint . lies in no run folder with a config.yaml, and nothing says which",
+        ),
+        (("--results", "results.json"), "no --references: want a COCO captions file"),
+        (("--compare", "results.json", "results.json"), "no --references: want a COCO captions"),
         ((), "--checkpoint --results --compare --self-test is required"),
     ],
 )
@@ -141,6 +150,39 @@ def test_a_wrong_command_line_says_what_to_do(folder, capsys, flags, message):
     Path("broken").write_text("{")
     assert run(*flags) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data.source", "scenes"],
+        ["--data.source=scenes"],
+        ["--data", '{"source": "scenes"}'],
+        ["--data.scenes.num_val", "9"],
+        ["--config", "some.yaml"],
+    ],
+)
+def test_generated_scenes_are_scored_where_somebody_said_so(folder, flags):
+    write("config.json", {})
+    Path("some.yaml").write_text("seed: 3\n")
+    assert load_config(*parse(["--checkpoint", ".", *flags])).data.source == "scenes"
+    assert load_config(*parse(["--results", "results.json", *flags])).data.source == "scenes"
+
+
+def test_what_is_scored_is_said(folder, capsys, monkeypatch):
+    flags = ("--results", "results.json", "--references", "references.json", "--split", "test")
+    assert run(*flags, "--metrics", "bleu") == 0
+    assert "data: references.json, split test, 3 images\n" in capsys.readouterr().out
+    write("config.json", {"model_type": "idefics3"})
+    monkeypatch.setattr(evaluate, "check_first_prompt", refuse_to_begin)
+    data = ("--data.scenes.num_val", "9", "--data.instruction", "Say it.")
+    assert run("--checkpoint", ".", "--engine.backend", "hf", *data) == 2
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == ["data: scenes, split val, 9 images", "instruction: Say it."]
+
+
+def refuse_to_begin(*_: object) -> None:
+    raise ValueError("enough was said")
 
 
 def test_two_files_are_compared_by_the_paired_bootstrap(folder, capsys):
