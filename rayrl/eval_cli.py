@@ -57,6 +57,11 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
         parser.error("--beam and --samples decode: they need --checkpoint")
     if options.checkpoint and options.references:
         parser.error("--references holds no images to caption: name the data with --data.path")
+    if options.clip and options.references:
+        parser.error(
+            "--clip needs the images, which --references does not hold: name the data "
+            "with --data.path"
+        )
     if options.samples == 1:
         parser.error("--samples 1: diversity is that of at least 2 captions")
     return options, overrides

@@ -56,12 +56,24 @@ def main(options: Options, config: Config) -> None:
 def _run(options: Options, config: Config) -> None:
     if options.self_test:
         raise SystemExit(0 if self_test() else 1)
+    if options.clip is not None:
+        _check_clip(options.clip)
     if options.compare:
         compare_results(options.compare, options, config)
     elif options.results:
         evaluate_results(options, config)
     else:
         evaluate_checkpoint(options, config)
+
+
+def _check_clip(folder: str) -> None:
+    """ValueError where CLIPScore cannot be had: before captions are made for it."""
+    from rayrl.rewards.clipscore import check_clip_folder
+
+    try:
+        check_clip_folder(folder)
+    except MetricUnavailable as reason:
+        raise ValueError(f"--clip: {reason}") from None
 
 
 def evaluate_checkpoint(options: Options, config: Config) -> None:
@@ -161,7 +173,14 @@ def _report(
     captions: Captions,
     described: dict[str, Any],
 ) -> None:
-    """Score, print the table, and write metrics.json and the results file."""
+    """Write the results file, score, print the table, and write metrics.json."""
+    source = options.subject.resolve()
+    name = source.name.removesuffix(".json")
+    folder = options.output or source.with_name(f"{name}_eval_{options.split}")
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / f"captions_{options.split}_results.json"
+    # Before anything is scored: whatever fails then, the captions can be scored again.
+    write_results(results, dict(zip(data.ids, captions.best, strict=True)))
     training, missing = _training(options, config)
     evaluation = _scored(options, data, captions, training)
     evaluation = replace(evaluation, left_out={**evaluation.left_out, **missing})
@@ -170,12 +189,6 @@ def _report(
     if options.samples:
         samples = _scaled(sample_diversity(captions.samples, data.references(), training))
         print(f"{options.samples} samples an image, x100", *_rows(samples), sep="\n")
-    source = options.subject.resolve()
-    name = source.name.removesuffix(".json")
-    folder = options.output or source.with_name(f"{name}_eval_{options.split}")
-    folder.mkdir(parents=True, exist_ok=True)
-    results = folder / f"captions_{options.split}_results.json"
-    write_results(results, dict(zip(data.ids, captions.best, strict=True)))
     metrics = {
         **_metrics(evaluation),
         "samples": samples,

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel
 
 from rayrl.data.images import decode
@@ -25,6 +26,14 @@ PREFIX = "A photo depicts "
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
+_FILES = (
+    ("config.json",),
+    # Never a pickle.
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("tokenizer.json", "vocab.json"),
+)
+"""Of each of these a CLIP model's folder has one."""
+
 Scores = npt.NDArray[np.float64]
 Item = TypeVar("Item", bytes, str)
 
@@ -33,16 +42,17 @@ class ClipScore:
     """CLIP from a local folder, on CPU or GPU."""
 
     def __init__(self, folder: str | Path, device: str = "cpu", batch_size: int = 64) -> None:
-        """MetricUnavailable where the folder is not a CLIP model."""
-        if not Path(folder, "config.json").is_file():
+        """MetricUnavailable where the folder is not a CLIP model, or one that cannot be read."""
+        check_clip_folder(folder)
+        try:
+            model = CLIPModel.from_pretrained(folder, use_safetensors=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
             raise MetricUnavailable(
-                f"no CLIP model at {folder}; want a local folder with config.json, weights and "
-                "tokenizer, such as openai/clip-vit-base-patch32"
-            )
-        self._model = (
-            CLIPModel.from_pretrained(folder, use_safetensors=True).float().eval().to(device)
-        )
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+                f"the CLIP model at {folder} cannot be read: {reason}"
+            ) from error
+        self._model = model.float().eval().to(device)
         self._device = device
         self._batch_size = batch_size
 
@@ -103,6 +113,18 @@ class ClipScore:
         ).to(self._device)
         output = self._model.text_model(batch["input_ids"], batch["attention_mask"])
         return self._model.text_projection(output.pooler_output)
+
+
+def check_clip_folder(folder: str | Path) -> None:
+    """MetricUnavailable, with what is not there, unless a folder has the files of a CLIP model:
+    before work whose score it is for.  None of them is opened."""
+    for wanted in _FILES:
+        if not any(Path(folder, name).is_file() for name in wanted):
+            raise MetricUnavailable(
+                f"no CLIP model at {folder} (no {' or '.join(wanted)}); want a local folder with "
+                "config.json, weights as safetensors and tokenizer, such as "
+                "openai/clip-vit-base-patch32"
+            )
 
 
 def preprocess(image: bytes, size: int) -> npt.NDArray[np.float32]:

@@ -171,8 +171,8 @@ def evaluate(data: CaptionSet, metrics: Collection[str] = tuple(METRICS)) -> Eva
     for name in metrics:
         try:
             results |= METRICS[name](data)
-        except (MetricUnavailable, TimeoutError, ChildProcessError) as reason:
-            left_out[name] = str(reason)
+        except (MetricUnavailable, OSError) as reason:
+            left_out[name] = " ".join(str(reason).split())
     return Evaluation(
         scores={name: corpus for name, (corpus, _) in results.items()},
         captions={name: each for name, (_, each) in results.items() if each is not None},

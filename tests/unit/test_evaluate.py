@@ -125,6 +125,10 @@ def test_a_wrong_results_file_is_one_line_and_exit_code_2(folder, capsys, conten
         (("--compare", "results.json"), "expected 2 arguments"),
         (("--checkpoint", "no"), "no: no model folder (one with a config.json)"),
         (("--checkpoint", ".", "--references", "x"), "holds no images to caption"),
+        (
+            ("--results", "results.json", "--references", "references.json", "--clip", "x"),
+            "--clip needs the images, which --references does not hold",
+        ),
         (("--checkpoint", ".", "--samples", "1"), "at least 2 captions"),
         (("--checkpoint", ".", "--beam", "0"), "0, want at least 1"),
         (
@@ -179,6 +183,25 @@ def test_what_is_scored_is_said(folder, capsys, monkeypatch):
     assert run("--checkpoint", ".", "--engine.backend", "hf", *data) == 2
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == ["data: scenes, split val, 9 images", "instruction: Say it."]
+
+
+def test_captions_outlive_what_scores_them(folder, monkeypatch):
+    def fails(*_):
+        raise ValueError("no scores today")
+
+    monkeypatch.setattr(evaluate, "evaluate", fails)
+    assert run("--results", "results.json", "--references", "references.json") == 2
+    written = json.loads(Path("results_eval_val/captions_val_results.json").read_text())
+    assert written == results()
+
+
+def test_a_clip_folder_is_looked_at_before_anything_is_captioned(folder, capsys, monkeypatch):
+    write("config.json", {})
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", refuse_to_begin)
+    flags = ("--checkpoint", ".", "--data.source", "scenes", "--clip", ".")
+    assert run(*flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("eval_coco.py: --clip: no CLIP model at . (no model.safetensors or ")
 
 
 def refuse_to_begin(*_: object) -> None:

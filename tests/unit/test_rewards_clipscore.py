@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rayrl.rewards.clipscore import ClipScore, preprocess
+from rayrl.rewards.clipscore import ClipScore, check_clip_folder, preprocess
 from rayrl.rewards.java import MetricUnavailable
 from rayrl.rewards.suite import METRICS, CaptionSet, evaluate
 
@@ -141,6 +142,38 @@ def test_what_is_missing_is_said() -> None:
         METRICS["clip_score"](CaptionSet(["a"], [["a"]], [b"x"], clip_folder="/nowhere"))
     left_out = evaluate(CaptionSet(["a"], [["a"]]), ("clip_score",)).left_out
     assert "needs the images and a local CLIP folder" in left_out["clip_score"]
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("config.json", r"\(no config\.json\)"),
+        ("model.safetensors", r"\(no model\.safetensors or model\.safetensors\.index\.json\)"),
+        ("tokenizer.json", r"\(no tokenizer\.json or vocab\.json\)"),
+    ],
+)
+def test_a_folder_without_a_file_is_named_with_it(
+    folder: Path, tmp_path: Path, gone: str, message: str
+) -> None:
+    lacking = shutil.copytree(folder, tmp_path / "lacking")
+    (lacking / gone).unlink()
+    with pytest.raises(MetricUnavailable, match=f"no CLIP model at {lacking} {message}"):
+        check_clip_folder(lacking)
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_that_cannot_be_read_is_left_out(folder: Path, tmp_path: Path, broken: str) -> None:
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    (damaged / broken).write_bytes(b"{")
+    data = CaptionSet(
+        ["a dog", "a cat"],
+        [["a dog"], ["cat"]],
+        images=[picture(0), picture(1)],
+        clip_folder=str(damaged),
+    )
+    left_out = evaluate(data, ("clip_score", "bleu")).left_out
+    assert left_out["clip_score"].startswith(f"the CLIP model at {damaged} cannot be read: ")
+    assert "\n" not in left_out["clip_score"]
 
 
 def test_long_captions_are_cut(folder: Path) -> None:

@@ -12,15 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from rayrl.config import Config
 from rayrl.eval_cli import parse
+from rayrl.rewards.clipscore import ClipScore
 from rayrl.rewards.config import KINDS, RewardConfig
+from rayrl.rewards.java import MetricUnavailable
 from rayrl.rewards.score import Scorer
 from rayrl.rewards.statistics import reward_statistics
 from rayrl.rewards.suite import METRICS
 from rayrl.types import Completion, Prompt, RolloutGroup, ScoredGroup
+from tests.unit.test_rewards_clipscore import picture, tiny_clip
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 REFERENCES = [("A brown dog on a red sofa", "a dog lies down"), ("A boat on a lake",)]
@@ -133,6 +138,19 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch, capsys) -> None:
     np.testing.assert_allclose(
         space["scores"].mean(), space["evaluation"].scores["cider_d"], rtol=1e-12
     )
+
+
+def test_a_clip_model_of_pickles_is_written_anew(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tiny_clip(tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(MetricUnavailable, match=r"no model\.safetensors"):
+        ClipScore(folder)
+    (block,) = (b for b in blocks("python") if b.startswith("# to_safetensors.py"))
+    exec(block.replace('"openai/clip-vit-base-patch32"', repr(str(folder))), {})
+    written = ClipScore("models/clip-vit-base-patch32")
+    assert np.isfinite(written.score([picture(0)], ["a dog"])).all()
 
 
 def test_the_function_of_the_example_scores(modules) -> None:
