@@ -203,7 +203,8 @@ def _add_settings(add: Any) -> None:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="default: beside the checkpoint or results file, NAME_eval_SPLIT",
+        help="default: beside the checkpoint or results file, NAME_eval_SPLIT, and _beamN or "
+        "_samplesK after it",
     )
 
 

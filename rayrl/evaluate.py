@@ -7,7 +7,7 @@ starts.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from rayrl import __version__
 from rayrl.actors.cluster import READER_CPUS, SPARE_CPUS, connect, failing_in_one_line
 from rayrl.config import Config
 from rayrl.data import Dataset, load_split
@@ -23,22 +22,21 @@ from rayrl.data.references import load_captions, load_references
 from rayrl.decoding import Captions, Decoding
 from rayrl.engine.base import chosen_backend
 from rayrl.eval_cli import PROGRAM, Options, refuse
+from rayrl.evaluation_record import SCALE, rows, scaled, scores_of, write_record
 from rayrl.jsonl import write_atomically
 from rayrl.prompt_length import check_first_prompt
-from rayrl.rewards.bootstrap import compare, comparison_table, scaled
+from rayrl.rewards.bootstrap import compare, comparison_table
+from rayrl.rewards.bootstrap import scaled as scaled_comparison
 from rayrl.rewards.java import MetricUnavailable, find_java
 from rayrl.rewards.results import ImageId, match, read_results, write_results
 from rayrl.rewards.selftest import selftest
 from rayrl.rewards.signature import cider_signature
 from rayrl.rewards.suite import (
-    IN_WORDS,
     CaptionSet,
     Evaluation,
     evaluate,
     sample_diversity,
 )
-
-_SCALE = f"x100, except {' and '.join(IN_WORDS)}, which count words"
 
 
 def main(options: Options, config: Config) -> None:
@@ -135,8 +133,8 @@ def compare_results(files: Sequence[Path], options: Options, config: Config) -> 
         options.output.mkdir(parents=True, exist_ok=True)
         written = {
             "files": [str(file.resolve()) for file in files],
-            "scale": _SCALE,
-            "metrics": {name: asdict(scaled(name, one)) for name, one in found.items()},
+            "scale": SCALE,
+            "metrics": {name: asdict(scaled_comparison(name, one)) for name, one in found.items()},
             "left_out": left_out,
             "signature": cider_signature(a.df),
             "data": _described_data(options, config, data),
@@ -174,29 +172,36 @@ def _report(
     described: dict[str, Any],
 ) -> None:
     """Write the results file, score, print the table, and write metrics.json."""
-    source = options.subject.resolve()
-    name = source.name.removesuffix(".json")
-    folder = options.output or source.with_name(f"{name}_eval_{options.split}")
+    folder = _output_folder(options)
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / f"captions_{options.split}_results.json"
     # Before anything is scored: whatever fails then, the captions can be scored again.
     write_results(results, dict(zip(data.ids, captions.best, strict=True)))
+    print(f"captions: {results}", flush=True)
     training, missing = _training(options, config)
     evaluation = _scored(options, data, captions, training)
     evaluation = replace(evaluation, left_out={**evaluation.left_out, **missing})
     print(evaluation.table())
     samples = {}
     if options.samples:
-        samples = _scaled(sample_diversity(captions.samples, data.references(), training))
-        print(f"{options.samples} samples an image, x100", *_rows(samples), sep="\n")
+        samples = scaled(sample_diversity(captions.samples, data.references(), training))
+        print(f"{options.samples} samples an image, x100", *rows(samples), sep="\n")
     metrics = {
-        **_metrics(evaluation),
+        **scores_of(evaluation, captions.best),
         "samples": samples,
         **described,
         "data": _described_data(options, config, data),
     }
-    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    print(f"written: {folder / 'metrics.json'}, {results}")
+    print(write_record(folder / "metrics.json", metrics))
+
+
+def _output_folder(options: Options) -> Path:
+    """Where results go: one folder for each way to decode, lest one overwrites another."""
+    source = options.subject.resolve()
+    beams = f"_beam{options.beam}" if options.beam > 1 else ""
+    samples = f"_samples{options.samples}" if options.samples else ""
+    name = source.name.removesuffix(".json")
+    return options.output or source.with_name(f"{name}_eval_{options.split}{beams}{samples}")
 
 
 def _matched(file: Path, data: Dataset) -> list[str]:
@@ -240,28 +245,6 @@ def _caption_set(
         clip_folder=options.clip,
         device=_device() if wants_images else "cpu",
     )
-
-
-def _metrics(evaluation: Evaluation) -> dict[str, Any]:
-    """What metrics.json says of the scores: the table's numbers, and what they mean."""
-    return {
-        "scale": _SCALE,
-        "scores": _scaled(evaluation.scores),
-        "left_out": dict(evaluation.left_out),
-        "signature": evaluation.signature,
-        "df": "corpus",
-        "num_captions": evaluation.num_captions,
-        "rayrl": __version__,
-    }
-
-
-def _scaled(scores: Mapping[str, float]) -> dict[str, float]:
-    return {n: value if n in IN_WORDS else 100 * value for n, value in scores.items()}
-
-
-def _rows(scores: Mapping[str, float]) -> list[str]:
-    width = max(map(len, scores))
-    return [f"{name:<{width}}  {value:8.2f}" for name, value in scores.items()]
 
 
 def _described_data(options: Options, config: Config, data: Dataset) -> dict[str, Any]:

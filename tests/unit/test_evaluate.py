@@ -204,6 +204,46 @@ def test_a_clip_folder_is_looked_at_before_anything_is_captioned(folder, capsys,
     assert line.startswith("eval_coco.py: --clip: no CLIP model at . (no model.safetensors or ")
 
 
+def test_metrics_of_the_same_captions_are_added_and_of_others_take_their_place(folder, capsys):
+    flags = ("--results", "results.json", "--references", "references.json", "--metrics")
+
+    def scores(*metrics: str) -> tuple[dict, str]:
+        capsys.readouterr()
+        assert run(*flags, *metrics) == 0
+        said = capsys.readouterr().out.splitlines()[-1]
+        return json.loads(Path("results_eval_val/metrics.json").read_text()), said
+
+    first, said = scores("cider_d", "clip_score")
+    assert said.startswith("written: ") and said.endswith("results_eval_val/metrics.json")
+    both, said = scores("rouge_l")
+    assert said.startswith("written, beside scores of the same captions (cider_d): ")
+    assert list(both["scores"]) == ["cider_d", "rouge_l"]
+    assert both["scores"]["cider_d"] == first["scores"]["cider_d"]
+    assert both["signature"] == first["signature"] and list(both["left_out"]) == ["clip_score"]
+    write("results.json", results({**CAPTIONS, 9: "a boat"}))
+    other, said = scores("rouge_l")
+    assert said.startswith("written in the place of scores that differ in captions: ")
+    assert list(other["scores"]) == ["rouge_l"] and other["left_out"] == {}
+    assert other["scores"]["rouge_l"] != both["scores"]["rouge_l"]
+    Path("results_eval_val/metrics.json").write_text("{")
+    assert scores("rouge_l")[1].startswith("written: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ([], "step_2_eval_val"),
+        (["--split", "test"], "step_2_eval_test"),
+        (["--beam", "5"], "step_2_eval_val_beam5"),
+        (["--samples", "3", "--beam", "2"], "step_2_eval_val_beam2_samples3"),
+        (["--output", "here"], "here"),
+    ],
+)
+def test_each_way_to_decode_has_a_folder_of_its_own(folder, flags, name):
+    options, _ = parse(["--checkpoint", str(folder / "step_2"), *flags])
+    assert evaluate._output_folder(options).name == name
+
+
 def refuse_to_begin(*_: object) -> None:
     raise ValueError("enough was said")
 
