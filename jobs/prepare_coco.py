@@ -1,7 +1,7 @@
 """Turn COCO or Karpathy annotations and an image folder into Parquet shards.
 
     python jobs/prepare_coco.py --source karpathy --path dataset_coco.json --images coco \
-        --output datasets/coco
+        --image-size 512 --output datasets/coco
     ray job submit --working-dir . -- python jobs/prepare_coco.py …
 """
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from rayrl import cli
 from rayrl.config import Config
+from rayrl.data.config import DataConfig
 from rayrl.objectives.config import plan_with
 from rayrl.objectives.plan import Phases
 from rayrl.own_modules import find_here
@@ -26,7 +27,7 @@ def grpo(argv: Sequence[str] | None = None) -> None:
         description="Fine-tune a vision-language model to caption images with GRPO, or any other "
         "objective, on CIDEr-D.",
     )
-    _speak_of_stage1(invocation.config)
+    _speak_of_defaults(invocation.config)
     _speak_of_phases(invocation.config)
     if invocation.dry_run:
         from rayrl.actors.cluster import failing_in_one_line
@@ -50,7 +51,7 @@ def xe(argv: Sequence[str] | None = None) -> None:
         description="Stage 1: cross-entropy on reference captions, with Ray Train.",
         options=("--config", "--dry-run"),
     )
-    _speak_of_stage1(invocation.config)
+    _speak_of_defaults(invocation.config)
     if invocation.dry_run:
         print(cli.describe(invocation.config))
         return
@@ -65,18 +66,34 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
 
     options, overrides = parse(sys.argv[1:] if argv is None else argv)
     config = read_config(options, overrides)
+    if options.checkpoint:
+        _speak_of_size(config.data, str(options.checkpoint))
     from rayrl.evaluate import main
 
     main(options, config)
 
 
-def _speak_of_stage1(config: Config) -> None:
-    """Warn of a learning rate that nobody chose, and that undoes a pretrained model."""
+def _speak_of_defaults(config: Config) -> None:
+    """Warn of what nobody chose and a pretrained model does not want."""
     xe, path = config.xe, config.model.path
-    if path != "tiny" and xe.steps and "lr" not in xe.model_fields_set:
+    if path == "tiny":
+        return
+    if xe.steps and "lr" not in xe.model_fields_set:
         print(
             f"stage 1 trains {path} for {xe.steps} steps at xe.lr {xe.lr:g}, a rate for the tiny "
             "captioner; want --xe.steps 0 for a model that captions already, or an xe.lr",
+            file=sys.stderr,
+        )
+    _speak_of_size(config.data, path)
+
+
+def _speak_of_size(data: DataConfig, model: str) -> None:
+    """Warn of photographs that would become as small as generated scenes."""
+    if data.source in ("coco", "karpathy") and "image_size" not in data.model_fields_set:
+        print(
+            f"photographs of {data.images} are resized to data.image_size {data.image_size}, that "
+            f"of the generated scenes; want the side that {model} looks at, as in "
+            "--data.image_size 512",
             file=sys.stderr,
         )
 

@@ -260,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="prepare_coco.py",
         description="Turn COCO or Karpathy annotations and an image folder into Parquet shards.",
         epilog="Example: prepare_coco.py --source karpathy --path dataset_coco.json --images coco "
-        "--output datasets/coco. Then train with --data.source parquet "
+        "--image-size 512 --output datasets/coco. Then train with --data.source parquet "
         "--data.path 'datasets/coco/{split}'.",
     )
     add: Any = parser.add_argument
@@ -273,7 +273,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--images", required=True, help="the image folder; {split} may be in it too")
     add("--output", type=Path, required=True, help="folder to write; one folder a split is made")
-    add("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
+    add(
+        "--image-size",
+        type=int,
+        default=224,
+        help="pixels a side, as the model looks at (default: %(default)s)",
+    )
     add(
         "--splits",
         nargs="+",

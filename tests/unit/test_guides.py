@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayrl import cli, commands, config_keys, eval_cli
+from rayrl import cli, commands, config_keys, eval_cli, evaluate
 from rayrl.config import Config
 from rayrl.data import load_split
 from rayrl.data.shards import SCHEMA
@@ -129,6 +129,35 @@ def test_links_of_a_page_lead_somewhere(page):
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
             assert anchor in anchors, f"{page.name}: {target}"
+
+
+FOLDER = ["--data.source", "coco", "--data.path", "{split}.json", "--data.images", "photos"]
+SHARDS = ["--data.source", "parquet", "--data.path", "{split}.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model.path", "elsewhere", *FOLDER], True),
+        (["--model.path", "elsewhere", *FOLDER, "--data.image_size", "48"], False),
+        (["--model.path", "elsewhere", *SHARDS], False),
+        (["--model.path", "elsewhere"], False),
+        (FOLDER, False),
+    ],
+)
+@pytest.mark.parametrize("job", [commands.grpo, commands.xe])
+def test_photographs_of_the_size_of_scenes_are_spoken_of(job, flags, said, capsys):
+    job([*flags, "--dry-run"])
+    told = capsys.readouterr().err
+    assert ("photographs of photos are resized to data.image_size 48, that of the" in told) == said
+
+
+@pytest.mark.parametrize("given", [[], ["--data.image_size", "64"]])
+def test_so_they_are_where_a_folder_from_elsewhere_is_evaluated(here, given, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "main", lambda *_: None)
+    (here / "config.json").write_text("{}")
+    commands.evaluate(["--checkpoint", ".", *FOLDER, *given])
+    assert ("photographs of photos" in capsys.readouterr().err) == (not given)
 
 
 @pytest.mark.parametrize(
