@@ -1,7 +1,8 @@
 """Score captions as COCO reports them: of a checkpoint, or of a results file.
 
 python jobs/eval_coco.py --checkpoint runs/grpo_coco/checkpoints/latest
-python jobs/eval_coco.py --results results.json --references captions_val2014.json
+python jobs/eval_coco.py --results results.json --references dataset_coco.json --split test
+python jobs/eval_coco.py --results results.json --references captions_val2014.json --subset
 python jobs/eval_coco.py --compare one.json other.json --references captions_val2014.json
 python jobs/eval_coco.py --self-test
 ray job submit --working-dir . -- python jobs/eval_coco.py …

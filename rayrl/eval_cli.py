@@ -27,6 +27,7 @@ class Options(NamedTuple):
     self_test: bool
     config: Path | None
     references: Path | None
+    subset: bool
     split: Split
     metrics: list[str]
     clip: str | None
@@ -57,6 +58,11 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
         parser.error("--beam and --samples decode: they need --checkpoint")
     if options.checkpoint and options.references:
         parser.error("--references holds no images to caption: name the data with --data.path")
+    if options.checkpoint and options.subset:
+        parser.error(
+            "--subset is of the images that a results file captions: it needs --results "
+            "or --compare"
+        )
     if options.clip and options.references:
         parser.error(
             "--clip needs the images, which --references does not hold: name the data "
@@ -174,6 +180,12 @@ def _add_settings(add: Any) -> None:
         metavar="FILE",
         help="for --results and --compare, instead of a data set with images: a COCO captions "
         "file, a Karpathy file, or an object of image id to captions",
+    )
+    add(
+        "--subset",
+        action="store_true",
+        help="score the images alone that the (first) results file captions, where the references "
+        "are of more; metrics.json says of how many",
     )
     add("--split", choices=get_args(Split), default="val", help="default: %(default)s")
     add(

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from rayrl.actors.cluster import READER_CPUS, SPARE_CPUS, connect, failing_in_one_line
 from rayrl.config import Config
 from rayrl.data import Dataset, load_split
-from rayrl.data.references import load_captions, load_references
+from rayrl.data.references import load_captions, load_references, only
 from rayrl.decoding import Captions, Decoding
 from rayrl.engine.base import chosen_backend
 from rayrl.eval_cli import PROGRAM, Options, refuse
@@ -115,15 +115,16 @@ def evaluate_checkpoint(options: Options, config: Config) -> None:
 
 def evaluate_results(options: Options, config: Config) -> None:
     """Write and print what the captions of a results file score."""
-    data = _references(options, config)
+    data, part = _references(options, config, options.subject)
     best = _matched(options.subject, data)
-    _report(options, config, data, Captions(best, []), {"results": str(options.subject.resolve())})
+    described = {"results": str(options.subject.resolve()), **part}
+    _report(options, config, data, Captions(best, []), described)
 
 
 def compare_results(files: Sequence[Path], options: Options, config: Config) -> None:
     """Print by how much the second results file is better than the first, and how surely; write
     it where an output folder was named."""
-    data = _references(options, config)
+    data, part = _references(options, config, files[0])
     a, b = (_caption_set(options, data, _matched(file, data)) for file in files)
     found, left_out = compare(a, b, options.metrics)
     print(f"{len(data)} images, x100; the first is {files[0]}, the second {files[1]}")
@@ -133,6 +134,7 @@ def compare_results(files: Sequence[Path], options: Options, config: Config) -> 
         options.output.mkdir(parents=True, exist_ok=True)
         written = {
             "files": [str(file.resolve()) for file in files],
+            **part,
             "scale": SCALE,
             "metrics": {name: asdict(scaled_comparison(name, one)) for name, one in found.items()},
             "left_out": left_out,
@@ -259,14 +261,19 @@ def _described_data(options: Options, config: Config, data: Dataset) -> dict[str
     }
 
 
-def _references(options: Options, config: Config) -> Dataset:
-    """The data set that results are scored against."""
+def _references(options: Options, config: Config, file: Path) -> tuple[Dataset, dict[str, Any]]:
+    """The data set that the results of ``file`` are scored against, all of it or the images that
+    they caption (``--subset``); and what is to be recorded of that."""
     if options.references:
         data = load_references(options.references, options.split)
     else:
         data = load_split(config.data, options.split)
     _say_data(options, config, data)
-    return _at_least_two(data)
+    if not options.subset:
+        return _at_least_two(data), {}
+    part = only(data, read_results(file).keys())
+    print(f"of them the {len(part)} that {file} captions (--subset)", flush=True)
+    return _at_least_two(part), {"subset": {"images": len(part), "of": len(data)}}
 
 
 def _say_data(options: Options, config: Config, data: Dataset) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,18 @@ def load_references(path: Path, split: Split) -> Dataset:
         read_image=no_image,
         image_digest="",
         rejected=rejections.counts(),
+    )
+
+
+def only(data: Dataset, images: Collection[object]) -> Dataset:
+    """The part of a data set whose ids, as text, are among ``images``; in its order."""
+    wanted = {str(image) for image in images}
+    kept = [i for i, image in enumerate(data.ids) if image in wanted]
+    return replace(
+        data,
+        ids=[data.ids[i] for i in kept],
+        captions=[data.captions[i] for i in kept],
+        read_image=lambda index: data.read_image(kept[index]),
     )
 
 

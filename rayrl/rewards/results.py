@@ -69,14 +69,19 @@ def match(
     missing = [image for image in wanted if image not in by_text]
     unknown = [image for image in by_text if image not in wanted]
     if missing:
+        todo = (
+            f", and {len(unknown)} captions are of images without references, such as "
+            f"{unknown[:3]}: are they of another --split?"
+            if unknown
+            else "; caption them, or score the captioned images alone with --subset"
+        )
         raise ValueError(
-            f"{len(missing)} of {len(wanted)} images have no caption, such as {missing[:3]}; "
-            "caption them, or pass the references of the captioned images alone"
+            f"{len(missing)} of {len(wanted)} images have no caption, such as {missing[:3]}{todo}"
         )
     if unknown:
         raise ValueError(
             f"{len(unknown)} captions are of images without references, such as {unknown[:3]}; "
-            "are they of another split?"
+            "are they of another --split?"
         )
     if len(by_text) != len(captions):
         raise ValueError("an image has two captions, once by number and once by text")

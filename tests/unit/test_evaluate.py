@@ -125,6 +125,7 @@ def test_a_wrong_results_file_is_one_line_and_exit_code_2(folder, capsys, conten
         (("--compare", "results.json"), "expected 2 arguments"),
         (("--checkpoint", "no"), "no: no model folder (one with a config.json)"),
         (("--checkpoint", ".", "--references", "x"), "holds no images to caption"),
+        (("--checkpoint", ".", "--subset"), "it needs --results or --compare"),
         (
             ("--results", "results.json", "--references", "references.json", "--clip", "x"),
             "--clip needs the images, which --references does not hold",
@@ -171,6 +172,51 @@ def test_generated_scenes_are_scored_where_somebody_said_so(folder, flags):
     Path("some.yaml").write_text("seed: 3\n")
     assert load_config(*parse(["--checkpoint", ".", *flags])).data.source == "scenes"
     assert load_config(*parse(["--results", "results.json", *flags])).data.source == "scenes"
+
+
+def test_of_more_references_the_captioned_images_are_scored_where_asked(folder, capsys):
+    write("results.json", results({7: CAPTIONS[7], 9: CAPTIONS[9]}))
+    flags = ("--results", "results.json", "--references")
+    assert run(*flags, "references.json") == 2
+    assert capsys.readouterr().err.endswith("or score the captioned images alone with --subset\n")
+    metrics = ("--metrics", "cider_d")
+    assert run(*flags, "references.json", "--subset", *metrics) == 0
+    assert "of them the 2 that results.json captions (--subset)" in capsys.readouterr().out
+    found = json.loads(Path("results_eval_val/metrics.json").read_text())
+    assert found["subset"] == {"images": 2, "of": 3} and found["data"]["num_images"] == 2
+    assert "+df:corpus[2]#" in found["signature"]
+    # Just as against the references of these images alone.
+    write("alone.json", {i: REFERENCES[i] for i in ("7", "9")})
+    assert run(*flags, "alone.json", *metrics, "--output", "alone") == 0
+    alone = json.loads(Path("alone/metrics.json").read_text())
+    assert (alone["scores"], alone["signature"]) == (found["scores"], found["signature"])
+    assert "subset" not in alone
+
+
+def test_a_comparison_of_a_part_is_of_the_images_of_its_first_file(folder, capsys):
+    write("some.json", results({7: CAPTIONS[7], 8: "birds"}))
+    write("others.json", results({7: CAPTIONS[7], 9: "a boat"}))
+    flags = ("--references", "references.json", "--subset", "--metrics", "bleu")
+    assert run("--compare", "some.json", "some.json", *flags, "--output", "out") == 0
+    written = json.loads(Path("out/comparison.json").read_text())
+    assert written["subset"] == {"images": 2, "of": 3}
+    assert run("--compare", "some.json", "others.json", *flags) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == (
+        "eval_coco.py: others.json: 1 of 2 images have no caption, such as ['8'], and 1 captions "
+        "are of images without references, such as ['9']: are they of another --split?"
+    )
+
+
+def test_the_pictures_of_a_part_are_its_own():
+    from rayrl.config import Config
+    from rayrl.data import load_split
+    from rayrl.data.references import only
+
+    data = load_split(Config.model_validate({"data": {"scenes": {"num_val": 9}}}).data, "val")
+    for one, other in zip(only(data, [data.ids[5], data.ids[2]]), [data[2], data[5]], strict=True):
+        assert (one.prompt_id, one.image) == (other.prompt_id, other.image)
+        assert one.references == other.references
 
 
 def test_what_is_scored_is_said(folder, capsys, monkeypatch):

@@ -184,7 +184,7 @@ def test_the_ensemble_of_the_example_scores() -> None:
 def test_every_command_is_understood() -> None:
     (block,) = blocks("sh")
     lines = block.strip().splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line in lines:
         program, script, *flags = shlex.split(line)
         assert (program, script) == ("python", "jobs/eval_coco.py")
