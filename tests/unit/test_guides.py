@@ -1,4 +1,4 @@
-"""docs/data.md and docs/after_training.md are true: examples run, and what they name exists."""
+"""docs/data.md, docs/after_training.md and README.md are true: examples run, names exist."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rayrl.data.shards import SCHEMA
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 DATA = (DOCS / "data.md").read_text(encoding="utf-8")
 AFTER = (DOCS / "after_training.md").read_text(encoding="utf-8")
+README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"])
 
 
@@ -98,6 +99,15 @@ def test_the_captioner_of_the_example_says_what_an_engine_says(here, tiny_folder
     exec(block, {})
     said = capsys.readouterr().out.removesuffix("\n")
     assert said and said == engine.greedy(prompts[:1], 25)[0].text
+
+
+def test_the_example_of_the_readme_scores(capsys):
+    (block,) = blocks(README, "python")
+    space: dict = {}
+    exec(block, space)
+    first, second = space["scores"]
+    assert first > second > 0
+    assert capsys.readouterr().out == f"{space['scores']}\n"
 
 
 def test_messages_in_the_table_of_failures_are_in_the_code():
