@@ -11,7 +11,10 @@ from pathlib import Path
 # A job's working directory is not on the path, and rayrl need not be installed on a cluster.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rayrl.commands import grpo
+try:
+    from rayrl.commands import grpo
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: want the Python of `make setup`, .venv/bin/python {sys.argv[0]} …")
 
 if __name__ == "__main__":
     grpo()

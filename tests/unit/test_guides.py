@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from rayrl.config import Config
 from rayrl.data import load_split
 from rayrl.data.shards import SCHEMA
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 DATA = (DOCS / "data.md").read_text(encoding="utf-8")
 AFTER = (DOCS / "after_training.md").read_text(encoding="utf-8")
 README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
@@ -71,6 +74,43 @@ def test_the_commands_are_understood():
         for found in re.findall(flags, text):
             names = {word[2:] for word in found.split() if word.startswith("--")}
             assert names <= set(config_keys.known_keys()), found
+
+
+def test_the_commands_of_the_readme_are_understood():
+    from rayrl.doctor.__main__ import read_needs
+    from rayrl.prepare import _parser
+
+    found = commands_in(README)
+    assert [words[1] for words in found].count("jobs/grpo_coco.py") == 4
+    for _, script, *flags in found:
+        if script == "jobs/prepare_coco.py":
+            assert _parser().parse_args(flags).source == "karpathy"
+        elif script == "-m":
+            assert flags[:2] == ["rayrl.doctor", "--config"]
+            assert read_needs(ROOT / flags[2])
+        else:
+            file = ROOT / flags.pop(1) if "--config" in flags else None
+            cli.load(file, [flag for flag in flags if flag != "--config"])
+    lists = re.findall(r"-r (\S+)", "\n".join(blocks(README, "sh")))
+    assert lists == ["docker/gpu.txt"] and (ROOT / lists[0]).is_file()
+
+
+def test_the_flags_for_one_gpu_are_those_of_the_guide():
+    (flags,) = re.findall(r"on one GPU add\s+`([^`]*)`", README)
+    config = cli.load(ROOT / "jobs/coco.yaml", flags.split())
+    assert config.rollout.gpus + config.learner.gpus == 1 and config.rollout.colocate
+    weights = (DOCS / "weights.md").read_text(encoding="utf-8")
+    (job,) = (words for words in commands_in(weights) if words[1] == "jobs/grpo_coco.py")
+    assert cli.load(ROOT / job[3], job[4:]).rollout == config.rollout
+
+
+@pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.py")), ids=lambda job: job.stem)
+def test_a_python_without_the_packages_is_told_which_one_to_take(job):
+    # -S: without site-packages.
+    done = subprocess.run([sys.executable, "-S", job], capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("No module named ") and f".venv/bin/python {job} …" in line
 
 
 def test_the_defaults_are_those_that_the_pages_name():
