@@ -3,10 +3,10 @@
 FROM python:3.11.14-slim-bookworm
 
 # g++: kernels compiled at run time; libnuma1: vLLM; openssh-client and rsync: Ray's launcher;
-# wget: KubeRay's probes.
+# wget: KubeRay's probes; openjdk: METEOR and SPICE, which take Java 8 to 17.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
-        g++ libnuma1 openssh-client rsync wget \
+        g++ libnuma1 openjdk-17-jre-headless openssh-client rsync wget \
     && rm -rf /var/lib/apt/lists/*
 
 # Into the system's Python, because Ray starts its processes in login shells, which reset PATH.

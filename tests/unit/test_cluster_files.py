@@ -309,6 +309,13 @@ def test_image_commands_are_shell(name):
         assert subprocess.run(["sh", "-n", "-c", command], check=False).returncode == 0, command
 
 
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_images_have_a_java_that_meteor_and_spice_take(name):
+    (installed,) = (rest for word, rest in instructions(name) if "apt-get install" in rest)
+    (found,) = re.findall(r"\bopenjdk-(\d+)-jre-headless\b", installed)
+    assert 8 <= int(found) <= 17
+
+
 def locked(path: str) -> dict[str, str]:
     text = (ROOT / path).read_text(encoding="utf-8")
     pins = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)", text, re.MULTILINE)
