@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import pairwise
 from typing import Any, get_origin
 
@@ -78,8 +78,12 @@ def check_keys(values: dict[str, Any], where: str, prefix: str = "") -> None:
 
 def check_flags(flags: Sequence[str]) -> None:
     keys = set(known_keys())
+    taken = False
     for flag, following in pairwise([*flags, ""]):
+        # The value of the option before it may look like anything.
+        is_value, taken = taken, flag.startswith("--") and "=" not in flag
         if not flag.startswith("--"):
+            _check_bare(flag, keys if not is_value else set())
             continue
         dotted, equals, value = flag[2:].partition("=")
         if dotted in keys:
@@ -94,6 +98,15 @@ def check_flags(flags: Sequence[str]) -> None:
         raise UsageError(f"unknown option --{dotted}{nearest(dotted, keys)}")
 
 
+def _check_bare(word: str, keys: Set[str]) -> None:
+    """UsageError for a key that is given as Hydra takes it, without dashes."""
+    key = word.partition("=")[0]
+    if key in keys:
+        raise UsageError(f"{word} is no option; write --{word}")
+    if keys and key in _ELSEWHERE:
+        raise UsageError(f"{word} is no option{nearest(key, keys)}")
+
+
 def _as_entry(name: str, value: str) -> str:
     """How an entry of a mapping is given, for one who wrote it as an option of its own."""
     value = value or "VALUE"
@@ -104,6 +117,24 @@ def _as_entry(name: str, value: str) -> str:
     return f"'{value}', with all its other entries, or the entry in the file"
 
 
+_KL = "objective.set kl_coef=VALUE"
+_ELSEWHERE = {
+    # TRL
+    "num_generations": "train.group_size",
+    "beta": _KL,
+    "learning_rate": "learner.lr",
+    "per_device_train_batch_size": "train.images_per_step, which counts images and not captions",
+    "max_completion_length": "sampling.max_tokens",
+    "temperature": "sampling.temperature",
+    # verl
+    "actor_rollout_ref.rollout.n": "train.group_size",
+    "actor_rollout_ref.rollout.temperature": "sampling.temperature",
+    "actor_rollout_ref.actor.kl_loss_coef": _KL,
+    "actor_rollout_ref.actor.optim.lr": "learner.lr",
+    "data.train_batch_size": "train.images_per_step",
+    "data.max_response_length": "sampling.max_tokens",
+}
+"""What is called otherwise in other programs, where the spelling leads nowhere."""
 _CUTS = ("top_k", "top_p", "min_p")
 _WHY_NO_CUTS = (
     "captions are drawn from the full vocabulary, because the learner's log-probs are of all of it "
@@ -111,9 +142,11 @@ _WHY_NO_CUTS = (
 )
 
 
-def nearest(key: str, keys: set[str]) -> str:
-    """The nearest known key: whole, else by its last part alone (`--lr` for `--learner.lr`); or why
-    there is none."""
+def nearest(key: str, keys: Set[str]) -> str:
+    """What the key of another program is called here; else the nearest known key: whole, or by its
+    last part alone (`--lr` for `--learner.lr`); or why there is none."""
+    if key in _ELSEWHERE:
+        return f"; here that is --{_ELSEWHERE[key]}"
     if key.rpartition(".")[2] in _CUTS:
         return f": {_WHY_NO_CUTS}"
     near = difflib.get_close_matches(key, sorted(keys), n=1, cutoff=0.75)

@@ -134,6 +134,13 @@ def test_the_resolved_file_reads_back_as_the_same_configuration(tmp_path):
             "unknown option --sampling.top_k: captions are drawn from the",
         ),
         (["--train.step", "1"], "did you mean 'train.steps'?"),
+        (["train.steps=3"], "train.steps=3 is no option; write --train.steps=3"),
+        (["--seed", "5", "train.steps=3"], "write --train.steps=3"),
+        (["--seed=5", "train.steps", "3"], "write --train.steps"),
+        (["actor_rollout_ref.rollout.n=5"], "is no option; here that is --train.group_size"),
+        (["--num_generations", "4"], "--num_generations; here that is --train.group_size"),
+        (["--beta", "0.04"], "unknown option --beta; here that is --objective.set kl_coef=VALUE"),
+        (["--temperature=0.7"], "--temperature; here that is --sampling.temperature"),
         (["--train.steps", "many"], "train.steps: .*(got 'many')"),
         (["--train.steps", "0"], "train.steps: .*greater than 0"),
         (["--train.images_per_step", "33", "--learner.minibatches", "2"], "33 does not divide"),
@@ -152,6 +159,17 @@ def test_a_wrong_flag_is_one_clear_line(flags, message):
     text = str(raised.value)
     assert all(part in text for part in message.split(".*"))
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_what_other_programs_call_otherwise_is_there():
+    keys = set(config_keys.known_keys())
+    for name, here in config_keys._ELSEWHERE.items():
+        assert name not in keys and here.split()[0].rstrip(",") in keys
+    assert cli.load(None, ["--objective.set", "kl_coef=0.04"])
+
+
+def test_a_value_may_look_like_a_key():
+    assert cli.load(None, ["--run_folder", "train.steps=3"]).run_folder == "train.steps=3"
 
 
 @pytest.mark.parametrize(
