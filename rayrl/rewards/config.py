@@ -334,11 +334,9 @@ class RewardConfig(Section):
     @classmethod
     def _known(cls, df: str) -> str:
         if df not in DF_MODES and not df.endswith(DF_FILES):
-            near = get_close_matches(df, DF_MODES, n=1)
-            raise ValueError(
-                f"df {df!r}, want one of {', '.join(near or DF_MODES)} or a file that ends in "
-                f"{' or '.join(DF_FILES)}"
-            )
+            want = ", ".join(get_close_matches(df, DF_MODES, n=1) or DF_MODES)
+            files = " or ".join(DF_FILES)
+            raise ValueError(f"df {df!r}, want one of {want} or a file that ends in {files}")
         return df
 
     @property
