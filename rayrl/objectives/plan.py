@@ -141,7 +141,7 @@ def override(
         if key == "statistics_of":
             plan = dataclasses.replace(plan, statistics_of=value)
         elif key not in slots:
-            plan = _with_parameter(plan, key, value)
+            plan = _with_parameter(plan, key, value, known)
     return plan
 
 
@@ -208,12 +208,14 @@ def _part(slot: str, given: Any, known: Mapping[str, Part]) -> Part:
     return known[name]
 
 
-def _with_parameter(plan: Plan, name: str, value: Any) -> Plan:
+def _with_parameter(
+    plan: Plan, name: str, value: Any, known: Mapping[str, Mapping[str, Part]]
+) -> Plan:
     current = plan.parameters()
     if name not in current:
-        raise ValueError(
-            f"unknown slot or parameter {name!r}{near(name, [*current, *SLOTS, 'statistics_of'])}"
-        )
+        names = [*current, *SLOTS, "statistics_of"]
+        hint = _part_with(plan, name, value, known) or near(name, names)
+        raise ValueError(f"unknown slot or parameter {name!r}{hint}")
     value = _typed(name, value, current[name])
 
     def replaced(item: Part | None) -> Part | None:
@@ -226,6 +228,19 @@ def _with_parameter(plan: Plan, name: str, value: Any) -> Plan:
         old = getattr(plan, slot)
         changes[slot] = tuple(map(replaced, old)) if isinstance(old, tuple) else replaced(old)
     return dataclasses.replace(plan, **changes)
+
+
+def _part_with(plan: Plan, name: str, value: Any, known: Mapping[str, Mapping[str, Part]]) -> str:
+    """How a plan gets a parameter that none of its parts has; "" where no part has it."""
+    for slot, parts in known.items():
+        if having := [part for part, item in parts.items() if name in item.params]:
+            there = [item.name for item in getattr(plan, slot)] if slot in _MANY else []
+            filled = SEPARATOR.join([*there, having[0]])
+            return (
+                f" here: it is one of {slot} {', '.join(having)}; to have it, "
+                f"{slot}={filled} {name}={value}"
+            )
+    return ""
 
 
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}

@@ -121,6 +121,8 @@ WRONG: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("igpo", {}, "did you mean igpo_info_gain, igpo_inpainting, "),
     ("xyz", {}, "unknown preset 'xyz'; 132 are known, docs/objectives.md lists them"),
     ("grpo", {"kl_coeff": 0.1}, "preset grpo: unknown slot or parameter 'kl_coeff'; .* kl_coef"),
+    ("nsc", {"kl_coef": 0.1}, "'kl_coef' here: .* to have it, regularizers=kl_k3 kl_coef=0.1"),
+    ("grpo", {"entropy_coef": 0.1}, r"to have it, regularizers=kl_k3\+entropy_bonus entropy_coef"),
     ("grpo", {"advantage": "leave_one"}, "part 'leave_one' for slot advantage; .* leave_one_out"),
     ("grpo", {"surrogat": "min_clip"}, "unknown slot or parameter 'surrogat'; .* surrogate"),
     ("grpo", {"clip_low": "low"}, "clip_low: got 'low', want float"),
