@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -37,6 +37,7 @@ _FINAL, _RECEIPT = "stage1/final/", "stage1/stage1.json"
 _MADE_OF = ("config.yaml", _RECEIPT)
 _BASE_FILES = (RUN, *_MADE_OF, f"{_FINAL}**/*")
 _HISTORY_FILES = (RUN, "metrics.jsonl", "samples.jsonl", "eval_captions.json", "xe/metrics.jsonl")
+_IN_A_COPY = {"checkpoints", *(file.partition("/")[0] for file in _HISTORY_FILES)}
 _REPORT_FILES = ("report.html", "summary.json", "config.yaml", "metrics.jsonl")
 _STEP = re.compile(r"step_(\d+)")
 
@@ -153,10 +154,12 @@ class Backup:
         steps = remote_steps(copies)
         for old in set(steps[: -self._keep]) - set(best_of(scores, steps)):
             copies.remove(f"step_{old}")
-        for name in copies.unfinished():
-            # Of a driver that was killed: this thread alone writes here, and now none of them.
-            if _STEP.fullmatch(name):
-                copies.remove(name)
+        # Of a driver that was killed: this thread alone writes here, and now none of them.  Only
+        # what has the form of a copy: somebody may keep checkpoints here by hand.
+        with suppress(*STORAGE_ERRORS):
+            for name, parts in copies.unfinished().items():
+                if _STEP.fullmatch(name) and parts <= _IN_A_COPY:
+                    copies.remove(name)
 
 
 def _work(jobs: SimpleQueue[_Job | None]) -> None:
@@ -279,7 +282,7 @@ def _base_for(
             f"{folder} holds no {_FINAL} of it: put its own stage1 and {RUN} there, for another "
             "one would make it another run"
         )
-    if same and (folder / _RECEIPT).is_file():
+    if same and (folder / _RECEIPT).is_file() and (folder / _FINAL).is_dir():
         try:
             copies.fetch(_BASE, partial, only=_MADE_OF)
         except ValueError as error:
@@ -297,7 +300,9 @@ def _base_for(
         ) from None
     if (found := read_run_id(partial)) != of_step:
         raise ValueError(
-            f"the remote copy {_BASE}/ is of the run {found}, the steps of {of_step!r}"
+            f"--resume: the remote copy {_BASE}/ is of the run {found or 'of an older version'}, "
+            f"the steps are of {of_step or 'one of an older version'}: put the stage1 and {RUN} of "
+            f"the steps' run into {folder}"
         )
     return files
 
@@ -309,6 +314,8 @@ def _move(source: Path, target: Path, files: list[str], step: int) -> None:
     if _RECEIPT in files:
         # It is never that of another model, whenever this ends.
         (target / _RECEIPT).unlink(missing_ok=True)
+        # Nor does the run go by the id of an attempt whose stage 1 was here.
+        (target / RUN).unlink(missing_ok=True)
     if any(file.startswith(_FINAL) for file in files):
         _move_whole(source / _FINAL, target / _FINAL)
     # What tells of the run comes with both.

@@ -121,7 +121,7 @@ _KL = "objective.set kl_coef=VALUE"
 _ELSEWHERE = {
     # TRL
     "num_generations": "train.group_size",
-    "beta": _KL,
+    "beta": f"{_KL}, or beta=VALUE for preference objectives",
     "learning_rate": "learner.lr",
     "per_device_train_batch_size": "train.images_per_step, which counts images and not captions",
     "max_completion_length": "sampling.max_tokens",

@@ -234,7 +234,8 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     copies = open_run_folder(folder, config, train_data.fingerprint(), resume=resume, say=print)
     heldout = Heldout.first(config.train.eval_images, val_data, folder)
     statistics = reward_statistics(train_data.references(), config.reward)
-    local = connect(cpus_of(config), gpus_of(config), spare_cpus=SPARE_CPUS)
+    gpus = gpus_of(config, stage1=not (folder / "stage1" / "final").is_dir())
+    local = connect(cpus_of(config), gpus, spare_cpus=SPARE_CPUS)
     try:
         check_terms(config, statistics)
         snapshots = run_stage1(config, folder, resume=resume)

@@ -43,29 +43,28 @@ class RemoteCopies:
 
     def names(self) -> list[str]:
         """The names of the whole copies, sorted."""
-        return [name for name in self._found()[0] if self._is_whole(name)]
+        found = self._found()
+        return sorted(name for name in found if MANIFEST in found[name] and self._is_whole(name))
 
-    def unfinished(self) -> list[str]:
-        """The names of copies without a manifest, sorted: of those that are being written or
-        removed, and of those whose writer was lost."""
-        listed, all_names = self._found()
-        return sorted({*all_names} - {*listed})
+    def unfinished(self) -> dict[str, set[str]]:
+        """What has no manifest, and the names in its folder: copies that are being written or
+        removed, those whose writer was lost, and what others keep there."""
+        return {name: parts for name, parts in self._found().items() if MANIFEST not in parts}
 
-    def _found(self) -> tuple[list[str], list[str]]:
-        """The names of the copies that have a manifest, and of all, each sorted."""
+    def _found(self) -> dict[str, set[str]]:
+        """The folders there, and the names in each."""
         # All files, for what is no object is no folder to Google's storage, unless somebody made an
         # empty object of its name; a copy that other tools brought there has none.
         selector = pafs.FileSelector(self._root, allow_not_found=True, recursive=True)
         root = PurePosixPath(self._root)
-        listed, all_names = set(), set()
+        found: dict[str, set[str]] = {}
         for entry in self._filesystem.get_file_info(selector):
             path = PurePosixPath(entry.path)
-            name, *within = path.relative_to(root).parts if path.is_relative_to(root) else ("",)
-            if within == [MANIFEST]:
-                listed.add(name)
-            if within or (name and entry.type == pafs.FileType.Directory):
-                all_names.add(name)
-        return sorted(listed), sorted(all_names)
+            # Some list the place itself too.
+            parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
+            if len(parts) > 1 or (parts and entry.type == pafs.FileType.Directory):
+                found.setdefault(parts[0], set()).update(parts[1:2])
+        return found
 
     def check(self) -> None:
         """Write a small file and remove it: what will be refused is to be known before a run's

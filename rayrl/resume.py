@@ -82,11 +82,13 @@ def _have_newest(
         _check_same_run(folder, str(folder), config, fingerprint)
     if copies is not None:
         # Also where there is nothing to fetch, for this run's copies would go there.
-        _refuse_another_run(folder, own_id, uri, run_of(copies))
+        if remote_steps(copies):
+            _refuse_another_run(folder, own_id, uri, run_of(copies))
         newest = done[-1] if done else -1
         step = fetch_newest(copies, folder, check=check, say=say, after=newest)
         if step is not None:
             say(f"fetched step {step} from {uri}")
+            own_id = read_run_id(folder)
     done = list_checkpoints(checkpoints)
     if not done:
         also = f" or {uri}" if copies is not None else ""
@@ -105,9 +107,10 @@ def _have_newest(
 
 
 def _refuse_another_run(folder: Path, own_id: str, uri: str, found: str) -> None:
-    if own_id and found and own_id != found:
+    if own_id and own_id != found:
+        other = found or "one of an older version"
         raise ValueError(
-            f"--resume: {uri} holds copies of another run than the one in {folder} ({found}, "
+            f"--resume: {uri} holds copies of another run than the one in {folder} ({other}, "
             f"not {own_id}): give this run its own --train.checkpoint_uri, or go on with the other "
             "one in another --run_folder"
         )

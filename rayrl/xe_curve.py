@@ -50,7 +50,7 @@ class XeCurve:
             with stop.at_once():
                 return {"cider_d_xe_control": self._control(stage1, seconds, stop)}
         except (*FAILURES, KeyboardInterrupt) as error:
-            self.say(f"there is no control: {error}")
+            self.say(f"there is no control: {str(error) or 'interrupted'}")
             shutil.rmtree(self._place, ignore_errors=True)
             self._curve.unlink(missing_ok=True)
             return {}

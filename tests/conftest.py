@@ -45,9 +45,9 @@ def encoded_picture(colour: tuple[int, int, int], *, seed: int = 0, size: int = 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Where tests run in several processes: files as a whole, and those that start a Ray in two of
-    them, for two cores have no room for more.  Runs with faults mostly wait (for what is lost to be
-    missed, for processes to start), which is room for the others.  Some are left for the process
-    that is done with all else."""
+    them, for two cores have no room for more beside what computes all the time.  Runs with faults
+    mostly wait (for what is lost to be missed, for processes to start), which is room for the
+    others.  A few with a Ray are left for the process that is done with all else."""
     from xdist.scheduler import LoadScopeScheduling
 
     class TwoRays(LoadScopeScheduling):

@@ -148,14 +148,14 @@ def xe_cpus(config: Config) -> float:
     return config.xe.num_workers * (config.learner.cpus + READER_CPUS)
 
 
-def gpus_of(config: Config) -> float:
+def gpus_of(config: Config, *, stage1: bool) -> float:
     """GPUs without which a run cannot begin: of the learner, engines and reward terms together, or
-    of cross-entropy before them."""
+    of cross-entropy before them, where ``stage1`` is still to come."""
     learner, rollout, train = config.learner, config.rollout, config.train
     computing = learner.num_workers * learner.gpus + rollout.min_workers * rollout.gpus
     if rollout.colocate:
         computing = 1.0  # a placement group's, whole
     # A reward worker is enough to go on.
     terms = sum(asked["num_gpus"] for asked in placements(config.reward).values())
-    xe = config.xe.num_workers if config.xe.steps and learner.gpus else 0
+    xe = config.xe.num_workers if stage1 and config.xe.steps and learner.gpus else 0
     return max(computing + min(1, train.reward_workers) * terms, float(xe))

@@ -58,7 +58,7 @@ class Fleet:
         self._direct = direct_transfer(config, learner)
         self._budget = budget
         self._versions = Versions(config)
-        self._pull_whole = self._asleep = False
+        self._pull_whole = self._asleep = self._to_wake = False
         place = learner.shared_place if learner else None
         small, prepare = ray.put(without_weights(files)), self._versions.pull_newest
         self._rollout = rollout_pool(config, small, self._budget, prepare, place=place)
@@ -71,7 +71,6 @@ class Fleet:
             learner.alone = self._aside
         self._recent: list[StepTimes] = []
         self._term_s: dict[str, float] = {}
-        self._complete_at = time.monotonic()
         self.begin_step()
 
     def begin_step(self) -> float:
@@ -103,11 +102,10 @@ class Fleet:
     def _take_what_came(self) -> None:
         """Want no more workers than there are once the others did not come for too long: a pool
         that waits for them measures nothing, and would neither grow nor shrink any more."""
-        ready, now = len(self._rollout.admit()), time.monotonic()
-        limit_s, wanted = self._config.rollout.start_timeout_s, self._rollout.wanted
-        if self._rollout.settled:
-            self._complete_at = now
-        elif now - self._complete_at > limit_s and ready >= self._config.rollout.min_workers:
+        ready, wanted = len(self._rollout.admit()), self._rollout.wanted
+        limit_s = self._config.rollout.start_timeout_s
+        enough = ready >= self._config.rollout.min_workers
+        if self._rollout.longest_start_s > limit_s and enough:
             log.warning(
                 "%d of %d rollout workers did not come within %g s (rollout.start_timeout_s); "
                 "going on with %d",
@@ -117,7 +115,6 @@ class Fleet:
                 ready,
             )
             self._rollout.resize(ready)
-            self._complete_at = now
 
     def heed(self, stop: StopRequest) -> None:
         """Wait for no worker any more once ``stop`` is requested."""
@@ -138,7 +135,7 @@ class Fleet:
         """
         workers, whole = self._rollout.constructed, self._pull_whole
         self._versions.publish(workers, version, trained, frozen, source=source, whole=whole)
-        self._pull_whole = self._asleep = False
+        self._pull_whole = self._asleep = self._to_wake = False
 
     def sleep(self) -> None:
         """Have an engine that shares the learner's GPU leave it, until it gets the next version."""
@@ -163,15 +160,16 @@ class Fleet:
         """While entered, an engine that shares the learner's GPU has left it; where it was there it
         comes back with the version that it had, if any.  It waits for no engine: one that is begun
         may be waiting for the learner's weights."""
-        was_there = not self._asleep
-        if was_there:
+        # It is also owed to one that was put to sleep for an attempt that failed.
+        self._to_wake = self._to_wake or not self._asleep
+        if not self._asleep:
             self._put_to_sleep()
         yield
-        if was_there:
+        if self._to_wake:
             if self._versions.published:
                 for worker in self._rollout.constructed:
                     self._versions.load(worker, self._versions.newest)
-            self._asleep = False
+            self._asleep = self._to_wake = False
 
     def send(self, version: int, source: Source) -> bool:
         """Have every rollout worker hold the learner's weights, which are ``version``, without
@@ -181,7 +179,7 @@ class Fleet:
         sent = self._direct.send(self._rollout.constructed, version)
         if sent:
             self._versions.sent(version, source)
-            self._asleep = False
+            self._asleep = self._to_wake = False
         self._pull_whole = not sent
         return sent
 

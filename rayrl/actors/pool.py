@@ -76,7 +76,7 @@ class PoolSize:
 class Worker:
     """An actor of a pool.  ``due`` is what it must have done before its next stage; it was
     ``renewed`` so often since it was last ready.  ``charged`` is when a loss of its results was
-    counted (time.monotonic)."""
+    counted, ``begun`` when it was started or prepared again (time.monotonic)."""
 
     number: int
     actor: Any
@@ -84,6 +84,7 @@ class Worker:
     constructed: bool = False
     renewed: int = 0
     charged: float | None = None
+    begun: float = 0.0
 
 
 class Pool:
@@ -130,6 +131,12 @@ class Pool:
     def settled(self) -> bool:
         """Whether all wanted workers are ready."""
         return len(self._ready) == self.wanted
+
+    @property
+    def longest_start_s(self) -> float:
+        """For how long the worker that takes longest to be ready has been starting; 0 without."""
+        now = time.monotonic()
+        return max((now - worker.begun for worker in self._starting), default=0.0)
 
     def admit(self) -> list[Worker]:
         """Admit whoever is ready by now; returns all ready workers, the longest serving first."""
@@ -185,7 +192,7 @@ class Pool:
             return  # lost while the learner made again what it is to get
         state = self._ready if worker in self._ready else self._starting
         state.remove(worker)
-        again = replace(worker, due=due, renewed=worker.renewed + 1)
+        again = replace(worker, due=due, renewed=worker.renewed + 1, begun=time.monotonic())
         self._starting.append(again)
 
     def resize(self, wanted: int) -> None:
@@ -226,7 +233,8 @@ class Pool:
     def _fill(self) -> None:
         while len(self._starting) + len(self._ready) < self.wanted:
             actor = self._start()
-            self._starting.append(Worker(self._next_number, actor, actor.started.remote()))
+            due, begun = actor.started.remote(), time.monotonic()
+            self._starting.append(Worker(self._next_number, actor, due, begun=begun))
             self._next_number += 1
 
     def _advance(self, worker: Worker) -> None:

@@ -193,9 +193,13 @@ class VllmEngine:
         beginnings: Sequence[Sequence[int]],
         max_tokens: int,
     ) -> None:
-        """ValueError where a caption could have been cut off.  Afterwards, for only then is it
-        known how many tokens vLLM made of each image."""
+        """ValueError where a caption was cut off at the longest sequence, before it had
+        ``max_tokens``: of that vLLM says nothing."""
         for prompt, output, given in zip(prompts, outputs, beginnings, strict=True):
+            room = max_tokens - len(given)
+            ended_by_length = [c for c in output.outputs if c.finish_reason == "length"]
+            if all(len(c.token_ids) >= room for c in ended_by_length):
+                continue
             length = len(output.prompt_token_ids) - len(given)
             check_length(length, max_tokens, self._longest, prompt.prompt_id)
 

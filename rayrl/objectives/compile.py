@@ -135,7 +135,7 @@ def compile_plan(name: str, plan: Plan) -> Compiled:
     if plan.statistics_of == "kept" and not any("valid" in part.inputs for part in statistics):
         raise ValueError(
             f"objective {name}: statistics_of is kept, but no part of {', '.join(_STATISTICS)} "
-            "reads 'valid', the captions that it is about"
+            "reads 'valid', the captions that it is about; want statistics_of=all"
         )
     needs_of: dict[str, tuple[str, ...]] = {}
     for bound in (bound for items in slots.values() for bound in items):

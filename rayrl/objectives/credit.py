@@ -16,7 +16,7 @@ from rayrl.objectives.tokens import (
 )
 
 _CERTAIN = 1e-6
-"""An energy of a caption that may be rounding of float32 alone."""
+"""An energy of a token that may be rounding of float32 alone."""
 
 
 def prefix_tree(
@@ -134,7 +134,9 @@ def token_baseline(
     seen = mask if valid is None else mask & valid[..., None]
     own = (1 - 2 * old_logprobs.exp() + collision).clamp(min=0)
     energy = torch.where(seen, own, 0.0).cumsum(-1) * seen
-    certain = energy.sum(1, keepdim=True) <= _CERTAIN * seen.sum(1, keepdim=True)
+    # Rounding adds up along the caption.
+    limit = _CERTAIN * (seen.cumsum(-1) * seen).sum(1, keepdim=True)
+    certain = energy.sum(1, keepdim=True) <= limit
     weight = torch.where(certain, seen.to(energy.dtype), energy)
     total = weight.sum(1, keepdim=True)
     mean = (weight * rewards[..., None]).sum(1, keepdim=True)

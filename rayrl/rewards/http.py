@@ -27,7 +27,8 @@ from rayrl.rewards.term import Failure, Item, Judged, Scores
 T = TypeVar("T")
 _RETRIED_STATUS = frozenset({408, 425, 429})
 _SAID = re.compile(
-    r"(-?\d+(?:\.\d+)?)(?:[*_`\s]*(?:/|out of)[*_`\s]*(\d+(?:\.\d+)?))?", flags=re.IGNORECASE
+    r"(-?\d+(?:\.\d+)?)(?:[*_`\s]*(?:/|(?:out\s+)?of\b)[*_`\s]*(\d+(?:\.\d+)?))?",
+    flags=re.IGNORECASE,
 )
 """A number, and of how many it is where that is said: 7, 7/10, **7** out of 10."""
 

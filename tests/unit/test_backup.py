@@ -176,6 +176,8 @@ def test_what_a_killed_driver_left_of_a_copy_goes_with_the_next_one(tmp_path, co
         (remote / name / "checkpoints").mkdir(parents=True)
         (remote / name / "checkpoints/half").write_text("")
     (remote / "step_5").mkdir()
+    # Kept here by hand, as no copy is.
+    (remote / "step_7/trainer").mkdir(parents=True)
     # Whole by its manifest's being there, whatever it holds.
     (remote / "step_1").mkdir()
     (remote / "step_1/manifest.json").write_text("{")
@@ -183,7 +185,7 @@ def test_what_a_killed_driver_left_of_a_copy_goes_with_the_next_one(tmp_path, co
     machine.backup.close()
     assert machine.said == []
     assert {place.name for place in remote.iterdir()} == {
-        *("run", "step_1", "step_6", "of_others", "report")
+        *("run", "step_1", "step_6", "step_7", "of_others", "report")
     }
 
 
@@ -467,7 +469,15 @@ def test_copies_of_another_run_are_refused_before_anything_is_written(
     assert content(run) == before and content(tmp_path / "remote") == remote
 
 
-@pytest.mark.parametrize("ids", [("one", "one"), ("", "two"), ("one", ""), ("", "")])
+def test_copies_of_an_older_version_are_none_of_a_run_that_has_an_id(tmp_path, copies):
+    run = two_runs(tmp_path, copies, here=2, there=4, ids=("one", ""))
+    before = content(run)
+    with pytest.raises(ValueError, match=r"another run .*\(one of an older version, not one\)"):
+        open_run_folder(run, with_uri(tmp_path), DATA, resume=True, say=print)
+    assert content(run) == before
+
+
+@pytest.mark.parametrize("ids", [("one", "one"), ("", "two"), ("", "")])
 def test_the_same_run_goes_on_from_its_copies_and_so_does_one_without_an_id(tmp_path, copies, ids):
     run = two_runs(tmp_path, copies, here=2, there=4, ids=ids)
     open_run_folder(run, with_uri(tmp_path), DATA, resume=True, say=print)
@@ -564,7 +574,7 @@ def test_steps_do_not_go_on_from_the_stage_1_of_another_run(tmp_path, copies):
     two_runs(tmp_path, copies, here=2, there=4, ids=("", "one"))
     (tmp_path / "other/run.json").write_text('{"id": "two"}')
     copies.put("run", tmp_path / "other", ["run.json", "stage1/stage1.json"])
-    with pytest.raises(ValueError, match=r"run/ is of the run two, the steps of 'one'"):
+    with pytest.raises(ValueError, match=r"run/ is of the run two, the steps are of one"):
         open_run_folder(tmp_path / "fresh", with_uri(tmp_path), DATA, resume=True, say=print)
     assert content(tmp_path / "fresh") == {}
 

@@ -276,12 +276,12 @@ def test_a_machine_without_the_gpus_that_are_asked_for_is_refused_at_once(
     )
     monkeypatch.setattr(cluster, "ray", fake)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert cluster.gpus_of(config) == pytest.approx(1.0)
+    assert cluster.gpus_of(config, stage1=False) == pytest.approx(1.0)
     if not refused:
-        assert cluster.connect(1.0, cluster.gpus_of(config)) and calls == ["init"]
+        assert cluster.connect(1.0, cluster.gpus_of(config, stage1=False)) and calls == ["init"]
         return
     with pytest.raises(ValueError, match="ask for 1 GPUs together, and this machine has 0"):
-        cluster.connect(1.0, cluster.gpus_of(config))
+        cluster.connect(1.0, cluster.gpus_of(config, stage1=False))
     assert calls == ["init", "shutdown"]
 
 
@@ -303,7 +303,10 @@ def test_vllm_for_gpus_is_not_started_where_there_is_none(monkeypatch, tiny_fold
     ],
 )
 def test_a_run_knows_before_it_begins_what_its_terms_and_stage_1_ask_for(sections, gpus):
-    assert cluster.gpus_of(Config.model_validate(sections)) == pytest.approx(gpus)
+    config = Config.model_validate(sections)
+    assert cluster.gpus_of(config, stage1=True) == pytest.approx(gpus)
+    # One that is done may have had more GPUs than are here now.
+    assert cluster.gpus_of(config, stage1=False) <= 2.25
 
 
 def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, caplog):

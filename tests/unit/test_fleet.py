@@ -108,7 +108,9 @@ def test_start_up_and_evaluations_do_not_pass_for_work_that_hides_sampling(
     """Four workers, of which the learner needs four: it takes 10 s, they 40 all together."""
     clock, wanted = Clock(), []
     monkeypatch.setattr(fleet, "time", clock)
-    pool = SimpleNamespace(wanted=4, settled=True, admit=list, resize=wanted.append)
+    pool = SimpleNamespace(
+        wanted=4, settled=True, longest_start_s=0.0, admit=list, resize=wanted.append
+    )
     rollout = {"num_workers": 4, "min_workers": 1, "max_workers": 4}
     subject = made(monkeypatch, pool, ASYNCHRONOUS | {"rollout": rollout})
     clock.now += 300.0
@@ -125,14 +127,12 @@ def test_start_up_and_evaluations_do_not_pass_for_work_that_hides_sampling(
 def test_workers_that_do_not_come_are_wanted_no_more_and_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock, pool = Clock(), SimpleNamespace(wanted=4, settled=False, admit=lambda: [None] * 3)
+    pool = SimpleNamespace(wanted=4, settled=False, admit=lambda: [None] * 3)
     pool.resize = lambda wanted: setattr(pool, "wanted", wanted)
-    monkeypatch.setattr(fleet, "time", clock)
     rollout = {"num_workers": 4, "min_workers": 2, "max_workers": 4, "start_timeout_s": 600.0}
     subject = made(monkeypatch, pool, ASYNCHRONOUS | {"rollout": rollout})
-    for seconds, wanted in ((500.0, 4), (200.0, 3)):
-        clock.now += seconds
-        subject.begin_step()
+    for seconds, wanted in ((500.0, 4), (700.0, 3)):
+        pool.longest_start_s = seconds
         subject.adapt()
         assert pool.wanted == wanted
     assert "1 of 4 rollout workers did not come within 600 s (rollout.start_timeout_s)" in (
@@ -171,8 +171,12 @@ def test_the_learner_is_built_anew_without_waiting_for_an_engine_that_waits_for_
     with pytest.raises(RuntimeError, match="again"), subject._aside():
         raise RuntimeError("the learner is lost again")
     loads.assert_not_called()
-    subject._asleep = False
+    # The engine was put to sleep for that attempt, and wakes after the next.
     with subject._aside():
         loads.assert_not_called()
+    loads.assert_called_once_with(worker, 3)
+    subject._asleep = True  # for the update, after which it gets a new version
+    with subject._aside():
+        pass
     loads.assert_called_once_with(worker, 3)
     waits.assert_not_called()

@@ -209,6 +209,22 @@ def test_a_pool_that_is_asked_to_stop_waits_for_nobody(monkeypatch):
         workers.wait()
 
 
+def test_how_long_a_worker_has_been_starting_counts_from_its_own_beginning(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(pool.time, "monotonic", lambda: clock.now)
+    Due(monkeypatch, [])
+    size = PoolSize(wanted=2, minimum=1, deadline_s=60.0, asked={})
+    workers = Pool("worker", actor, size, RestartBudget(1), prepare=lambda actor, lost: "weights")
+    clock.now = 5.0
+    assert workers.longest_start_s == 5.0
+    first, _ = workers.wait()
+    clock.now = 100.0
+    assert workers.longest_start_s == 0.0
+    workers.renew(first, LOST_WEIGHTS)
+    clock.now = 103.0
+    assert workers.longest_start_s == 3.0
+
+
 def test_a_pool_that_does_not_begin_at_once_begins_when_it_is_waited_for(monkeypatch):
     Due(monkeypatch, [])
     size = PoolSize(wanted=2, minimum=1, deadline_s=60.0, asked={})

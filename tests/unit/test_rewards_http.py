@@ -203,6 +203,7 @@ def test_a_judge_who_will_not_say_drops_the_image(server: Server) -> None:
         ("On 0 to 10 I say 0", 0),
         ("8/10", 8),
         ("7 out of 10.", 7),
+        ("I give 8 of 10", 8),
         ("**7**/10", 7),
         ("**Rating: 9 / 10**", 9),
         ("10/10, for it names 2 dogs", 10),
