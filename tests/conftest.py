@@ -25,10 +25,11 @@ WAITING = {
     "test_direct_transfer",
     "test_faults",
     "test_full_store",
+    "test_killed_driver",
     "test_lost_nodes",
     "test_reward_actors",
+    "test_stage1_job",
 }
-LAST = {"test_evaluate_job", "test_killed_driver", "test_lora_job", "test_stage1_job"}
 INSTRUCTION = "Describe the image."
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220)}
 
@@ -45,9 +46,8 @@ def encoded_picture(colour: tuple[int, int, int], *, seed: int = 0, size: int = 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Where tests run in several processes: files as a whole, and those that start a Ray in two of
-    them, for two cores have no room for more beside what computes all the time.  Runs with faults
-    mostly wait (for what is lost to be missed, for processes to start), which is room for the
-    others.  A few with a Ray are left for the process that is done with all else."""
+    them, for two cores have no room for more.  Runs with faults mostly wait (for what is lost to be
+    missed, for processes to start), which is room for the others."""
     from xdist.scheduler import LoadScopeScheduling
 
     class TwoRays(LoadScopeScheduling):
@@ -55,21 +55,14 @@ def pytest_xdist_make_scheduler(config, log):
             file = nodeid.partition("::")[0]
             if not file.startswith("tests/ray/"):
                 return file
-            if Path(file).stem in LAST:
-                return "ray, last"
             return "ray, waiting" if Path(file).stem in WAITING else "ray, working"
 
     return TwoRays(config, log)
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first, but for a few: nothing runs beside what comes last."""
-
-    def turn(item):
-        ray = item.nodeid.startswith("tests/ray/")
-        return 1 if not ray else 2 if item.path.stem in LAST else 0
-
-    items.sort(key=turn)
+    """The longest first: nothing runs beside what comes last."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/ray/"))
 
 
 @pytest.fixture(scope="session")
