@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from objectives_toy import (
+    MASK,
+    OLD,
     POLICY,
     REWARDS,
     advantages_of,
@@ -197,14 +199,46 @@ def test_what_is_filled_and_never_read_is_refused(
         preset(name, **overrides)
 
 
-def test_what_is_read_by_a_regularizer_or_by_default_is_not() -> None:
-    preset("online_dpo", reducer="token_mean")
-    preset("mpo_maximum_preference", reducer="sequence_mean_token_sum", mask="sampled_only")
-    preset("mpo_maximum_preference", kl_coef=0.0)
-    preset("disco_log_likelihood", mask="sampled_only")
-    preset("prdp_reward_difference", aggregate="win_rate")
-    preset("online_dpo", aggregate="win_rate", select="balanced")
-    preset("pacs", statistics_of="kept", select="balanced")
+LONG_IS_GOOD = {
+    "aggregate": "overlong_penalty",
+    "overlong_coef": -50.0,
+    "max_tokens": 3,
+    "grace_tokens": 1,
+}
+CUT = {"select": "not_truncated"}
+READ: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    # By a regularizer: of tokens, and of a number that it makes of them.
+    ("mpo_maximum_preference", {}, {"reducer": "sequence_mean_token_sum"}),
+    ("mpo_maximum_preference", {}, {"mask": "sampled_only"}),
+    ("disco_log_likelihood", {}, {"mask": "sampled_only"}),
+    # By pairs and losses that read rewards, also where captions are selected by those of before.
+    ("prdp_reward_difference", {}, {"aggregate": "win_rate"}),
+    ("online_dpo", {}, LONG_IS_GOOD),
+    ("online_dpo", CUT, CUT | LONG_IS_GOOD),
+    # By labels.
+    ("pacs", CUT, CUT | {"statistics_of": "kept"}),
+)
+
+
+@pytest.mark.parametrize(("name", "before", "after"), READ)
+def test_what_is_filled_and_read_changes_the_loss(
+    name: str, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    best_is_cut = torch.tensor([[False, False, False, True]])
+    batch = toy_batch(forced=MASK & (MASK.cumsum(-1) == 1), truncated=best_is_cut)
+    # Below the old policy, beyond every trust region.
+    moved = OLD - 0.1 * torch.arange(1.0, 4.0, dtype=OLD.dtype)
+    losses = [loss_of(name, batch, moved, overrides) for overrides in (before, after)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_reducer_that_every_plan_has_is_not_refused_where_nothing_reads_it() -> None:
+    assert loss_of("online_dpo", overrides={"reducer": "token_mean"}) == loss_of("online_dpo")
+    # Nor where the regularizer that would read it is switched off.
+    with_kl, without = (
+        loss_of("mpo_maximum_preference", overrides=o) for o in ({}, {"kl_coef": 0.0})
+    )
+    assert without != pytest.approx(with_kl, rel=1e-6)
 
 
 def test_an_advantage_part_that_changes_nothing_is_refused() -> None:
