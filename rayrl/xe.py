@@ -51,7 +51,7 @@ from rayrl.checkpoint import (
 from rayrl.config import Config
 from rayrl.data import load_split
 from rayrl.data.order import item_at
-from rayrl.interrupt import StopRequest, own_handler
+from rayrl.interrupt import own_handler
 from rayrl.jsonl import write_atomically
 from rayrl.resume import refuse_begun
 from rayrl.stage1 import Snapshot, run_stage1
@@ -74,15 +74,13 @@ def train_xe(
     seconds: float | None = None,
     made_of: Mapping[str, Any] | None = None,
     go_on: bool = False,
-    stop: StopRequest | None = None,
 ) -> list[Snapshot]:
     """Train with cross-entropy from ``start`` and keep snapshots under ``out/name``.
 
     Runs ``config.xe.steps`` steps, or for ``seconds`` of training when given; workers share a step
     that is, to rounding, the one that one alone would take.  Returns the snapshots, the finished
     model last, which keeps its ``trainer`` folder.  A lost worker goes on from the newest snapshot,
-    and so does this with ``go_on``; ``made_of`` is written beside it, for who decides that.  Once
-    ``stop`` is requested it waits for no room (RuntimeError).
+    and so does this with ``go_on``; ``made_of`` is written beside it, for who decides that.
     """
     place = (out / name).resolve()
     if not go_on:
@@ -102,7 +100,7 @@ def train_xe(
             "seconds": seconds,
             "steps": steps,
         }
-        newest = _fit(config, setup, stop)
+        newest = _fit(config, setup)
     meta = load_checkpoint(place / f"step_{newest}").meta
     return [
         Snapshot(steps=one["steps"], seconds=one["seconds"], folder=place / f"step_{one['steps']}")
@@ -115,7 +113,7 @@ def _newest(place: Path) -> int:
     return max(list_checkpoints(place), default=0)
 
 
-def _fit(config: Config, setup: dict[str, Any], stop: StopRequest | None) -> int:
+def _fit(config: Config, setup: dict[str, Any]) -> int:
     """Train with Ray Train, again where workers are lost; returns the step of the last snapshot.
 
     RuntimeError where a worker fails by itself, for another one would too, and where there is no
@@ -127,7 +125,6 @@ def _fit(config: Config, setup: dict[str, Any], stop: StopRequest | None) -> int
             f"cross-entropy's {workers} worker(s) and their readers",
             [worker_resources(config), {"CPU": READER_CPUS}] * workers,
             limit_s=config.rollout.start_timeout_s,
-            stop=stop,
         )
         try:
             with own_handler():

@@ -48,14 +48,14 @@ class XeCurve:
         self.say(f"control: cross-entropy for {seconds:.0f} s more")
         try:
             with stop.at_once():
-                return {"cider_d_xe_control": self._control(stage1, seconds, stop)}
+                return {"cider_d_xe_control": self._control(stage1, seconds)}
         except (*FAILURES, KeyboardInterrupt) as error:
             self.say(f"there is no control: {str(error) or 'interrupted'}")
             shutil.rmtree(self._place, ignore_errors=True)
             self._curve.unlink(missing_ok=True)
             return {}
 
-    def _control(self, stage1: Snapshot, seconds: float, stop: StopRequest) -> float:
+    def _control(self, stage1: Snapshot, seconds: float) -> float:
         from rayrl.xe import train_xe
 
         xe = self.config.xe
@@ -64,9 +64,7 @@ class XeCurve:
         config = self.config.model_copy(
             update={"xe": xe.model_copy(update={"num_workers": workers})}
         )
-        snapshots = train_xe(
-            config, stage1.folder, self._place, name="xe", seconds=seconds, stop=stop
-        )
+        snapshots = train_xe(config, stage1.folder, self._place, name="xe", seconds=seconds)
         for snapshot in snapshots:
             forget_trainer(snapshot.folder)
         start = replace(stage1, steps=0, seconds=0.0)

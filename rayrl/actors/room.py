@@ -18,19 +18,13 @@ from rayrl.scaling import shortage
 log = logging.getLogger(__name__)
 
 
-def wait_for_room(
-    what: str,
-    bundles: Sequence[Mapping[str, float]],
-    *,
-    limit_s: float,
-    stop: StopRequest | None = None,
-) -> None:
+def wait_for_room(what: str, bundles: Sequence[Mapping[str, float]], *, limit_s: float) -> None:
     """:func:`wait_for_place`, for workers that somebody else starts, and would wait for without a
     word and without an end; ``bundles`` is what each of them asks Ray for."""
     asked = [{name: amount for name, amount in one.items() if amount} for one in bundles]
     place = placement_group(asked, strategy="PACK")
     try:
-        wait_for_place(place, what, limit_s=limit_s, stop=stop or StopRequest())
+        wait_for_place(place, what, limit_s=limit_s, stop=StopRequest())
     finally:
         remove_placement_group(place)
 

@@ -44,5 +44,7 @@ def build(config: ObjectiveConfig, *, max_tokens: int) -> Objective:
 
     plan = plan_with(config.preset, config.set)
     plans = plan.plans if isinstance(plan, Phases) else (plan,)
-    reads = any("max_tokens" in one.parameters() for one in plans)
-    return preset(config.preset, **({"max_tokens": max_tokens} if reads else {}) | config.set)
+    overrides = dict(config.set)
+    if any("max_tokens" in one.parameters() for one in plans):
+        overrides.setdefault("max_tokens", max_tokens)
+    return preset(config.preset, **overrides)

@@ -128,9 +128,10 @@ class GroupBatch:
         changes: dict[str, Any] = {
             "image_ids": tuple(self.image_ids[i] for i in rows),
             "terms": {name: value[rows] for name, value in self.terms.items()},
+            "reward_weights": self.reward_weights,
         }
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if spec.name not in {*changes, "reward_weights"} and value is not None:
+            if spec.name not in changes and value is not None:
                 changes[spec.name] = value[rows]
         return replace(self, **changes)
