@@ -31,8 +31,9 @@ class Record(NamedTuple):
     captions: tuple[str, ...]
 
 
-def read_coco(path: Path, rejections: Rejections) -> list[Record]:
-    """The records of a COCO captions file, in the order of its ``images``."""
+def read_coco(path: Path, rejections: Rejections, *, with_files: bool = True) -> list[Record]:
+    """The records of a COCO captions file, in the order of its ``images``.  Without files they
+    need no ``file_name``, as in files that are made to score captions against."""
     content = _typed(_read_json(path), dict, f"{path}")
     files: dict[str, str] = {}
     for i, image in enumerate(_field(content, "images", list, f"{path}")):
@@ -40,7 +41,9 @@ def read_coco(path: Path, rejections: Rejections) -> list[Record]:
         image_id = _identity(image, "id", where)
         if image_id in files:
             raise ValueError(f"{where}: duplicate id {image_id}")
-        files[image_id] = _inside(_field(image, "file_name", str, where), where)
+        files[image_id] = ""
+        if with_files:
+            files[image_id] = _inside(_field(image, "file_name", str, where), where)
     captions: dict[str, list[str]] = {image_id: [] for image_id in files}
     for i, annotation in enumerate(_field(content, "annotations", list, f"{path}")):
         where = f"{path}: annotations[{i}]"

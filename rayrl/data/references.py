@@ -25,7 +25,7 @@ def load_references(path: Path, split: Split) -> Dataset:
     rejections = Rejections()
     content = _read_json(path)
     if "annotations" in content:
-        records = read_coco(path, rejections)
+        records = read_coco(path, rejections, with_files=False)
     elif "images" in content:
         records = read_karpathy(path, split, rejections)
     else:

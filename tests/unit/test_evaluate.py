@@ -358,9 +358,12 @@ def test_references_come_from_coco_karpathy_or_plain_files(folder):
     ]
     write("karpathy.json", {"images": images})
     write("plain.json", REFERENCES)
+    coco = json.loads(Path("references.json").read_text())
+    # As it is written for pycocoevalcap alone, which looks at no file.
+    write("no_files.json", {**coco, "images": [{"id": image["id"]} for image in coco["images"]]})
     found = [
         load_references(Path(name), "test")
-        for name in ("references.json", "karpathy.json", "plain.json")
+        for name in ("references.json", "no_files.json", "karpathy.json", "plain.json")
     ]
     for data in found:
         assert dict(zip(data.ids, data.references(), strict=True)) == REFERENCES
