@@ -101,20 +101,19 @@ class Batches:
         self._wait_sampled(pending.shares, pending, lambda: self._fetch_scored(pending))
 
     def collect(self, pending: Pending) -> list[Scored]:
-        """What became of each part, in order.  Lost groups are sampled or scored again."""
-        limit_s = self._scoring.limit_s
-        waiting = [share for share in pending.shares if share.result is None]
-        late = {waiting[i].index for i in self._scoring.late([s.scored for s in waiting])}
-        self._fetch_scored(pending)
-        scored = []
+        """What became of each part, in order.  Lost groups are sampled or scored again, all of them
+        at the same time."""
+        left = [share for share in pending.shares if share.result is None]
+        while left:
+            late = {left[i].index for i in self._scoring.late([s.scored for s in left])}
+            self._fetch_scored(pending)
+            left = [share for share in left if not self._came(share, pending, share.index in late)]
+            # They may have been given to workers that hang.
+            self._wait_sampled(left, pending)
         for share in pending.shares:
-            if share.result is None:
-                left_s = 0.0 if share.index in late else limit_s
-                share.result = self._scored(share, pending, left_s)
-            scored.append(share.result)
             self.calls.forget(share.rollout)
             self._scoring.forget(share.scored)
-        return scored
+        return [share.result for share in pending.shares if share.result is not None]
 
     def _reference(self, prompts: list[Prompt]) -> Any:
         """A reference to the prompts of a part, which may have been staged."""
@@ -158,18 +157,18 @@ class Batches:
             for ref, result in zip(there, ray.get(there), strict=True):
                 waiting[ref].result = result
 
-    def _scored(self, share: Share, pending: Pending, limit_s: float) -> Scored:
-        while True:
-            try:
-                scored: Scored = ray.get(share.scored, timeout=limit_s)
-                return scored
-            except LOST as error:
-                limit_s = self._scoring.limit_s
-                late = isinstance(error, GetTimeoutError)
-                cause = no_answer(limit_s, "train.reward_timeout_s") if late else error
-                self._recover(share, pending, cause)
-                # It may have been given to a worker that hangs.
-                self._wait_sampled([share], pending)
+    def _came(self, share: Share, pending: Pending, late: bool) -> bool:
+        """Whether a share was scored; it is sent again where it was lost, or is ``late``."""
+        limit_s = self._scoring.limit_s
+        try:
+            if share.result is None:
+                share.result = ray.get(share.scored, timeout=0.0 if late else limit_s)
+        except LOST as error:
+            silent = isinstance(error, GetTimeoutError)
+            cause = no_answer(limit_s, "train.reward_timeout_s") if silent else error
+            self._recover(share, pending, cause)
+            return False
+        return True
 
     def _recover(self, share: Share, pending: Pending, error: Exception) -> None:
         """Redo what was lost of a share: its groups, or only their scores."""

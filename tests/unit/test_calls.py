@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import ActorDiedError, GetTimeoutError
 
 from rayrl.actors import batches, pending
 from rayrl.actors.batches import Batches
@@ -116,9 +116,53 @@ def test_a_reward_worker_that_answers_nothing_is_lost_for_a_limit_that_is_named(
     def send(share, pending):
         world.now += 2 * limit_s
         share.scored = "again"
+        subject._scoring.add("again", 0)
 
     monkeypatch.setattr(subject, "_send_to_score", send)
     monkeypatch.setattr(subject, "_wait_sampled", lambda *arguments: None)
     assert subject.collect(Pending(step=0, version=0, shares=[share])) == ["again"]
     (_, cause), _ = reward.lost.call_args
     assert str(cause) == f"no answer within {limit_s:g} s (train.reward_timeout_s)"
+
+
+def test_all_parts_of_a_worker_that_died_are_sampled_again_at_the_same_time(monkeypatch):
+    """Two workers have two parts each, and one of them dies: the other one's line holds both."""
+    parts = ["a", "b", "c", "d"]
+    world = World(monkeypatch, dict.fromkeys(parts, 1.0))
+    died = {"b", "d"}
+
+    def get(ref, timeout=None):
+        if isinstance(ref, list):
+            return [get(one) for one in ref]
+        if ref in died:
+            raise ActorDiedError()
+        assert world.answered[ref] <= world.now
+        return ref
+
+    monkeypatch.setattr(batches.ray, "get", get)
+    subject = Batches(Config(), None, None, None, greedy_baseline=False)
+    shares = [
+        Share(index=i, first=i, requests=[], prompts=None, rollout=part, scored=part)
+        for i, part in enumerate(parts)
+    ]
+    for share in shares:
+        subject.calls.add(share.rollout, share.index % 2)
+        subject._scoring.add(share.scored, 0)
+    sent: list[tuple[str, float]] = []
+
+    def sample_again(share, pending, cause):
+        assert isinstance(cause, ActorDiedError)
+        share.rollout = share.scored = f"{share.rollout} again"
+        # A part takes 3 s, in a line.
+        world.answered[share.rollout] = world.now + 3.0 * (1 + len(sent))
+        sent.append((share.rollout, world.now))
+        subject.calls.add(share.rollout, 0)
+        subject._scoring.add(share.scored, 0)
+
+    monkeypatch.setattr(subject, "_sample_again", sample_again)
+    results = subject.collect(Pending(step=0, version=0, shares=shares))
+    assert results == ["a", "b again", "c", "d again"]
+    (first, began), (second, then) = sent
+    assert (first, second) == ("b again", "d again")
+    assert then == pytest.approx(began, abs=1e-3)
+    assert world.now == pytest.approx(107.0, abs=1e-2)
