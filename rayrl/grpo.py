@@ -40,6 +40,7 @@ from rayrl.resume import goes_on, open_run_folder
 from rayrl.rewards.statistics import Statistics, reward_signature, reward_statistics
 from rayrl.rollout_metrics import SAMPLED_GROUPS, group_metrics, sample_records, summarize
 from rayrl.rounds import Rounds
+from rayrl.run_lock import sole_driver
 from rayrl.saving import SavedWhereItFails, close, is_due, restore, save
 from rayrl.skipped import Skipped
 from rayrl.stage1 import Snapshot, run_stage1
@@ -218,7 +219,7 @@ def main(invocation: Invocation) -> None:
             for line in examine_folder(invocation.replay, invocation.config):
                 print(line, flush=True)
         return
-    with failing_in_one_line("grpo_coco.py"):
+    with failing_in_one_line("grpo_coco.py"), sole_driver(invocation.config.run_folder, print):
         resume = goes_on(invocation.config, invocation.resume)
         finished = run_job(invocation.config, resume=resume, trace=invocation.trace)
     if not finished:

@@ -54,6 +54,7 @@ from rayrl.data.order import item_at
 from rayrl.interrupt import own_handler
 from rayrl.jsonl import write_atomically
 from rayrl.resume import refuse_begun
+from rayrl.run_lock import sole_driver
 from rayrl.stage1 import Snapshot, run_stage1
 from rayrl.types import Prompt
 from rayrl.weights import read_model_files, write_model_files
@@ -307,7 +308,7 @@ def main(config: Config) -> None:
     """`jobs/xe_coco.py`: train stage 1 alone and leave the model in RUN_FOLDER/stage1/final, and
     beside it the configuration, by which evaluation knows its data."""
     folder = Path(config.run_folder)
-    with failing_in_one_line("xe_coco.py"):
+    with failing_in_one_line("xe_coco.py"), sole_driver(folder, print):
         refuse_begun(folder)
         gpus = worker_resources(config)["GPU"] * config.xe.num_workers
         connect(xe_cpus(config), gpus, spare_cpus=SPARE_CPUS)
