@@ -115,7 +115,7 @@ def dump(config: Config) -> str:
 
 
 def describe(config: Config) -> str:
-    """The resolved sizes in words, for `--dry-run`."""
+    """The resolved sizes of a run in words, for `--dry-run`."""
     train, learner = config.train, config.learner
     images, captions = train.images_per_step, config.captions_per_step
     per_update = images // learner.minibatches
@@ -139,12 +139,21 @@ def describe(config: Config) -> str:
         ),
         f"workers: {config.rollout.num_workers} rollout, {train.reward_workers} reward, "
         f"{ranks} learner",
-        f"stage 1: {config.xe.steps} cross-entropy steps of {config.xe.images_per_step} images x "
-        f"{config.xe.captions_per_image} captions",
-        f"objective: {config.objective.preset}; data: {config.data.source}; "
-        f"model: {config.model.path}; run folder: {config.run_folder}",
+        f"objective: {config.objective.preset}",
+        describe_stage1(config),
     ]
     return "\n".join(lines)
+
+
+def describe_stage1(config: Config) -> str:
+    """The same of cross-entropy alone."""
+    xe = config.xe
+    workers = f"{xe.num_workers} worker{'s' * (xe.num_workers > 1)}"
+    return (
+        f"stage 1: {xe.steps} cross-entropy steps of {xe.images_per_step} images x "
+        f"{xe.captions_per_image} captions at a rate of {xe.lr:g}, by {workers}\n"
+        f"data: {config.data.source}; model: {config.model.path}; run folder: {config.run_folder}"
+    )
 
 
 def _parse(argv: list[str], program: str, description: str, options: Sequence[str]) -> Invocation:

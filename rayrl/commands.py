@@ -53,7 +53,7 @@ def xe(argv: Sequence[str] | None = None) -> None:
     )
     _speak_of_defaults(invocation.config)
     if invocation.dry_run:
-        print(cli.describe(invocation.config))
+        print(cli.describe_stage1(invocation.config))
         return
     from rayrl.xe import main
 

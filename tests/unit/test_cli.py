@@ -247,6 +247,17 @@ def test_a_dry_run_says_the_sizes_in_words():
     assert "2 optimizer steps a step, each of 32 images in 2 micro-batches" in text
 
 
+def test_a_dry_run_of_stage_1_says_nothing_of_the_objective(capsys):
+    flags = ["--xe.steps", "70", "--xe.lr", "1e-4", "--xe.num_workers", "2"]
+    commands.xe([*flags, "--dry-run"])
+    stage1 = capsys.readouterr().out
+    assert "70 cross-entropy steps of 32 images" in stage1
+    assert "0.0001, by 2 workers" in stage1
+    assert "GRPO" not in stage1.upper().replace("GRPO_COCO", "") and "rollout" not in stage1
+    commands.grpo([*flags, "--dry-run"])
+    assert stage1 in capsys.readouterr().out
+
+
 def test_a_single_caption_is_enough_where_the_baseline_is_not_the_group():
     config = cli.load(None, ["--train.group_size", "1", "--objective.preset", "scst"])
     assert config.train.group_size == 1
