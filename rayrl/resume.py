@@ -125,14 +125,23 @@ def _configuration(folder: Path) -> Mapping[str, Any]:
 
 def _check_same_run(folder: Path, name: str, config: Config, fingerprint: str) -> None:
     """ValueError where ``config`` starts from another model than the run in ``folder``, called
-    ``name``, or trains on other data: what was done cannot have come from there.  Also where it has
-    fewer steps than were done."""
-    made_of = read_receipt(folder / "stage1").get("settings", _configuration(folder))
+    ``name``, or trains on other data: what was done cannot have come from there.  Also where its
+    adapters have another form, and where it has fewer steps than were done."""
+    before = _configuration(folder)
+    made_of = read_receipt(folder / "stage1").get("settings", before)
     if changed := other_model(made_of, config):
         raise ValueError(
             f"--resume: {name} started from another model ({'; '.join(changed)}): give it the "
             f"same settings, which without --config are those of its {cli.RUN_CONFIG}, or start "
             "another run with another --run_folder"
+        )
+    now = config.learner.lora
+    was = {"rank": now.rank, "alpha": now.alpha} | before.get("learner", {}).get("lora", {})
+    if was["rank"] != now.rank or (now.rank and was["alpha"] != now.alpha):
+        raise ValueError(
+            f"--resume: {name} trained with learner.lora.rank {was['rank']} and alpha "
+            f"{was['alpha']}, want the same, not {now.rank} and {now.alpha}: its weights would "
+            "mean something else"
         )
     newest = list_checkpoints(folder / "checkpoints")[-1]
     meta = read_meta(folder / "checkpoints" / f"step_{newest}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -80,14 +81,21 @@ def minibatches(
             yield shuffled[images * part // parts : images * (part + 1) // parts]
 
 
+class Tokens(NamedTuple):
+    """How many an image brings: of its prompt, and of all its captions."""
+
+    prompt: int
+    captions: int
+
+
 def micro_batches(
-    indices: Sequence[int], tokens: Sequence[int], config: LearnerConfig
+    indices: Sequence[int], tokens: Sequence[Tokens], config: LearnerConfig
 ) -> Iterator[list[int]]:
     """The images of a minibatch in the parts that go through the model at once: at most
     ``micro_batch_images`` and, where that is not 0, ``micro_batch_tokens``.
 
-    tokens: of every image of the step, its prompt's and its captions'.  A part's rows are as long
-    as its longest, so images of similar length go together, the longest first.
+    tokens: of every image of the step.  A part's rows have room for its longest prompt and, after
+    it, for the most tokens of captions, so images of similar length go together, the longest first.
     """
     most, budget = config.micro_batch_images, config.micro_batch_tokens
     if not budget:
@@ -95,8 +103,9 @@ def micro_batches(
             yield list(indices[start : start + most])
         return
     part: list[int] = []
-    for image in sorted(indices, key=lambda i: -tokens[i]):
-        if part and (len(part) == most or (len(part) + 1) * tokens[part[0]] > budget):
+    for image in sorted(indices, key=lambda i: -sum(tokens[i])):
+        row = [max(tokens[i][k] for i in [*part, image]) for k in (0, 1)]
+        if part and (len(part) == most or (len(part) + 1) * sum(row) > budget):
             yield part
             part = []
         part.append(image)
@@ -105,7 +114,7 @@ def micro_batches(
 
 
 def rank_micro_batches(
-    indices: Sequence[int], tokens: Sequence[int], config: LearnerConfig, ranks: Ranks
+    indices: Sequence[int], tokens: Sequence[Tokens], config: LearnerConfig, ranks: Ranks
 ) -> list[tuple[list[int], bool]]:
     """The micro-batches of this rank's share of a minibatch, each with whether it counts.
 

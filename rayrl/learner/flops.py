@@ -10,7 +10,8 @@ work, so that utilisation falls with it.  Embeddings, norms and activations are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +105,18 @@ class FlopCounter:
         if pixels.ndim == 2:
             images = len(inputs["image_grid_thw"])
             return images, len(pixels) / images
-        *_, height, width = pixels.shape
-        return pixels[..., 0, 0, 0].numel(), height * width / self._patch**2
+        *rows, _, height, width = pixels.shape
+        images = math.prod(rows)
+        if len(rows) > 1:
+            # Tiles of nothing but zeros fill a prompt up to the most that one has; no tower sees
+            # them.
+            images = int((pixels != 0).flatten(2).any(2).sum())
+        return images, height * width / self._patch**2
+
+    def share(self, inputs: Inputs, rows: Sequence[int]) -> float:
+        """That of the batch's image tokens which these prompts have."""
+        tokens = (inputs["input_ids"] == self._image_id).sum(1).double().cpu()
+        return float(tokens[list(rows)].sum() / tokens.sum().clamp(min=1.0))
 
 
 def _backward_factors(

@@ -34,8 +34,7 @@ def feature_cache(model: Any, config: LearnerConfig) -> FeatureCache | None:
 class Forward:
     """Computes log-probs the way the captions were sampled: ``temperature`` divides the logits,
     ``banned_ids`` are never sampled.  The model is an argument: policy and reference share all
-    else, the cached ``features`` of a frozen vision tower too.  ``flops`` adds up the useful
-    operations, backward passes included."""
+    else, the cached ``features`` of a frozen vision tower too."""
 
     def __init__(
         self,
@@ -55,16 +54,23 @@ class Forward:
         self.compute = prefix_shared_outputs if config.prefix_shared else naive_outputs
         self._outputs = compute_sharded if ranks.sharded else self.compute
         self._features = features
-        self.flops = 0.0
+        self._tally = [0.0]
+
+    @property
+    def flops(self) -> float:
+        """Useful operations so far, of this and of those :meth:`for_another`."""
+        return self._tally[0]
 
     def for_another(self, model: Any) -> Forward:
         """The same for a model of its own, with other image features, whole on every rank."""
-        return Forward(
+        other = Forward(
             self._config,
             FlopCounter(model),
             temperature=self._temperature,
             banned_ids=self._banned_ids,
         )
+        other._tally = self._tally
+        return other
 
     def __call__(
         self,
@@ -101,13 +107,14 @@ class Forward:
         if self._features is None:
             inputs = prompts.inputs
         else:
-            keys, misses = prompts.image_keys, self._features.misses
+            keys = prompts.image_keys
+            missing = {key: i for i, key in enumerate(keys) if key not in self._features}
             # Pixels of which all features are kept are not needed.
-            inputs = prompts.text if all(key in self._features for key in keys) else prompts.inputs
+            inputs = prompts.inputs if missing else prompts.text
             given["image_features"] = self._features.features(model, inputs, keys)
-            encoded = (self._features.misses - misses) / len(keys)
+            encoded = self._counter.share(inputs, list(missing.values()))
         backward = torch.is_grad_enabled()
-        self.flops += self._counter.count(inputs, mask, backward=backward, encoded=encoded)
+        self._tally[0] += self._counter.count(inputs, mask, backward=backward, encoded=encoded)
         return self._outputs(
             model,
             inputs,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
+from rayrl.learner.batches import Tokens
 from rayrl.learner.features import image_key
 from rayrl.types import TrainBatch
 from rayrl.vlm import prompt_inputs
@@ -237,8 +238,8 @@ class StepInputs:
         self._expected = batch.prompt_token_ids
         self._prompt_ids = batch.prompt_ids
         captions = batch.mask.sum((1, 2)).tolist()
-        self.tokens = [len(ids) + n for ids, n in zip(self._expected, captions, strict=True)]
-        """Of every image, its prompt's and its captions'."""
+        self.tokens = [Tokens(len(i), n) for i, n in zip(self._expected, captions, strict=True)]
+        """Of every image."""
 
     def select(
         self, indices: Sequence[int], change: Callable[[bytes], bytes] | None = None

@@ -264,7 +264,9 @@ class Learner:
         norm = clip_gradients(self._named.values(), self._config.grad_clip, self._ranks)
         if not math.isfinite(pairs["learner/loss"][0] + norm):
             return problem(parts, self._named, norm, self._ranks)
-        self.optimizer.step()
+        # Where nothing was selected, momentum alone would move the weights.
+        if norm > 0.0:
+            self.optimizer.step()
         self.policy.masters.publish()
         sums.add(pairs)
         sums.add({name: (value, 1.0) for name, value in self.providers.after_update().items()})

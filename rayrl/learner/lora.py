@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
@@ -19,7 +20,7 @@ from rayrl.adapters import AdapterWeights, merge, pairs_checksum
 from rayrl.config import LoraConfig
 from rayrl.learner.parallel import SOLO, Ranks, like, whole_tensor
 from rayrl.parts import part_of
-from rayrl.weights import ModelFiles, read_model_files
+from rayrl.weights import ADAPTER_CONFIG, ModelFiles, read_model_files
 
 _WRAP, _LAYER = "base_model.model.", ".base_layer."
 _WEIGHTS = "adapter_model.safetensors"
@@ -187,6 +188,15 @@ class Adapters:
                 raise ValueError(
                     f"checkpoint of another model: adapter {name} is {have.get(name, 'absent')} in "
                     f"the checkpoint and {want.get(name, 'absent')} in this run's model"
+                )
+        if ADAPTER_CONFIG in files:
+            found = json.loads(files[ADAPTER_CONFIG].tobytes())
+            scale = found["lora_alpha"] / found["r"]
+            if scale != self.scale:
+                raise ValueError(
+                    f"the checkpoint's adapters count {scale:g} times (learner.lora.alpha "
+                    f"{found['lora_alpha']:g} over rank {found['r']}), this run's {self.scale:g}: "
+                    "give it the same learner.lora.alpha"
                 )
         with torch.no_grad():
             for name, parameter in mine.items():

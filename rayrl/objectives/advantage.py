@@ -7,7 +7,6 @@ changes those of the part before it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -181,11 +180,12 @@ def local_and_global(
     A caption's outcome is its reward rounded down to multiples of ``outcome_width``.  The weight of
     the local one is sigmoid(slope * (H - blend_entropy)), H in bits, and 0 in flat groups.
     """
-    size = rewards.shape[1]
     seen = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
+    # A group of one has no entropy, whatever its scale.
+    size = seen.sum(1, keepdim=True).clamp(min=2).to(rewards.dtype)
     entropy = _outcome_entropy(torch.floor(rewards / outcome_width), seen)
     local = stats.standardize(rewards, valid, eps, ddof=1)
-    scale = (1 - 1 / size) / math.log2(size)
+    scale = (1 - 1 / size) / torch.log2(size)
     group = stats.group_mean(rewards, valid) * (1 - scale * entropy)
     world = stats.standardize(group.T, eps=eps, ddof=1).T
     weight = torch.sigmoid(blend_slope * (entropy - blend_entropy)) * (local != 0).any(1, True)

@@ -219,6 +219,9 @@ def test_adapters_of_another_base_or_shape_are_refused(tiny_folder, batch):
     checkpoint = subject.checkpoint()
     with pytest.raises(ValueError, match="adapters are for a base of fingerprint 00"):
         subject.restore(replace(checkpoint, meta={**checkpoint.meta, "base_fingerprint": "00"}))
+    scaled = learner(tiny_folder, trainable=LANGUAGE, lora={"rank": 4, "alpha": 12})
+    with pytest.raises(ValueError, match=r"2 times \(learner\.lora\.alpha 8 over rank 4\), .* 3: "):
+        scaled.restore(checkpoint)
     other = learner(tiny_folder, trainable=LANGUAGE, lora={"rank": 2})
     with pytest.raises(ValueError, match="checkpoint of another model: adapter base_model"):
         other.restore(checkpoint)

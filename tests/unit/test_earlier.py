@@ -67,6 +67,18 @@ def test_longer_captions_of_before_widen_the_batch():
     assert joined.rollout_logprobs[0, 2].tolist() == [-1.0, -2.0, -3.0]
 
 
+def test_a_caption_of_other_reward_terms_is_forgotten():
+    """As after a resume with a term more: its reward is not theirs."""
+    store = EarlierCaptions()
+    store.joined(FIRST)
+    more = replace(SECOND, terms={**SECOND.terms, "length": np.zeros((2, 2), np.float32)})
+    joined = store.joined(more)
+    assert joined.terms.keys() == {"cider_d", "length"}
+    assert not joined.fields["earlier"].any() and not joined.valid[:, 2].any()
+    # What is there now has both.
+    assert store.joined(more).fields["earlier"].any()
+
+
 def test_what_is_remembered_is_restored():
     one, other = EarlierCaptions(), EarlierCaptions()
     one.joined(FIRST)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -158,6 +160,20 @@ def test_controllers_see_each_update_and_the_report_their_mean(tiny_folder, batc
     report = subject.update(batch)
     assert seen[0] == pytest.approx(0.0, abs=1e-5)
     assert sum(seen) / 3 == pytest.approx(report.metrics["objective/ratio_deviation"])
+
+
+def test_a_step_of_which_nothing_is_selected_moves_nothing(tiny_folder, batch):
+    """DAPO leaves out groups whose captions are all alike; what an optimizer remembers of the steps
+    before would go on moving the weights."""
+    subject = learner(tiny_folder, objective="dapo", weight_decay=0.1)
+    subject.update(batch)
+    before = parameters(subject)
+    flat = replace(batch, rewards=np.ones_like(batch.rewards))
+    report = subject.update(flat)
+    assert report.metrics["objective/kept"] == report.metrics["learner/grad_norm"] == 0.0
+    assert report.metrics["learner/update_ratio"] == report.metrics["learner/skipped"] == 0.0
+    assert all(np.array_equal(before[name], value) for name, value in parameters(subject).items())
+    assert subject.update(batch).metrics["learner/update_ratio"] > 0.0
 
 
 def test_frozen_parts_stay_and_are_not_published_again(tiny_folder, batch):

@@ -62,6 +62,30 @@ def test_frozen_parts_cost_no_weight_gradients():
     assert all(math.isfinite(value) and value > 0 for value in total.values())
 
 
+def test_tiles_that_only_fill_a_prompt_up_are_no_work():
+    """Two prompts of two tiles each, and of one and two with one of zeros."""
+    model, (prompts, _, mask) = build(CASES["idefics3"][0]()), make_batch("idefics3")
+    pixels = prompts["pixel_values"]
+    p, tiles = pixels.shape[:2]
+    want = FlopCounter(model).forward(prompts, mask)["vision"]
+    more = torch.cat([pixels, torch.zeros_like(pixels)], 1)
+    filled = FlopCounter(model).forward({**prompts, "pixel_values": more}, mask)["vision"]
+    assert filled == want
+    more[0, tiles] = 1.0
+    one_more = FlopCounter(model).forward({**prompts, "pixel_values": more}, mask)["vision"]
+    assert one_more.matrices == pytest.approx(want.matrices * (1 + 1 / (p * tiles)))
+
+
+def test_the_share_of_images_that_are_encoded_is_one_of_their_tokens():
+    model, (prompts, _, _) = build(CASES["qwen2.5-vl"][0]()), make_batch("qwen2.5-vl")
+    tokens = (prompts["input_ids"] == model.config.image_token_id).sum(1).tolist()
+    assert len(set(tokens)) > 1
+    counter = FlopCounter(model)
+    assert counter.share(prompts, []) == 0.0
+    assert counter.share(prompts, [1]) == pytest.approx(tokens[1] / sum(tokens))
+    assert counter.share(prompts, range(len(tokens))) == 1.0
+
+
 def test_layers_that_attend_within_windows_cost_less():
     # Windows of 4 x 4 patches in one of two layers, and 24 patches an image on average.
     model, (prompts, _, mask) = build(CASES["qwen2.5-vl"][0]()), make_batch("qwen2.5-vl")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rayrl.config import Config, LearnerConfig
-from rayrl.learner.batches import micro_batches, rank_micro_batches
+from rayrl.learner.batches import Tokens, micro_batches, rank_micro_batches
 from rayrl.learner.parallel import Ranks
 from rayrl.learner.provided import provided
 from tests.unit.test_learner import batch, learner
@@ -18,8 +18,12 @@ def parts(tokens, **config):
     return list(micro_batches(range(len(tokens)), tokens, LearnerConfig(**config)))
 
 
+def of_captions(counts):
+    return [Tokens(0, count) for count in counts]
+
+
 def test_images_are_counted_where_tokens_are_not():
-    assert parts([9, 9, 9, 9, 9], micro_batch_images=2) == [[0, 1], [2, 3], [4]]
+    assert parts(of_captions([9] * 5), micro_batch_images=2) == [[0, 1], [2, 3], [4]]
 
 
 @pytest.mark.parametrize(
@@ -34,13 +38,20 @@ def test_images_are_counted_where_tokens_are_not():
     ],
 )
 def test_images_of_similar_length_fill_a_budget_of_tokens(tokens, budget, want):
-    got = parts(tokens, micro_batch_tokens=budget, micro_batch_images=3)
+    got = parts(of_captions(tokens), micro_batch_tokens=budget, micro_batch_images=3)
     assert got == want
     assert all(len(part) == 1 or len(part) * max(tokens[i] for i in part) <= budget for part in got)
 
 
+def test_rows_have_room_for_the_longest_prompt_and_for_the_longest_captions():
+    """A row of both would be 100 + 90 long, though neither image has more than 120."""
+    tokens = [Tokens(100, 20), Tokens(20, 90), Tokens(95, 20)]
+    assert parts(tokens, micro_batch_tokens=240, micro_batch_images=3) == [[0, 2], [1]]
+    assert parts(tokens, micro_batch_tokens=570, micro_batch_images=3) == [[0, 2, 1]]
+
+
 def test_ranks_have_equally_many_whatever_the_lengths():
-    config, tokens = LearnerConfig(micro_batch_tokens=40), [40, 40, 10, 10]
+    config, tokens = LearnerConfig(micro_batch_tokens=40), of_captions([40, 40, 10, 10])
     one, other = (
         rank_micro_batches(range(4), tokens, config, Ranks(rank=r, size=2)) for r in range(2)
     )

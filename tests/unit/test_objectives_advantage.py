@@ -114,6 +114,16 @@ def test_local_advantages_rule_where_outcomes_are_many() -> None:
     assert_close(world[0, :, 0], torch.zeros(4))
 
 
+def test_room_for_captions_that_a_group_does_not_have_changes_no_blend() -> None:
+    rewards = tensor([[0.3, 0.3, 0.9, 1.3], [0.1, 0.4, 0.4, 0.4], [0.5, 0.5, 0.2, 0.2]])
+    options = {"outcome_width": 0.1, "blend_slope": 2.0, "blend_entropy": 1.0}
+    want = advantage.local_and_global(rewards, **options)
+    wide = torch.cat([rewards, torch.full((3, 8), 9.0, dtype=rewards.dtype)], 1)
+    valid = torch.arange(12) < 4
+    got = advantage.local_and_global(wide, valid.expand(3, 12), **options)
+    assert_close(got[:, :, :4], want)
+
+
 def test_values_and_credit_of_a_prefix_tree() -> None:
     values = prefix_tree_values(REWARDS, CAPTIONS, ONES, VALID)
     want = [

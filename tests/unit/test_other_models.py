@@ -44,6 +44,18 @@ def test_a_guide_scores_the_captions_with_its_own_weights(tiny_folder, other_fol
     assert (got.guide_logprobs - got.ref_logprobs).abs().max() > 0.1
 
 
+def test_the_work_of_a_guide_counts(tiny_folder, other_folder, batch):
+    def work(**options):
+        subject = learner(tiny_folder, **options)
+        start_fields(subject, batch)
+        return subject.policy.forward.flops
+
+    alone = work(objective="grpo")
+    guided = work(objective="tgdpo", sources=SourcesConfig(guide=str(other_folder)))
+    # The guide has the reference's shape, and neither a backward pass.
+    assert guided == pytest.approx(2 * alone)
+
+
 def test_a_frozen_tower_of_the_policy_is_not_the_guides(tiny_folder, other_folder, batch):
     """The policy's image features are cached; the guide has features of its own."""
     sources = SourcesConfig(guide=str(other_folder))

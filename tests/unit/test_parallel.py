@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rayrl.config import Config, LearnerConfig
-from rayrl.learner.batches import rank_micro_batches
+from rayrl.learner.batches import Tokens, rank_micro_batches
 from rayrl.learner.parallel import SOLO, Ranks, whole_tensor
 from rayrl.objectives.stats import kth_largest
 from tests.unit.objectives_toy import prepared
@@ -30,7 +30,7 @@ def test_shares_are_contiguous_and_of_nearly_equal_size():
 @pytest.mark.parametrize("budget", [0, 12])
 def test_ranks_run_equally_many_micro_batches_and_each_image_counts_once(size, images, budget):
     config = LearnerConfig(micro_batch_images=2, micro_batch_tokens=budget)
-    tokens = [5, 9, 1, 3, 12, 4, 7]
+    tokens = [Tokens(2, count) for count in (3, 7, 0, 1, 10, 2, 5)]
     parts = [
         rank_micro_batches(images, tokens, config, Ranks(rank=r, size=size)) for r in range(size)
     ]

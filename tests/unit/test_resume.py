@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 
 from rayrl import cli
 from rayrl.checkpoint import Checkpoint, save_checkpoint
@@ -69,6 +70,34 @@ def test_another_model_to_start_from_is_refused_before_anything_is_written(run, 
     with pytest.raises(ValueError, match=f"started from another model .{message}"):
         open_run_folder(run, config, DATA, resume=True, say=print)
     assert content(run) == before
+
+
+@pytest.mark.parametrize(
+    ("had", "flags", "message"),
+    [
+        ({"rank": 0}, {"rank": 8}, r"rank 0 and alpha 32, want the same, not 8 and 32"),
+        ({"rank": 8}, {"rank": 0}, r"rank 8 and alpha 32, want the same, not 0 and 32"),
+        ({"rank": 8}, {"rank": 8, "alpha": 16}, r"rank 8 and alpha 32, .* not 8 and 16"),
+    ],
+)
+def test_adapters_of_another_form_or_scale_are_refused_before_anything_is_written(
+    run, had, flags, message
+):
+    text = yaml.safe_load((run / cli.RUN_CONFIG).read_text())
+    text["learner"]["lora"] |= had
+    (run / cli.RUN_CONFIG).write_text(yaml.safe_dump(text))
+    before = content(run)
+    given = [word for name, n in flags.items() for word in (f"--learner.lora.{name}", str(n))]
+    config = parsed("--run_folder", str(run), "--resume", *given).config
+    with pytest.raises(ValueError, match=message):
+        open_run_folder(run, config, DATA, resume=True, say=print)
+    assert content(run) == before
+
+
+def test_a_scale_of_adapters_that_there_are_none_of_may_change(run):
+    config = parsed("--run_folder", str(run), "--resume", "--learner.lora.alpha", "16").config
+    open_run_folder(run, config, DATA, resume=True, say=print)
+    assert parsed("--run_folder", str(run), "--resume").config.learner.lora.alpha == 16
 
 
 def test_other_training_data_are_refused_before_anything_is_written(run):
