@@ -75,7 +75,8 @@ def summarize(config: Config, history: Sequence[Mapping[str, Any]]) -> dict[str,
             if name.startswith("seconds/"):
                 phase = name.removeprefix("seconds/")
                 phases[phase] = phases.get(phase, 0.0) + value
-    trained = [row for row in history if row["step"] > 0]
+    # As many as were sampled: planners ask for more, or for fewer, than a step's groups hold.
+    captions = sum(row.get("rounds/captions", 0.0) for row in history)
     seconds = sum(value for phase, value in phases.items() if phase != "eval")
     return {
         "steps": int(history[-1]["step"]),
@@ -85,6 +86,6 @@ def summarize(config: Config, history: Sequence[Mapping[str, Any]]) -> dict[str,
         "cider_d_start_step": min(by_step),
         "cider_d_end": scores[-1],
         "cider_d_best": max(scores),
-        "captions_per_second": len(trained) * config.captions_per_step / max(seconds, 1e-9),
+        "captions_per_second": captions / max(seconds, 1e-9),
         "seconds_by_phase": phases,
     }

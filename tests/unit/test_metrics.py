@@ -375,6 +375,17 @@ def test_on_a_narrow_terminal_the_updating_line_is_cut_and_a_staying_line_wraps(
     assert f" {'x' * 22}…\n" in shown, "16 cells of bar, a space, 23 cells of text"
 
 
+def test_a_run_is_as_fast_as_the_captions_that_it_sampled():
+    """A planner of round 0 asks for fewer than a group, one of later rounds for more."""
+    rows = [
+        {"step": 0, "eval/cider_d": 1.0, "seconds/eval": 9.0},
+        {"step": 1, "rounds/captions": 1024.0, "seconds/rollout": 1.5, "seconds/learner": 0.5},
+        {"step": 2, "rounds/captions": 512.0, "seconds/rollout": 1.0, "eval/cider_d": 2.0},
+    ]
+    assert Config().captions_per_step not in (512, 1024)
+    assert summarize(Config(), rows)["captions_per_second"] == 1536 / 3
+
+
 def test_the_summary_is_whole_json(tmp_path):
     write_summary(tmp_path, {"cider_d_end": 270.5, "worst": math.inf, "by": {"rollout": 1.5}})
     summary = json.loads((tmp_path / "summary.json").read_text())
