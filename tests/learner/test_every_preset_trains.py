@@ -12,6 +12,7 @@ from rayrl.objectives import preset, presets
 from rayrl.objectives.compile import CONFIGURED, PROVIDED
 from rayrl.objectives.config import SourcesConfig
 from rayrl.vlm import load_captioner
+from tests.metric_names import not_listed
 from tests.unit.test_learner import batch, learner, parameters
 
 __all__ = ["batch"]
@@ -85,4 +86,5 @@ def test_five_steps_change_the_weights_and_report_finite_metrics(tiny_folder, fu
     assert max(float(np.abs(before[key] - after[key]).max()) for key in before) > 0
     bad = {key: value for key, value in report.metrics.items() if not np.isfinite(value)}
     assert not bad
+    assert not_listed(report.metrics) == []
     assert np.isfinite(report.advantages).all()

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from tests.metric_names import not_listed
 from tests.ray.conftest import (
     ROOT,
     command_line,
@@ -46,6 +47,7 @@ def test_a_run_with_vllm_leaves_everything_a_person_needs(
     )
     rows = metrics(folder)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [not_listed(row) for row in rows] == [[]] * 5
     assert summary["cider_d_start"] == rows[0]["eval/cider_d"] > 0
     assert summary["cider_d_end"] == rows[-1]["eval/cider_d"]
     # Cross-entropy went on beside the engines, on the CPUs that the learner left.
