@@ -86,6 +86,3 @@ OF_THE_IMAGE = frozenset({"reference_rewards"})
 
 OF_PAIRS = frozenset({"similarity"})
 """Fields of pairs of captions, which a group of two rounds does not have."""
-
-JOINING = frozenset({"allocate", "branch", "hint_in_context", "inject_prefix"})
-"""Planners whose requests join captions to those of a group, rather than replacing them all."""

@@ -20,8 +20,8 @@ from rayrl.config import Config, ModelConfig
 from rayrl.engine.base import request_seed
 from rayrl.objectives.config import SourcesConfig
 from rayrl.outline import Here, Results
+from rayrl.planning import Request
 from rayrl.rewards.score import Dropped
-from rayrl.rounds import Request
 from rayrl.types import FloatArray, Prompt, ScoredGroup
 
 NEED = "reference_rewards"

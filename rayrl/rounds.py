@@ -3,7 +3,7 @@
 A part in an objective's ``rollout`` slot is a planner.  It sees what was drawn so far and asks for
 more: other images in place of flat groups, captions that start with words of a reference, more
 captions where rewards spread.  A request says itself how what it brings joins the group that is
-there, so a planner is one pure function (:mod:`rayrl.objectives.sampling` has them).
+there, so a planner is one pure function (:mod:`rayrl.planning`).
 
     requests = rounds.begin(step)                  the first round
     while requests:
@@ -19,125 +19,15 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rayrl.config import Config
 from rayrl.data.order import item_at
 from rayrl.engine.base import request_seed
-from rayrl.joins import Join, replaced
-from rayrl.objectives.inject import BoundPart
 from rayrl.outline import Here, Results
+from rayrl.planning import Drawn, Planner, Request, plan
 from rayrl.rewards.score import Dropped
-from rayrl.types import Prompt, ScoredGroup
-
-Planner = BoundPart
-"""A rollout part with its parameters; reads by name ``drawn``, ``take`` (the next so many prompts
-of the run's order) and ``encode`` (the token ids of a caption's text, without an end token)."""
-
-
-_NOTHING = Here(())
-
-
-class Draw(NamedTuple):
-    """How a prompt is sampled: ``size`` captions that begin with ``forced``, with ``seed`` and
-    those after it."""
-
-    size: int
-    seed: int
-    forced: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """``size`` captions of a prompt, for the group in place ``slot`` of the step, each beginning
-    with the token ids ``forced``.  ``seed`` is set by :func:`seeded`."""
-
-    slot: int
-    prompt: Prompt
-    size: int
-    forced: tuple[int, ...] = ()
-    join: Join = replaced
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(
-                f"prompt {self.prompt.prompt_id}: {self.size} captions, want at least 1"
-            )
-
-    @property
-    def draw(self) -> Draw:
-        return Draw(self.size, self.seed, self.forced)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """A step so far.
-
-    groups: by slot the scored group, None before it is sampled or where none could be scored
-    results: what came of the step, once it is complete
-    round: rounds that are scored; planners are asked before the first (0) and after each
-    busy: slots that another planner asks for in this round already
-    mean_reward: running mean over the groups of earlier steps, None before the first
-    """
-
-    step: int
-    total_steps: int
-    group_size: int
-    prompts: tuple[Prompt, ...]
-    groups: tuple[ScoredGroup | None, ...]
-    dropped: tuple[Dropped, ...] = ()
-    results: Results = _NOTHING
-    round: int = 0
-    busy: frozenset[int] = frozenset()
-    mean_reward: float | None = None
-    num_captions: int = 0
-    asked_again: int = 0
-
-    @property
-    def free(self) -> list[int]:
-        """Slots that nothing was asked for yet in this round."""
-        return [slot for slot in range(len(self.prompts)) if slot not in self.busy]
-
-    @property
-    def free_groups(self) -> list[tuple[int, ScoredGroup]]:
-        """Those of them that hold a group, with it."""
-        pairs = ((slot, self.groups[slot]) for slot in self.free)
-        return [(slot, group) for slot, group in pairs if group is not None]
-
-    def metrics(self) -> dict[str, float]:
-        """How much was sampled, and what was lost."""
-        return {
-            "rounds/count": float(self.round),
-            "rounds/captions": float(self.num_captions),
-            "rounds/asked_again": float(self.asked_again),
-            "groups/dropped": float(len(self.dropped)),
-        }
-
-
-def plan(
-    drawn: Drawn, planners: Sequence[Planner], supplies: Mapping[str, Any]
-) -> tuple[Request, ...]:
-    """What to sample next: what the planners ask for, each for slots that those before it left
-    alone, and in the first round a whole group of every other prompt."""
-    requests: list[Request] = []
-    for planner in planners:
-        asked = planner({**supplies, "drawn": drawn})
-        requests += asked
-        drawn = replace(drawn, busy=drawn.busy | {request.slot for request in asked})
-    if drawn.round == 0:
-        requests += [
-            Request(slot=slot, prompt=drawn.prompts[slot], size=drawn.group_size)
-            for slot in drawn.free
-        ]
-    return tuple(sorted(requests, key=lambda request: request.slot))
-
-
-def check_planners(planners: Sequence[Planner], group_size: int) -> None:
-    """Ask planners for the first round of a step without images, so that one whose parameters do
-    not fit the group's size says so (ValueError) before a run's work and not after."""
-    nothing = Drawn(step=0, total_steps=1, group_size=group_size, prompts=(), groups=())
-    plan(nothing, planners, {"take": lambda count: [], "encode": lambda text: []})
+from rayrl.types import Prompt
 
 
 def seeded(requests: Sequence[Request], run_seed: int, drawn: Drawn) -> tuple[Request, ...]:
@@ -326,7 +216,14 @@ class Rounds:
     def _plan(self, step: int) -> tuple[Request, ...]:
         drawn = self._drawn[step]
         supplies = {"take": functools.partial(self._take, step), "encode": self.encode}
-        requests = plan(drawn, self.planners(step), supplies)
+        planners = self.planners(step)
+        requests = plan(drawn, planners, supplies)
+        if requests and drawn.round >= MOST_ROUNDS:
+            names = ", ".join(planner.name for planner in planners)
+            raise RuntimeError(
+                f"step {step}: rollout {names} still asks for captions after {drawn.round} rounds, "
+                "want planners that come to an end"
+            )
         self._asked[step] = seeded(requests, self.seed, drawn)
         return self._asked[step]
 
@@ -345,6 +242,9 @@ class Rounds:
             for place in places
         ]
 
+
+MOST_ROUNDS = 100
+"""A planner that asks for more than that would never be content."""
 
 _NEWEST = 0.1
 """Weight of a step in the running mean of rewards, for planners that compare with the past."""

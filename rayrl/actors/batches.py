@@ -23,9 +23,9 @@ from rayrl.actors.pool import Pool
 from rayrl.actors.versions import Versions
 from rayrl.config import Config
 from rayrl.engine.base import Sampling
+from rayrl.planning import Request
 from rayrl.rewards.score import SIMILARITY_GROUPS
 from rayrl.rewards.statistics import step_document_frequency
-from rayrl.rounds import Request
 from rayrl.shares import Scored
 from rayrl.types import Prompt
 

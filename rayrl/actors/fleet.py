@@ -25,8 +25,8 @@ from rayrl.actors.workers import reward_pool, rollout_pool
 from rayrl.canary import Canary
 from rayrl.config import Config
 from rayrl.interrupt import StopRequest
+from rayrl.planning import Request
 from rayrl.rewards.statistics import Statistics
-from rayrl.rounds import Request
 from rayrl.scaling import WINDOW, StepTimes, wanted_workers
 from rayrl.shares import Parts
 from rayrl.types import Completion, Prompt

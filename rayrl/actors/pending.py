@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from rayrl.rounds import Request
+from rayrl.planning import Request
 from rayrl.shares import Scored
 
 _Item = TypeVar("_Item")

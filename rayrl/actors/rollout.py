@@ -18,8 +18,8 @@ from rayrl.buckets import Manifest, Received
 from rayrl.canary import Canary
 from rayrl.config import EngineConfig, Part
 from rayrl.engine.base import EngineSetup, Sampling, make_engine
+from rayrl.planning import Draw
 from rayrl.readback import ReadBack
-from rayrl.rounds import Draw
 from rayrl.shares import Sampled
 from rayrl.trace import Traced, traced
 from rayrl.transport import Meeting, Transport

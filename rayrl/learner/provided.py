@@ -5,14 +5,14 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from rayrl.config import Config
-from rayrl.joins import JOINING, OF_PAIRS
+from rayrl.joins import OF_PAIRS
 from rayrl.learner.earlier import NOT_REMEMBERED
 from rayrl.objectives import build
 from rayrl.objectives.compile import PROVIDED
 from rayrl.objectives.objective import Objective
 from rayrl.objectives.rehearsal import learns_from_one, rehearse
+from rayrl.planner_rehearsal import joins_captions
 from rayrl.rewards.config import FunctionConfig, HttpConfig
-from rayrl.rounds import check_planners
 
 
 def provided(config: Config) -> frozenset[str]:
@@ -40,8 +40,7 @@ def check_objective(config: Config) -> None:
         raise ValueError(f"learner.lora.rank {rank} needs PEFT: install rayrl[lora]")
     objective = build(config.objective, max_tokens=config.sampling.max_tokens)
     objective.check(provided(config))
-    _check_joins(objective)
-    check_planners(objective.planners(0), config.train.group_size)
+    _check_joins(objective, config)
     terms, weights = list(config.reward.terms), config.reward.weights
     # What is wrong with groups of any size does not show on those of one caption.
     rehearse(objective, terms, max(2, config.train.group_size), weights)
@@ -52,8 +51,9 @@ def check_objective(config: Config) -> None:
         )
 
 
-def _check_joins(objective: Objective) -> None:
-    """Raise ValueError where captions join a group without a field that the objective needs."""
+def _check_joins(objective: Objective, config: Config) -> None:
+    """Raise ValueError where captions join a group without a field that the objective needs, or a
+    planner's requests make no sense."""
     name, needs = objective.name, objective.needs
     for lost in sorted(needs & NOT_REMEMBERED if "earlier" in needs else ()):
         raise ValueError(
@@ -61,7 +61,7 @@ def _check_joins(objective: Objective) -> None:
             f"come without {lost}; leave out the part that needs the one or the other"
         )
     for planner in (planner for phase in objective.phases() for planner in phase.planners(0)):
-        for lost in sorted(needs & OF_PAIRS if planner.name in JOINING else ()):
+        for lost in sorted(needs & OF_PAIRS if joins_captions(planner, config) else ()):
             raise ValueError(
                 f"objective {name} needs {lost}, but rollout {planner.name} joins captions to "
                 f"groups, which then have no {lost}; leave out one of them"

@@ -46,6 +46,10 @@ SERVICES: Mapping[str, str] = {
 }
 """Needs that are no optional field of the batch."""
 
+_PLANNERS_READ = {"drawn", "take", "encode"}
+"""Names that a planner, a part in the slot rollout, may read (:mod:`rayrl.planning`), and no other.
+"""
+
 _NEED_OF = {"total": "whole_minibatch"}
 """Needs that go by another name than the input that shows them."""
 
@@ -196,11 +200,11 @@ def _sources(bound: BoundPart) -> Iterable[str]:
     """The slots that produce what ``bound`` reads; ValueError on what nothing produces."""
     known = {*ALWAYS, *DERIVED, *OPTIONAL_FIELDS, *GRAPH_FIELDS, *SERVICES, *_NEED_OF}
     if bound.slot == "rollout":
+        known = _PLANNERS_READ
         if "drawn" not in bound.inputs:
             raise ValueError(
                 f"rollout {bound.name} does not read 'drawn', what the step drew so far"
             )
-        return
     for name in bound.inputs:
         if name not in known:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Planners: what a step samples after its first round, given the rewards so far.
 
-``drawn`` is the step (:class:`rayrl.rounds.Drawn`), ``take(n)`` the next n prompts of the run's
+``drawn`` is the step (:class:`rayrl.planning.Drawn`), ``take(n)`` the next n prompts of the run's
 order, ``encode(text)`` the token ids of a caption.  A planner is asked before the first round
 (``drawn.round`` is 0, no group is there) and after each one, until no planner asks for more.  The
 arithmetic is in :mod:`rayrl.objectives.planners`.
@@ -17,7 +17,7 @@ import numpy as np
 from rayrl.data.augment import with_noise
 from rayrl.joins import extended, grafted, worst_replaced
 from rayrl.objectives import planners
-from rayrl.rounds import Drawn, Request
+from rayrl.planning import Drawn, Request
 from rayrl.types import Prompt, ScoredGroup
 
 Encode = Callable[[str], list[int]]

@@ -10,8 +10,8 @@ from test_rounds import completion, prompt_at, scored
 from rayrl.learner.means import short_names
 from rayrl.objectives.control import adaptive_entropy, adaptive_kl
 from rayrl.outline import outline
+from rayrl.planning import Drawn, Request
 from rayrl.rollout_metrics import group_metrics
-from rayrl.rounds import Drawn, Request
 from tests.metric_names import listed, not_listed
 
 

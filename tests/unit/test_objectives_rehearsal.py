@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from torch import Tensor
 
 from rayrl.config import Config
-from rayrl.joins import JOINING
 from rayrl.learner.provided import check_objective
 from rayrl.objectives import preset, presets
-from rayrl.objectives.parts import functions
 from rayrl.objectives.rehearsal import learns_from_one, rehearse
 
 # Those that name their terms, or take a number of them.
@@ -135,11 +131,6 @@ def test_a_run_with_one_caption_an_image_says_so_before_it_starts() -> None:
     # What is wrong whatever the size is not taken for that.
     with pytest.raises(ValueError, match="limits: no cost 'long'"):
         check_objective(config("constrained_grpo", limits="long:0.2"))
-
-
-def test_the_planners_that_join_captions_are_known() -> None:
-    joining = {n for n, f in functions("rollout").items() if "join=" in inspect.getsource(f)}
-    assert joining == JOINING
 
 
 def test_a_part_of_ones_own_is_rehearsed_too() -> None:

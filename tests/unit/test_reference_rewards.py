@@ -11,9 +11,9 @@ from rayrl.config import Config
 from rayrl.engine.base import request_seed
 from rayrl.objectives import preset
 from rayrl.outline import Here
+from rayrl.planning import Request
 from rayrl.reference_rewards import ReferenceRewards, scored_needs
 from rayrl.rewards.score import Dropped
-from rayrl.rounds import Request
 
 CONFIG = Config.model_validate({"train": {"images_per_step": 3}, "seed": 7})
 

@@ -10,8 +10,9 @@ import pytest
 from rayrl.engine.base import request_seed
 from rayrl.objectives import preset
 from rayrl.outline import Here, whole
+from rayrl.planning import Request
 from rayrl.rewards.score import Dropped
-from rayrl.rounds import Request, Rounds
+from rayrl.rounds import Rounds
 from rayrl.types import Completion, Prompt, RolloutGroup, ScoredGroup
 
 IMAGES, GROUP = 3, 2
@@ -292,6 +293,57 @@ def test_planners_do_not_ask_for_the_same_group():
     subject = rounds(planners=both.planners)
     second = subject.go_on(0, answer(subject.begin(0), flat))
     assert asked(second) == [(0, "p3", 2), (1, "p1", 3), (2, "p4", 2)]
+
+
+def own(planner, **changes) -> Rounds:
+    return rounds(planners=preset("grpo", rollout=planner).planners, **changes)
+
+
+def test_a_planner_may_be_a_generator():
+    def smaller(drawn):
+        for slot in drawn.free if drawn.round == 0 else ():
+            yield Request(slot=slot, prompt=drawn.prompts[slot], size=1)
+
+    subject = own(smaller)
+    first = subject.begin(0)
+    assert asked(first) == [(0, "p0", 1), (1, "p1", 1), (2, "p2", 1)]
+    assert subject.go_on(0, answer(first, flat)) == ()
+
+
+@pytest.mark.parametrize(
+    ("planner", "message"),
+    [
+        (lambda drawn: None, r"rollout <lambda> returned None, want a list of requests"),
+        (
+            lambda drawn: [drawn.prompts[0]],
+            r"rollout <lambda> asked for Prompt\(.*, want a Request",
+        ),
+        (
+            lambda drawn: [Request(slot=-1, prompt=drawn.prompts[0], size=1)],
+            "asked for slot -1, want one of the step's, 0 to 2",
+        ),
+        (
+            lambda drawn: [Request(slot=3, prompt=drawn.prompts[0], size=1)],
+            "asked for slot 3, want one of the step's, 0 to 2",
+        ),
+    ],
+)
+def test_what_is_no_request_for_a_group_of_the_step_is_refused(planner, message):
+    with pytest.raises(ValueError, match=message):
+        own(planner).begin(0)
+
+
+def test_a_planner_that_is_never_content_ends_the_run():
+    def again(drawn, take):
+        return [Request(slot=0, prompt=take(1)[0], size=1)]
+
+    subject = own(again, images_per_step=1)
+    requests, count = subject.begin(0), 0
+    with pytest.raises(RuntimeError, match=r"step 0: rollout again still asks .* after 100 rounds"):
+        while requests:
+            count += 1
+            requests = subject.go_on(0, answer(requests, flat))
+    assert count == 100
 
 
 def test_a_phase_brings_its_own_planners():
