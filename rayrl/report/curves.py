@@ -11,9 +11,7 @@ import numpy as np
 from rayrl.metrics import EVAL_METRIC
 from rayrl.report.charts import Chart, Series, bar_chart, line_chart
 from rayrl.report.run_folder import Row, RunFolder
-
-# Metrics of the reward that are no terms of it.
-_NOT_TERMS = {"mean", "std_in_group", "best_in_group", "greedy"}
+from rayrl.rewards.config import NOT_TERMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +207,7 @@ def _term_panels(rows: Sequence[Row]) -> list[Panel]:
         for name in dict.fromkeys(name for row in rows for name in row)
         if name.startswith("reward/")
     ]
-    terms = {f"reward/{name}": name for name in names if name not in _NOT_TERMS}
+    terms = {f"reward/{name}": name for name in names if name not in NOT_TERMS}
     if len(terms) < 2:
         return []
     return [Panel(title="Reward terms", note="mean of a step's captions", metrics=terms)]

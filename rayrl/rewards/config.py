@@ -13,7 +13,7 @@ kind unless ``kind`` says otherwise, so that one kind can serve twice:
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -26,60 +26,17 @@ from pydantic import (
 )
 
 from rayrl.credentials import server_address, variable_name
+from rayrl.rewards.placed import Asks, PlacedConfig, TermConfig, whole_or_fraction
 from rayrl.section import Section
 
 DF_MODES = ("train", "caption", "batch")
 DF_FILES = (".npz", ".p", ".pkl")
 
-
-class Asks(NamedTuple):
-    """What an actor asks Ray for."""
-
-    cpus: float
-    gpus: float
-
-
 CONSTRAINT = r"^(>=|<=|>|<) *-?\d+(\.\d+)?$"
 """A bound on a term's score."""
 
-
-class TermConfig(Section):
-    """One reward term."""
-
-    weight: float = 1.0
-    """Its factor in the sum; 0 only logs it."""
-
-    @property
-    def counts_ngrams(self) -> bool:
-        """Whether it scores against document frequencies."""
-        return False
-
-    @property
-    def asks(self) -> Asks | None:
-        """What an actor of its own asks Ray for; None if it runs in the reward worker."""
-        return None
-
-
-class PlacedConfig(TermConfig):
-    """A term that can have an actor of its own."""
-
-    cpus: float = Field(default=0.0, ge=0)
-    """CPUs that its own actor asks Ray for; fractions are allowed."""
-    gpus: float = Field(default=0.0, ge=0)
-    """GPUs of its own actor: a fraction shares one, above 1 it is a whole number."""
-
-    _whole = field_validator("gpus")(lambda gpus: whole_or_fraction(gpus))
-
-    @property
-    def asks(self) -> Asks | None:
-        return Asks(self.cpus, self.gpus) if self.cpus or self.gpus else None
-
-
-def whole_or_fraction(gpus: float) -> float:
-    """A number of GPUs as Ray takes it; ValueError for one such as 1.5."""
-    if gpus > 1 and gpus % 1:
-        raise ValueError(f"{gpus:g} GPUs, want a fraction of one or a whole number")
-    return gpus
+NOT_TERMS = frozenset({"mean", "std_in_group", "best_in_group", "greedy"})
+"""What `reward/...` metrics are called that are no term's."""
 
 
 class CiderConfig(TermConfig):
@@ -326,6 +283,11 @@ class RewardConfig(Section):
     @field_validator("terms")
     @classmethod
     def _some(cls, terms: dict[str, TermConfig]) -> dict[str, TermConfig]:
+        if taken := [name for name in terms if name in NOT_TERMS]:
+            raise ValueError(
+                f"term {taken[0]}: the metric reward/{taken[0]} is another number, want another "
+                "name; a term says which kind it is with kind"
+            )
         if not any(term.weight for term in terms.values()):
             raise ValueError("no term has a weight, want at least one")
         return terms

@@ -11,6 +11,7 @@ from rayrl.learner.means import short_names
 from rayrl.objectives.control import adaptive_entropy, adaptive_kl
 from rayrl.outline import outline
 from rayrl.planning import Drawn, Request
+from rayrl.rewards.config import NOT_TERMS
 from rayrl.rollout_metrics import group_metrics
 from tests.metric_names import listed, not_listed
 
@@ -29,6 +30,10 @@ def test_the_page_lists_what_the_driver_says_of_groups_and_nothing_else():
     starts = ("reward/", "length/", "captions/", "staleness/", "groups/", "rounds/")
     want = {name for name, _ in listed() if name.startswith(starts)} | {"objective/self_cider"}
     assert {name.replace("cider_d", "<term>") for name in written} == want
+    # No term may have the name of one of them.
+    assert {f"reward/{name}" for name in NOT_TERMS} | {"reward/<term>"} == {
+        name for name in want if name.startswith("reward/")
+    }
 
 
 def test_controllers_read_the_names_that_the_page_gives_for_them():

@@ -453,6 +453,8 @@ def test_every_kind_can_be_built_or_says_what_is_missing(monkeypatch: pytest.Mon
         ({"terms": {"cider_d": [1]}}, r"term cider_d: \[1\], want a weight or a section"),
         ({"terms": {"cider_d": 0.0}}, "no term has a weight"),
         ({"terms": {}}, "no term has a weight"),
+        ({"terms": {"mean": {"kind": "length"}}}, "term mean: the metric reward/mean is another"),
+        ({"terms": {"cider_d": 1.0, "greedy": {"kind": "length"}}}, "metric reward/greedy is"),
         ({"terms": {"bleu": {"n": 5}}}, "less than or equal to 4"),
         ({"terms": {"bleu": {"m": 1}}}, "Extra inputs are not permitted"),
         ({"terms": {"clip_score": {"folder": "x", "gpus": 1.5}}}, "1.5 GPUs, want a fraction of"),
