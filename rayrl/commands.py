@@ -32,9 +32,11 @@ def grpo(argv: Sequence[str] | None = None) -> None:
     if invocation.dry_run:
         from rayrl.actors.cluster import failing_in_one_line
         from rayrl.learner.provided import check_objective
+        from rayrl.rewards.function import check_functions
 
         with failing_in_one_line("grpo_coco.py"):
             check_objective(invocation.config)
+            check_functions(invocation.config.reward.terms)
             invocation.config.data.check_validation_apart()
         print(cli.describe(invocation.config))
         return

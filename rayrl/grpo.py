@@ -238,7 +238,7 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     gpus = gpus_of(config, stage1=not (folder / "stage1" / "final").is_dir())
     local = connect(cpus_of(config), gpus, spare_cpus=SPARE_CPUS)
     try:
-        check_terms(config, statistics)
+        check_terms(config, statistics, train_data)
         snapshots = run_stage1(config, folder, resume=resume)
         run = _start(
             config,

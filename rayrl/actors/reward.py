@@ -20,8 +20,9 @@ from rayrl.config import Config
 from rayrl.rewards.cider import DocumentFrequency
 from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.score import SIMILARITY_GROUPS, Dropped, Scorer, TermScores, combine
-from rayrl.rewards.statistics import Statistics
+from rayrl.rewards.statistics import Statistics, step_document_frequency
 from rayrl.rewards.term import Failure
+from rayrl.rewards.trial import trial_group
 from rayrl.scaling import shortage
 from rayrl.shares import Sampled, Scored
 from rayrl.trace import Traced, traced
@@ -42,12 +43,15 @@ def placements(config: RewardConfig) -> dict[str, dict[str, float]]:
     }
 
 
-def check_terms(config: Config, statistics: Statistics) -> None:
-    """Start every term once where it will run, and end it again: before hours of training, not
-    after.  The default terms need nothing and are not started.
+def check_terms(config: Config, statistics: Statistics, prompts: Sequence[Prompt]) -> None:
+    """Start every term once where it will run, have them score captions of an image, and end them
+    again: before hours of training, not after.  The default terms need nothing and are not started.
+
+    A term may have its reasons to give an image none, so of the training ``prompts`` the first ones
+    are tried, one after the other, until there is a reward.
 
     Says every 30 s what is missing; RuntimeError for a term that does not start, or not within
-    ``rollout.start_timeout_s``.
+    ``rollout.start_timeout_s``, and where the first images all are left without a reward.
     """
     reward, cpus = config.reward, config.train.reward_cpus
     if reward.terms == RewardConfig().terms:
@@ -55,7 +59,7 @@ def check_terms(config: Config, statistics: Statistics) -> None:
     deadline = time.monotonic() + config.rollout.start_timeout_s
     actor = RewardActor.options(  # type: ignore[attr-defined]
         num_cpus=cpus
-    ).remote(reward, (ray.put(statistics),))
+    ).remote(reward, (ray.put(statistics),), config.train.reward_timeout_s)
     try:
         _wait_for("room for a reward worker", actor.started.remote(), deadline, {"CPU": cpus})
         if apart := placements(reward):
@@ -66,11 +70,39 @@ def check_terms(config: Config, statistics: Statistics) -> None:
             ready = actor.ready.remote(max(0.0, deadline - time.monotonic()))
             # The actor gives up first, and says which term it was.
             _wait_for(f"the terms {', '.join(apart)}", ready, deadline + _MARGIN_S, most)
+        _try_out(actor, config, prompts[:_TRIED])
     except DIED as error:
         reason = str(error).strip().splitlines()[-1]
         raise RuntimeError(f"the rewards do not start: {reason}") from error
     finally:
         ray.kill(actor)
+
+
+_TRIED = 3
+"""Training images of which one at least must have a reward."""
+
+
+def _try_out(actor: Any, config: Config, prompts: Sequence[Prompt]) -> None:
+    """Have a reward actor score one of the images; RuntimeError, with the last reason, where it
+    can score none of them."""
+    references = {prompt.prompt_id: prompt.references for prompt in prompts}
+    step_df = step_document_frequency(references, config.reward)
+    limit_s, reason = config.train.reward_timeout_s, ""
+    for prompt in prompts:
+        try:
+            (result,) = ray.get(actor.score.remote([trial_group(prompt)], step_df), timeout=limit_s)
+        except GetTimeoutError:
+            raise RuntimeError(
+                f"the rewards cannot score training image {prompt.prompt_id}: no answer within "
+                f"train.reward_timeout_s, {limit_s:g} s"
+            ) from None
+        if not isinstance(result, Dropped):
+            return
+        reason = f"{result.prompt_id}: {result.reason}"
+    raise RuntimeError(
+        f"the rewards cannot score any of the first {len(prompts)} training images; the last, "
+        f"{reason}"
+    )
 
 
 def _wait_for(what: str, ref: Any, deadline: float, asked: Mapping[str, float]) -> None:

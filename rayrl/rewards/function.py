@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from rayrl.own_modules import WHERE
+from rayrl.rewards.config import EnsembleConfig, FunctionConfig
+from rayrl.rewards.placed import TermConfig
 from rayrl.rewards.term import Failure, Item, Judged, Scores
 from rayrl.types import Prompt
 
@@ -53,8 +55,23 @@ class FunctionTerm:
         return Failure(reason)
 
 
-def load_function(path: str) -> Callable[..., Any]:
-    """The function at ``package.module:function``; ValueError says which part is wrong."""
+def check_functions(terms: Mapping[str, TermConfig]) -> None:
+    """Load every function among the terms, members of ensembles too.
+
+    Raises ValueError, naming the term, as :func:`load_function` does."""
+    for name, term in terms.items():
+        if isinstance(term, EnsembleConfig):
+            check_functions(term.members)
+        elif isinstance(term, FunctionConfig):
+            try:
+                load_function(term.path)
+            except ValueError as error:
+                raise ValueError(f"reward term {name}: {error}") from error
+
+
+def load_function(path: str) -> RewardFunction:
+    """The function at ``package.module:function``; ValueError says which part is wrong, or that it
+    does not take captions and a prompt."""
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
         raise ValueError(f"function {path!r}, want package.module:function")
@@ -65,4 +82,12 @@ def load_function(path: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"function {path!r}: {module_name} has no function {name!r}")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # one in C need not say what it takes
+        return function  # type: ignore[no-any-return]
+    try:
+        signature.bind((), None)
+    except TypeError as error:
+        raise ValueError(f"function {path!r}, called with (captions, prompt): {error}") from error
     return function  # type: ignore[no-any-return]

@@ -31,6 +31,10 @@ def words(captions: list[str], prompt: Prompt) -> list[float]:
     return [float(len(caption.split())) for caption in captions]
 
 
+def one_number(captions: list[str], prompt: Prompt) -> float:
+    return 1.0
+
+
 def words_after_dying_once(captions: list[str], prompt: Prompt) -> list[float]:
     if first_time(prompt):
         os._exit(1)
@@ -96,6 +100,10 @@ def groups(text: str = "Describe the image.") -> list[RolloutGroup]:
         )
         for i, colour in enumerate(("red", "green", "blue"))
     ]
+
+
+def prompts() -> list[Prompt]:
+    return [group.prompt for group in groups()]
 
 
 def groups_when_there(file: Path) -> list[RolloutGroup]:
@@ -324,13 +332,14 @@ def test_meteor_is_a_reward_in_an_actor_of_its_own():
         ({"spice": 1.0}, "no stanford-corenlp-3.6.0.jar and .* fetches them|no java on the PATH"),
         ({"mine": {"kind": "function", "path": "no_such:f"}}, "do not start: .*no module 'no_such"),
         ({"clip_score": {"folder": "/nowhere"}}, "do not start: .*no CLIP model at /nowhere"),
+        ({"words": apart("one_number")}, "image/2: words: .*one_number gave scores of shape"),
     ],
 )
-def test_terms_that_cannot_start_are_found_before_the_training(terms, message):
+def test_terms_that_cannot_start_or_score_are_found_before_the_training(terms, message):
     from rayrl.actors.reward import check_terms
 
     with pytest.raises(RuntimeError, match=message):
-        check_terms(Config(reward=RewardConfig(terms=terms)), Statistics())
+        check_terms(Config(reward=RewardConfig(terms=terms)), Statistics(), prompts())
 
 
 def test_terms_that_can_start_pass_the_check_and_leave_nothing_running():
@@ -338,7 +347,7 @@ def test_terms_that_can_start_pass_the_check_and_leave_nothing_running():
 
     before = ray.available_resources()["GPU"]
     terms = {"rouge_l": 1.0, "words": apart("words")}
-    check_terms(Config(reward=RewardConfig(terms=terms)), Statistics())
+    check_terms(Config(reward=RewardConfig(terms=terms)), Statistics(), prompts())
     deadline = time.monotonic() + 60
     while ray.available_resources()["GPU"] < before:
         assert time.monotonic() < deadline, ray.available_resources()
@@ -371,7 +380,7 @@ def test_terms_for_which_there_is_no_room_are_waited_for_aloud_and_not_for_ever(
     # The actor knows which term it is; of a worker without a place only the driver does.
     reason = rf"gave up waiting for {message}|reward term words does not start: no answer in time"
     with pytest.raises(RuntimeError, match=reason):
-        reward.check_terms(config, Statistics())
+        reward.check_terms(config, Statistics(), prompts())
     assert time.monotonic() - began < 60
     assert any(re.search(f"rewards: waiting for {message}", said) for said in caplog.messages)
 
