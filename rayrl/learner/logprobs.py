@@ -65,9 +65,14 @@ def prefix_shared_logprobs(
     temperature, banned_ids: as the tokens were sampled: logits are divided by the temperature and
         those of banned ids are -inf
 
-    A model that cannot share the prefix is computed by ``naive_logprobs``, with a warning.
+    Returns float32, in nats, with gradients to the model's parameters; 0 where the mask is False.
 
-    Raises ValueError where the inputs do not fit together, naming the prompt row.
+    A model that cannot share the prefix is computed by ``naive_logprobs``, with a warning.  A
+    decoder that attends by ``sdpa`` is switched to the attention ``rayrl_tree`` for good, with
+    which it computes what it did before.
+
+    Raises ValueError where the inputs do not fit together or ids are outside the vocabulary, naming
+    the prompt row.
     """
     return prefix_shared_outputs(
         model, prompt_inputs, completion_ids, completion_mask, temperature, banned_ids

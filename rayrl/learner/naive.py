@@ -135,8 +135,8 @@ def check(
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature {temperature}, want a positive number")
     vocabulary = len(model.get_output_embeddings().weight)
-    if outside := [i for i in banned_ids if not 0 <= i < vocabulary]:
-        raise ValueError(f"banned ids {outside} are outside the vocabulary of {vocabulary}")
+    if unknown := [i for i in banned_ids if not 0 <= i < vocabulary]:
+        raise ValueError(f"banned ids {unknown} are outside the vocabulary of {vocabulary}")
     text = model.config.get_text_config()
     if text.is_encoder_decoder:
         raise ValueError(
@@ -149,6 +149,8 @@ def check(
             f"completion_ids {tuple(ids.shape)} and completion_mask {tuple(mask.shape)}, "
             "want both [P, G, T]"
         )
+    if not ids.numel():
+        raise ValueError(f"completion_ids {tuple(ids.shape)}, want P, G and T of at least 1")
     for name in ("input_ids", "attention_mask"):
         got = inputs.get(name)
         if got is None or got.ndim != 2 or len(got) != len(ids):
@@ -159,6 +161,8 @@ def check(
     _raise_at(holes, "has a mask with a hole; sampled tokens come first")
     image_id = getattr(model.config, "image_token_id", None)
     _raise_at(((ids == image_id) & mask).any(-1), f"contains the image placeholder id {image_id}")
+    outside = ((ids < 0) | (ids >= vocabulary)) & mask
+    _raise_at(outside.any(-1), f"contains an id outside the vocabulary of {vocabulary}")
     banned = torch.isin(ids, torch.tensor(list(banned_ids), dtype=torch.long)) & mask
     _raise_at(banned.any(-1), f"contains one of the banned ids {sorted(banned_ids)}")
     empty = (inputs["attention_mask"].sum(1) == 0).nonzero()

@@ -141,6 +141,27 @@ def test_the_captioner_of_the_example_says_what_an_engine_says(here, tiny_folder
     assert said and said == engine.greedy(prompts[:1], 25)[0].text
 
 
+def test_the_example_of_the_learner_gives_the_naive_log_probs_and_a_gradient(
+    here, tiny_folder, prompts
+):
+    import torch
+
+    (here / "photo.jpg").write_bytes(prompts[0].image)
+    (block,) = blocks((DOCS / "learner.md").read_text(encoding="utf-8"), "python")
+    space: dict = {}
+    exec(block.replace("runs/coco/checkpoints/latest", str(tiny_folder)), space)
+    policy, mask = space["policy"], space["mask"]
+    assert policy.shape == mask.shape and policy.shape[:2] == (1, 3)
+    torch.testing.assert_close(policy.detach(), space["naive"], atol=1e-5, rtol=1e-5)
+    assert bool((policy[mask] < 0).all())
+    # Rewards minus their mean of 0.4, over their spread; a loss of tokens, at ratio 1.
+    rewards = space["rewards"]
+    advantages = (rewards - rewards.mean()) / (rewards.std(unbiased=False) + 1e-5)
+    want = -(advantages[..., None] * mask).sum() / mask.sum()
+    assert float(space["loss"].detach()) == pytest.approx(float(want), rel=1e-4)
+    assert max(float(p.grad.abs().max()) for p in space["model"].parameters()) > 0
+
+
 def test_the_example_of_the_readme_scores(capsys):
     (block,) = blocks(README, "python")
     space: dict = {}

@@ -263,6 +263,12 @@ def test_image_and_prompt_run_once(model):
     [
         (lambda b: b["ids"][1, 2].fill_(IMAGE), "prompt row 1: completion 2 .*placeholder id 3"),
         (lambda b: b["ids"][0, 3, 0].fill_(7), r"prompt row 0: completion 3 .*banned ids \[7\]"),
+        (lambda b: b["ids"][2, 0, 0].fill_(60), "row 2: completion 0 .*the vocabulary of 60"),
+        (lambda b: b["ids"][1, 1, 0].fill_(-1), "row 1: completion 1 .*the vocabulary of 60"),
+        (
+            lambda b: b.update(ids=b["ids"][..., :0], mask=b["mask"][..., :0]),
+            r"completion_ids \(3, 4, 0\), want P, G and T of at least 1",
+        ),
         (lambda b: b["mask"][2, 1, 0].fill_(False), "prompt row 2: completion 1 .*hole"),
         (lambda b: b["prompts"]["attention_mask"][1].fill_(0), "prompt row 1: no token"),
         (lambda b: b.update(temperature=0.0), "temperature 0.0"),
