@@ -112,7 +112,7 @@ class HttpTerm:
     "references"}, ...]}`` with up to ``items_per_request`` images, and answers ``{"scores":
     [[one number a caption], ...]}``, and if it likes ``"versions"`` (of the judge, one a caption)
     and ``"wrong_spans"`` ([[start, end], ...] in characters, a list a caption) of the same
-    form."""
+    form; null is as none."""
 
     def __init__(self, client: Client, items_per_request: int) -> None:
         self._client = client
@@ -192,8 +192,12 @@ def rating(text: str, scale: float) -> float:
     return float(number)
 
 
+_KINDS = {b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
+"""How the files of pictures that are read (``rayrl.data.images.FORMATS``) begin, JPEG apart."""
+
+
 def _data_url(image: bytes) -> str:
-    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    kind = next((kind for start, kind in _KINDS.items() if image.startswith(start)), "jpeg")
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
@@ -212,17 +216,24 @@ def _read_scores(answer: Any, items: Sequence[Item]) -> list[Scores | Judged]:
     got, want = [row.shape for row in scores], [(len(item.captions),) for item in items]
     if got != want:
         raise ValueError(f"scores of shapes {got}, want {want}")
-    if not {"versions", "wrong_spans"} & answer.keys():
+    # null, as a model with optional fields writes what it has none of, says no more than no key.
+    versions, spans = answer.get("versions"), answer.get("wrong_spans")
+    if versions is None and spans is None:
         return list(scores)
     none = [None] * len(items)
-    rows = zip(scores, answer.get("versions", none), answer.get("wrong_spans", none), strict=True)
+    rows = zip(
+        scores,
+        none if versions is None else versions,
+        none if spans is None else spans,
+        strict=True,
+    )
     return [
         Judged(
             some,
-            None if versions is None else tuple(int(v) for v in versions),
-            None if spans is None else tuple(tuple((int(a), int(b)) for a, b in s) for s in spans),
+            None if of is None else tuple(int(v) for v in of),
+            None if wrong is None else tuple(tuple((int(a), int(b)) for a, b in s) for s in wrong),
         )
-        for some, versions, spans in rows
+        for some, of, wrong in rows
     ]
 
 

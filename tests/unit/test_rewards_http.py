@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from rayrl.data.images import FORMATS
 from rayrl.rewards.http import ChatTerm, Client, HttpTerm, rating
-from rayrl.rewards.term import Failure, Item
+from rayrl.rewards.term import Failure, Item, Judged
 from rayrl.types import Prompt
 
 Answer = Callable[[dict[str, Any]], tuple[int, object]]
@@ -173,6 +177,30 @@ def chat(server: Server, answer: Callable[[str], str], **fields: Any) -> ChatTer
     server.answer = reply
     question = "Rate: {caption}\nRight are: {references}"
     return ChatTerm(client(server, **fields), "judge", question, scale=10.0)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_judge_is_told_what_kind_of_file_a_picture_is(server: Server, kind: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, kind)
+    pictured = item(0, "a cat")
+    prompt = replace(pictured.prompt, image=file.getvalue())
+    chat(server, lambda text: "3").score([replace(pictured, prompt=prompt)])
+    url = server.bodies[0]["messages"][0]["content"][0]["image_url"]["url"]
+    assert url.startswith(f"data:{Image.MIME[kind]};base64,")
+
+
+def test_what_a_server_has_none_of_may_be_null(server: Server) -> None:
+    term = HttpTerm(client(server), 8)
+    answer = {"scores": [[1, 2]], "versions": None, "wrong_spans": None}
+    server.answer = lambda body: (200, answer)
+    (scores,) = term.score([item(0, "a", "bb")])
+    assert isinstance(scores, np.ndarray) and scores.tolist() == [1.0, 2.0]
+    server.answer = lambda body: (200, {**answer, "versions": [[4, 5]]})
+    (judged,) = term.score([item(0, "a", "bb")])
+    assert isinstance(judged, Judged)
+    assert (judged.versions, judged.wrong_spans) == ((4, 5), None)
+    assert len(server.bodies) == 2
 
 
 def test_a_judge_is_asked_about_each_distinct_caption(server: Server) -> None:
