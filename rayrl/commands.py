@@ -66,6 +66,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     """`jobs/eval_coco.py`."""
     from rayrl.eval_cli import parse, read_config
 
+    find_here()
     options, overrides = parse(sys.argv[1:] if argv is None else argv)
     config = read_config(options, overrides)
     if options.checkpoint:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn, get_args
 from rayrl import cli, config_keys
 from rayrl.config import Config
 from rayrl.data.config import Split
-from rayrl.rewards.suite import METRICS
+from rayrl.rewards.suite import METRICS, metric
 
 PROGRAM = "eval_coco.py"
 
@@ -191,10 +191,10 @@ def _add_settings(add: Any) -> None:
     add(
         "--metrics",
         nargs="+",
-        choices=list(METRICS),
+        type=_metric,
         default=list(METRICS),
         metavar="NAME",
-        help=f"some of {', '.join(METRICS)}; default: all",
+        help=f"some of {', '.join(METRICS)}, or your own as module:function; default: all of those",
     )
     add("--clip", metavar="FOLDER", help="a local CLIP model, for CLIPScore")
     add(
@@ -218,6 +218,15 @@ def _add_settings(add: Any) -> None:
         help="default: beside the checkpoint or results file, NAME_eval_SPLIT, and _beamN or "
         "_samplesK after it",
     )
+
+
+def _metric(name: str) -> str:
+    """The name of a metric that there is."""
+    try:
+        metric(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
 
 
 def _positive(text: str) -> int:

@@ -1,10 +1,14 @@
-"""Where rewards and objectives of the user's own lie: modules named as `module:function`."""
+"""Where rewards, metrics and objectives of the user's own lie: functions named as
+`package.module:function`."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 WHERE = (
     "want it in the folder that the job is started from, or on PYTHONPATH; with ray job submit, in "
@@ -19,6 +23,21 @@ def find_here() -> None:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
+
+
+def imported(path: str) -> Callable[..., Any]:
+    """The function at ``package.module:function``; ValueError says which part is wrong."""
+    module_name, colon, name = path.partition(":")
+    if not (module_name and colon and name):
+        raise ValueError(f"function {path!r}, want package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"function {path!r}: no module {error.name!r}; {WHERE}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"function {path!r}: {module_name} has no function {name!r}")
+    return function  # type: ignore[no-any-return]
 
 
 def import_path() -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from rayrl.own_modules import WHERE
+from rayrl.own_modules import imported
 from rayrl.rewards.config import EnsembleConfig, FunctionConfig
 from rayrl.rewards.placed import TermConfig
 from rayrl.rewards.term import Failure, Item, Judged, Scores
@@ -72,22 +71,13 @@ def check_functions(terms: Mapping[str, TermConfig]) -> None:
 def load_function(path: str) -> RewardFunction:
     """The function at ``package.module:function``; ValueError says which part is wrong, or that it
     does not take captions and a prompt."""
-    module_name, colon, name = path.partition(":")
-    if not (module_name and colon and name):
-        raise ValueError(f"function {path!r}, want package.module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"function {path!r}: no module {error.name!r}; {WHERE}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"function {path!r}: {module_name} has no function {name!r}")
+    function = imported(path)
     try:
         signature = inspect.signature(function)
     except ValueError:  # one in C need not say what it takes
-        return function  # type: ignore[no-any-return]
+        return function
     try:
         signature.bind((), None)
     except TypeError as error:
         raise ValueError(f"function {path!r}, called with (captions, prompt): {error}") from error
-    return function  # type: ignore[no-any-return]
+    return function

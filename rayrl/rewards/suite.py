@@ -6,6 +6,7 @@ papers do.  A metric whose needs are missing is left out with the reason, never 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from rayrl.own_modules import imported
 from rayrl.rewards import diversity, ptb
 from rayrl.rewards.bleu import bleu
 from rayrl.rewards.cider import CiderD, DocumentFrequency
@@ -119,7 +121,10 @@ def _mean(name: str, scores: Array) -> dict[str, Result]:
     return {name: (float(scores.mean()), scores)}
 
 
-METRICS: Mapping[str, Callable[[CaptionSet], dict[str, Result]]] = {
+Metric = Callable[[CaptionSet], Mapping[str, Result]]
+"""One or more scores of captions, by name."""
+
+METRICS: Mapping[str, Metric] = {
     "bleu": _bleu,
     "meteor": _meteor,
     "rouge_l": _rouge_l,
@@ -157,22 +162,52 @@ class Evaluation:
         return "\n".join([f"{self.num_captions} captions, x100", *lines, self.signature])
 
 
-def evaluate(data: CaptionSet, metrics: Collection[str] = tuple(METRICS)) -> Evaluation:
-    """The scores of one caption an image.
+def metric(name: str) -> Metric:
+    """One of ``METRICS``, or one's own function, ``package.module:function``.
 
-    ValueError for an unknown metric, fewer than two images, or an image without references.
+    ValueError where there is none of that name."""
+    if ":" in name:
+        return functools.partial(_own, name, imported(name))
+    if name not in METRICS:
+        near = get_close_matches(name, METRICS, n=3)
+        raise ValueError(
+            f"metric {name!r}, want one of {near or sorted(METRICS)}, or package.module:function"
+        )
+    return METRICS[name]
+
+
+def _own(path: str, function: Metric, data: CaptionSet) -> dict[str, Result]:
+    """What one's own function gives, with the shapes that a metric has."""
+    results: dict[str, Result] = {}
+    for name, (score, each) in function(data).items():
+        array = None if each is None else np.asarray(each, dtype=np.float64)
+        if array is not None and array.shape != (len(data.captions),):
+            raise ValueError(
+                f"metric {path}: {name} of each caption has shape {array.shape}, "
+                f"want ({len(data.captions)},) or None"
+            )
+        results[name] = (float(score), array)
+    return results
+
+
+def evaluate(data: CaptionSet, metrics: Collection[str] = tuple(METRICS)) -> Evaluation:
+    """The scores of one caption an image; ``metrics`` are names for :func:`metric`.
+
+    ValueError for an unknown metric, two scores of one name, fewer than two images, or an image
+    without references.
     """
-    for name in metrics:
-        if name not in METRICS:
-            near = get_close_matches(name, METRICS, n=3)
-            raise ValueError(f"metric {name!r}, want one of {near or sorted(METRICS)}")
+    functions = {name: metric(name) for name in metrics}
     results: dict[str, Result] = {}
     left_out: dict[str, str] = {}
-    for name in metrics:
+    for name, function in functions.items():
         try:
-            results |= METRICS[name](data)
+            found = function(data)
         except (MetricUnavailable, OSError) as reason:
             left_out[name] = " ".join(str(reason).split())
+            continue
+        if twice := sorted(found.keys() & results.keys()):
+            raise ValueError(f"metric {name} gives {twice[0]}, which another one gave")
+        results |= found
     return Evaluation(
         scores={name: corpus for name, (corpus, _) in results.items()},
         captions={name: each for name, (_, each) in results.items() if each is not None},

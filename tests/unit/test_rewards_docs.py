@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 
 from rayrl.config import Config
 from rayrl.eval_cli import parse
+from rayrl.rewards.bootstrap import compare
 from rayrl.rewards.clipscore import ClipScore
 from rayrl.rewards.config import KINDS, RewardConfig
 from rayrl.rewards.java import MetricUnavailable
 from rayrl.rewards.score import Scorer
 from rayrl.rewards.statistics import reward_statistics
-from rayrl.rewards.suite import METRICS
+from rayrl.rewards.suite import METRICS, CaptionSet, evaluate
 from rayrl.types import Completion, Prompt, RolloutGroup, ScoredGroup
 from tests.unit.test_rewards_clipscore import picture, tiny_clip
 
@@ -194,6 +195,20 @@ def test_every_command_is_understood() -> None:
 def test_every_name_that_metrics_takes_is_there() -> None:
     (names,) = re.findall(r"^`--metrics` computes some of them: (.*?); all", TEXT, re.M | re.S)
     assert re.findall(r"`(\w+)`", names) == list(METRICS)
+
+
+def test_a_metric_of_ones_own_is_scored_and_compared(modules) -> None:
+    modules("my_metrics")
+    (line,) = re.findall(r"^    python jobs/eval_coco.py (.*)$", TEXT, re.MULTILINE)
+    names = parse(shlex.split(line))[0].metrics
+    assert names == ["cider_d", "my_metrics:colours"]
+    a = CaptionSet(["a brown dog", "a boat"], REFERENCES)
+    b = CaptionSet(["a blue dog", "a boat"], REFERENCES)
+    assert evaluate(a, names).scores["right_colours"] == 1.0
+    evaluation = evaluate(b, names)
+    assert evaluation.captions["right_colours"].tolist() == [0.0, 1.0]
+    assert re.search(r"^right_colours +50\.00$", evaluation.table(), re.MULTILINE)
+    assert compare(a, b, names)[0]["right_colours"].difference == -0.5
 
 
 def test_the_flag_in_the_text_is_understood() -> None:

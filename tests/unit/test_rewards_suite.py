@@ -151,6 +151,26 @@ def test_novel_captions_are_counted_where_training_captions_are_given() -> None:
     assert evaluate(data, ("health",)).scores["novel"] == 0.5
 
 
+def of_two(data: CaptionSet) -> dict:
+    return {"mine": (0.5, np.zeros(2))}
+
+
+def rouge_again(data: CaptionSet) -> dict:
+    return {"rouge_l": (0.5, None)}
+
+
+def test_a_metric_of_ones_own_gives_a_score_a_caption_under_a_name_of_its_own() -> None:
+    data = CaptionSet(["a", "b", "c"], [["a"]] * 3)
+    message = r"of_two: mine of each caption has shape \(2,\), want \(3,\) or None"
+    with pytest.raises(ValueError, match=message):
+        evaluate(data, (f"{__name__}:of_two",))
+    assert evaluate(data, (f"{__name__}:rouge_again",)).scores == {"rouge_l": 0.5}
+    with pytest.raises(ValueError, match="rouge_again gives rouge_l, which another one gave"):
+        evaluate(data, ("rouge_l", f"{__name__}:rouge_again"))
+    with pytest.raises(ValueError, match="has no function 'no_such'"):
+        evaluate(data, (f"{__name__}:no_such",))
+
+
 def test_unknown_metrics_and_wrong_sizes_are_refused() -> None:
     data = CaptionSet(["a"], [["a"]])
     with pytest.raises(ValueError, match=r"metric 'cider', want one of \['cider_d'"):
