@@ -222,10 +222,6 @@ class TrainBatch:
         """[P,G] which captions exist: a group may have fewer than others."""
         return np.asarray(self.mask.any(-1))
 
-    @property
-    def num_tokens(self) -> int:
-        return int(self.mask.sum())
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepReport:

@@ -7,7 +7,6 @@ engines and the learner read it through this module, so that both see the same p
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -327,11 +326,3 @@ def caption_prefix_ids(processor: Any, caption: str) -> list[int]:
     ids = processor.tokenizer(f" {caption.strip()}", add_special_tokens=False)["input_ids"]
     special = set(processor.tokenizer.all_special_ids)
     return list(itertools.takewhile(lambda token: token not in special, ids))
-
-
-def model_name(path: str | Path) -> str:
-    """The architecture named in a model folder's config.json, for messages."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no config.json, so this is not a model folder")
-    return str(json.loads(file.read_text()).get("architectures", ["unknown"])[0])

@@ -116,10 +116,6 @@ class Learner:
         """Versions count steps: the stage-1 model is version 0."""
         return self.step
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.policy.model.parameters())
-
     def update(self, batch: TrainBatch) -> StepReport:
         """Train on one step's groups and move to the next weight version.
 

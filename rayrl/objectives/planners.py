@@ -80,22 +80,6 @@ def change_strength(rewards: npt.ArrayLike, running_mean: float) -> Floats:
     return np.asarray(rewards, np.float64).mean(1) - running_mean
 
 
-def branch(
-    *, tree_depths: Sequence[int], tree_width: int, max_tokens: int = 20
-) -> tuple[list[int], int]:
-    """Copies at each depth of a tree of captions that branch ``tree_width`` ways at each of
-    ``tree_depths`` tokens, and the tokens to generate: leaves share prefixes (Dynamic-TreeRPO, read
-    in its abstract)."""
-    ends = [*tree_depths, max_tokens]
-    copies = [tree_width**k for k in range(1, len(ends))]
-    starts = [0, *tree_depths]
-    widths = [1, *copies]
-    tokens = sum(
-        width * (end - start) for width, start, end in zip(widths, starts, ends, strict=True)
-    )
-    return copies, tokens
-
-
 def replace_worst(
     rewards: npt.ArrayLike, hinted_rewards: npt.ArrayLike, *, injected: int
 ) -> list[tuple[int, int]]:

@@ -9,7 +9,6 @@ from rayrl.objectives.plan import part
 from rayrl.objectives.preset_base import CLIPPED, MAX_TOKENS, REINFORCE, Preset
 
 K3 = part("kl_k3", kl_coef=0.04)
-NORMALIZE = part("group_normalize", eps=1e-4, ddof=1)
 
 CORE: Mapping[str, Preset] = {
     "grpo": Preset(

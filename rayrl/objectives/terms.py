@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -18,28 +18,6 @@ def counted(
     """The terms [P,G] that an objective counts: those whose weight under reward.terms is not 0, for
     that says to log a term only, and those that a parameter has ``named``."""
     return {k: v for k, v in terms.items() if k in named or weights.get(k, 1.0) != 0}
-
-
-def clip_score(cosine: Tensor) -> Tensor:
-    """2.5 max(cos, 0) of an image's and a caption's CLIP embeddings (CLIPScore, 2104.08718)."""
-    return 2.5 * cosine.clamp(min=0)
-
-
-def word_accuracy(words: Sequence[str], reference: Sequence[str]) -> float:
-    """1 - word error rate against one reference, its edit distance over its length: the reward of
-    GRPO for speech recognition (read in its abstract).  Below 0 for captions much too long.
-
-    Raises ValueError on an empty reference."""
-    if not reference:
-        raise ValueError("word_accuracy: the reference has no words")
-    distances = list(range(len(reference) + 1))
-    for i, word in enumerate(words, 1):
-        diagonal, distances[0] = distances[0], i
-        for j, other in enumerate(reference, 1):
-            substitute = diagonal + (word != other)
-            diagonal = distances[j]
-            distances[j] = min(substitute, distances[j] + 1, distances[j - 1] + 1)
-    return 1 - distances[-1] / len(reference)
 
 
 def calibrated(rewards: Tensor, confidence: Tensor, mean: float) -> Tensor:

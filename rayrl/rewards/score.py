@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rayrl.rewards import ptb
 from rayrl.rewards.build import build_terms
-from rayrl.rewards.cider import CiderD, DocumentFrequency
+from rayrl.rewards.cider import DocumentFrequency
 from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.extras import extra_items, group_similarity
 from rayrl.rewards.judgements import judgements, satisfied
@@ -219,11 +218,3 @@ def _item(
         finished=tuple(completion.finish_reason == "stop" for completion in completions),
         step_df=step_df,
     )
-
-
-def corpus_cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """CIDEr-D of a held-out set, 0..10, as pycocoevalcap reports it: PTB tokens, no ``<eos>``,
-    document frequencies from the references of this set.  Raw text; one caption an image."""
-    tokenized = [[ptb.tokenize(text) for text in some] for some in references]
-    df = DocumentFrequency.from_references(tokenized, source="corpus")
-    return float(CiderD(df).score([ptb.tokenize(text) for text in captions], tokenized).mean())

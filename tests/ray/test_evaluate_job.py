@@ -36,7 +36,7 @@ def test_a_checkpoint_is_captioned_greedily_sampled_and_scored(
     from rayrl.data.references import load_captions
     from rayrl.engine.base import EngineSetup, make_engine
     from rayrl.rewards import ptb
-    from rayrl.rewards.score import corpus_cider_d
+    from rayrl.rewards.suite import CaptionSet, evaluate
     from rayrl.vlm import load_captioner
     from rayrl.weights import pack
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_is_captioned_greedily_sampled_and_scored(
     assert list(captions) == list(data.ids)
     assert list(captions.values()) == want
     assert len(set(want)) > 1
-    score = 100 * corpus_cider_d(want, data.references())
+    score = 100 * evaluate(CaptionSet(want, data.references()), ["cider_d"]).scores["cider_d"]
     assert metrics["scores"]["cider_d"] == pytest.approx(score, abs=1e-9)
     assert metrics["decoding"] == {
         "method": "greedy",

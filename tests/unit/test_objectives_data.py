@@ -187,12 +187,6 @@ def test_changes_of_easy_and_hard_images() -> None:
     assert planners.change_strength(rewards, 0.6) == pytest.approx([0.3, -0.2])
 
 
-def test_tokens_of_a_tree_with_two_suffixes_for_each_of_two_prefixes() -> None:
-    copies, tokens = planners.branch(tree_depths=(0, 5), tree_width=2, max_tokens=10)
-    assert (copies, tokens) == ([2, 4], 2 * 5 + 4 * 5)
-    assert planners.branch(tree_depths=(0,), tree_width=4, max_tokens=10) == ([4], 40)
-
-
 def test_hinted_captions_replace_worse_ones() -> None:
     got = planners.replace_worst([0.0, 0.5, 0.1], [0.05, 0.9, 0.2], injected=2)
     assert got == [(0, 1), (2, 2)]

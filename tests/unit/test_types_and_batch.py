@@ -52,7 +52,6 @@ def test_a_batch_pads_with_a_mask_from_lengths_not_from_ids():
     assert batch.mask.astype(int).tolist() == [[[1, 1, 1], [1, 0, 0]], [[1, 1, 0], [1, 1, 0]]]
     assert batch.token_ids[0, 0].tolist() == [0, 5, 0]
     assert batch.rollout_logprobs[1, 1].tolist() == [-1.0, -2.0, 0.0]
-    assert batch.num_tokens == 8
     assert batch.truncated.tolist() == [[False, True], [False, False]]
     assert batch.weight_versions.tolist() == [[3, 3], [3, 2]]
     assert batch.rewards.tolist() == [[1.0, 2.0], [0.5, 0.25]]
@@ -78,7 +77,6 @@ def test_smaller_groups_end_in_rows_without_a_caption():
     assert batch.rewards.tolist() == [[1, 2], [5, 0]]
     assert batch.terms["cider_d"].tolist() == [[1, 2], [5, 0]]
     assert batch.truncated.tolist() == [[False, False], [True, False]]
-    assert batch.num_tokens == 4
 
 
 def test_rows_without_a_token_are_refused_before_a_caption():

@@ -19,7 +19,6 @@ from rayrl.vlm import (
     choose_trainable,
     eos_ids,
     load_captioner,
-    model_name,
     part_of,
     prompt_inputs,
 )
@@ -225,9 +224,3 @@ def test_pictures_are_kept_in_few_bytes(captioner):
     assert other["pixel_attention_mask"].dtype == torch.bool
     assert torch.equal(one["pixel_values"].bfloat16(), other["pixel_values"])
     assert half._bytes < 0.6 * whole._bytes
-
-
-def test_a_folder_that_holds_no_model_is_named(tmp_path, tiny_folder):
-    assert model_name(tiny_folder) == "Idefics3ForConditionalGeneration"
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        model_name(tmp_path)
