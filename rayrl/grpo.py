@@ -52,8 +52,8 @@ from rayrl.xe_curve import XeCurve
 @dataclass
 class Run:
     """The parts of a run: workers, data, logs.  The driver owns it and is the only writer of the
-    run folder.  ``base`` is the folder of the stage-1 model; ``unlogged`` are a step that was
-    trained and what is known of it, until that is logged."""
+    run folder.  ``base`` is the folder of the stage-1 model; ``unlogged`` a step that was trained
+    and is not logged yet, with its metrics so far."""
 
     config: Config
     folder: Path
@@ -124,7 +124,7 @@ def train(run: Run, start: int) -> int:
         if last or is_due(run, version):
             with run.phases("save"):
                 save(run, last=last)
-    if run.saved_step != version > start:
+    if version > start and run.saved_step != version:
         # The request to stop came after the step had decided that it was not the last.
         save(run, last=True)
     run.fleet.confirm(version)

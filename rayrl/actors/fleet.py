@@ -160,7 +160,8 @@ class Fleet:
         """While entered, an engine that shares the learner's GPU has left it; where it was there it
         comes back with the version that it had, if any.  It waits for no engine: one that is begun
         may be waiting for the learner's weights."""
-        # It is also owed to one that was put to sleep for an attempt that failed.
+        # One that is asleep already is woken too where an attempt before this put it to sleep and
+        # then failed, which left out the end of this method.
         self._to_wake = self._to_wake or not self._asleep
         if not self._asleep:
             self._put_to_sleep()

@@ -47,8 +47,8 @@ def lost_its_gpu(error: BaseException | None) -> bool:
 
 
 def wants_another(error: BaseException | None) -> bool:
-    """Whether a process failed for want of another one that takes its steps with it, and not by
-    itself, as where its GPU has too little memory, of which all would fail again."""
+    """Whether a process failed because another one that takes part in its steps is gone or does not
+    answer.  Too little memory on its own GPU is not that: any process in its place would fail."""
     import torch  # a driver need not load it before
 
     if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):

@@ -179,6 +179,7 @@ def test_messages_in_the_table_of_failures_are_in_the_code():
     for message in (
         "does not compute with the weights of version",
         "groups of the step were dropped",
+        "the rewards cannot score",
         "gave up after",
         "s are ready, want at least",
         "waiting for room for",
