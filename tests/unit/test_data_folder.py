@@ -86,7 +86,7 @@ def test_the_first_of_what_is_skipped_are_named_in_the_log(coco, tmp_path, caplo
 
     with caplog.at_level(logging.WARNING):
         load_split(coco(many), "train")
-    assert "5 corrupt image (20, 21, 22, …)" in caplog.text
+    assert "5 image of another format (20, 21, 22, …)" in caplog.text
 
 
 def test_a_source_without_a_usable_image_is_an_error_that_names_the_first(coco, tmp_path):
