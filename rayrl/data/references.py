@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rayrl.data.annotations import Record, read_coco, read_karpathy
+from rayrl.data.annotations import (
+    Record,
+    caption_in,
+    encodable,
+    holds_textcaps,
+    parse_coco,
+    parse_karpathy,
+)
 from rayrl.data.config import DataConfig, Split
 from rayrl.data.dataset import Dataset
 from rayrl.data.folder import coco_records, karpathy_records
+from rayrl.data.json_file import NamesTwice, read_json
 from rayrl.data.load import load_split
 from rayrl.data.rejections import Rejections, clean_captions
 
 
 def load_references(path: Path, split: Split) -> Dataset:
-    """The references of a COCO captions file, of one split of a Karpathy file, or of an object of
-    image to captions.  Reading an image of this data set raises ValueError.
+    """The references of a COCO captions or TextCaps file, of one split of a Karpathy file, or of an
+    object of image to captions.  Reading an image of this data set raises ValueError.
 
     Raises FileNotFoundError or ValueError, naming the place, for anything else.
     """
     rejections = Rejections()
-    content = _read_json(path)
-    if "annotations" in content:
-        records = read_coco(path, rejections, with_files=False)
+    content = _read(path)
+    if "annotations" in content or holds_textcaps(content):
+        records = parse_coco(content, path, rejections, with_files=False)
     elif "images" in content:
-        records = read_karpathy(path, split, rejections)
+        records = parse_karpathy(content, path, split, rejections)
     else:
         records = _plain(path, content, rejections)
     if not records:
@@ -67,13 +74,10 @@ def load_captions(config: DataConfig, split: Split) -> list[str]:
     return [caption for captions in load_split(config, split).captions for caption in captions]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of references")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: holds a {type(content).__name__}, want the references: a COCO captions file, "
@@ -83,10 +87,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _plain(path: Path, content: dict[str, Any], rejections: Rejections) -> list[Record]:
+    """An object of image to captions, each a text or, as pycocoevalcap holds them, in a mapping."""
+    if isinstance(content, NamesTwice):
+        raise ValueError(f"{path}: image {content.twice} is there twice")
     records = []
-    for image, captions in content.items():
-        if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-            raise ValueError(f"{path}: image {image} has {captions!r:.60}, want a list of captions")
-        if kept := clean_captions(image, captions, rejections):
+    for image, found in content.items():
+        captions = [caption_in(one) for one in found] if isinstance(found, list) else [None]
+        texts = [caption for caption in captions if caption is not None]
+        if len(texts) < len(captions):
+            raise ValueError(f"{path}: image {image} has {found!r:.60}, want a list of captions")
+        if kept := clean_captions(encodable(image, f"{path}"), texts, rejections):
             records.append(Record(image, "", kept))
     return records

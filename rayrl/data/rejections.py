@@ -70,10 +70,15 @@ class Rejections:
 
 def clean_captions(item: str, captions: list[str], rejections: Rejections) -> tuple[str, ...]:
     """Captions on one line each; empty ones are rejected, and an image that has none left too."""
-    cleaned = tuple(" ".join(caption.split()) for caption in captions)
+    cleaned = tuple(" ".join(whole_characters(caption).split()) for caption in captions)
     kept = tuple(caption for caption in cleaned if caption)
     for _ in range(len(cleaned) - len(kept)):
         rejections.add(item, "empty caption")
     if not kept:
         rejections.add(item, "image without captions")
     return kept
+
+
+def whole_characters(caption: str) -> str:
+    """A caption without lone surrogates, the halves of a cut emoji, which no file can hold."""
+    return caption.encode(errors="ignore").decode()

@@ -7,21 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayrl.data.annotations import caption_in
+from rayrl.data.json_file import NamesTwice, read_json
+from rayrl.data.rejections import whole_characters
+
 ImageId = int | str
 
 
 def read_results(path: str | Path) -> dict[ImageId, str]:
     """A results file: a JSON list of ``{"image_id": ..., "caption": ...}``, one for each image, or
-    an object of image to caption.  ValueError names the first wrong entry."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        loaded = json.loads(text, object_pairs_hook=_Object)
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if isinstance(loaded, _Object):
+    an object of image to caption, which may be in a list of one and in ``{"caption": ...}``, as
+    pycocoevalcap holds it.  ValueError names the first wrong entry."""
+    loaded = read_json(Path(path))
+    if isinstance(loaded, dict):
         if isinstance(loaded.get("images"), list):
             raise ValueError(f"{path}: holds annotations, want results; is it for --references?")
-        loaded = [{"image_id": image, "caption": caption} for image, caption in loaded.pairs]
+        if isinstance(loaded, NamesTwice):
+            raise ValueError(_two_captions(path, loaded.twice))
+        loaded = [{"image_id": image, "caption": _only(given)} for image, given in loaded.items()]
     if not isinstance(loaded, list):
         raise ValueError(f"{path}: holds {type(loaded).__name__}, want a list of results")
     captions: dict[ImageId, str] = {}
@@ -29,22 +32,27 @@ def read_results(path: str | Path) -> dict[ImageId, str]:
         if not isinstance(entry, dict) or not {"image_id", "caption"} <= set(entry):
             raise ValueError(f"{path}: entry {i} is {entry!r:.60}, want image_id and caption")
         image, caption = entry["image_id"], entry["caption"]
+        if isinstance(image, float) and image.is_integer():
+            image = int(image)
         if not isinstance(image, int | str) or isinstance(image, bool):
             raise ValueError(f"{path}: entry {i} has image_id {image!r:.60}, want an int or a str")
         if not isinstance(caption, str):
             raise ValueError(f"{path}: image {image} has caption {caption!r:.60}, want one str")
         if image in captions:
-            raise ValueError(f"{path}: image {image} has two captions, want one for each image")
-        captions[image] = caption
+            raise ValueError(_two_captions(path, image))
+        captions[image] = whole_characters(caption)
     return captions
 
 
-class _Object(dict[str, Any]):
-    """A JSON object that knows of keys which it holds twice."""
+def _only(given: Any) -> Any:
+    """The caption of an image; what was given where it is not one."""
+    one = given[0] if isinstance(given, list) and len(given) == 1 else given
+    caption = caption_in(one)
+    return given if caption is None else caption
 
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        self.pairs = pairs
+
+def _two_captions(path: str | Path, image: ImageId) -> str:
+    return f"{path}: image {image} has two captions, want one for each image"
 
 
 def write_results(path: str | Path, captions: Mapping[ImageId, str]) -> None:

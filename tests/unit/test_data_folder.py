@@ -1,5 +1,6 @@
 """COCO and Karpathy files with an image folder, good and bad."""
 
+import gzip
 import io
 import json
 import logging
@@ -139,7 +140,10 @@ def name(value):
         (name(""), "not inside the image folder"),
         (name(5), r"images\[0\]\.file_name: 5, want a text"),
         (lambda c: c["images"][1].update(id=7), r"images\[1\]: duplicate id 7"),
-        (lambda c: c["images"][1].update(id=None), r"images\[1\]: id is None, want a number or a"),
+        (lambda c: c["images"][1].update(id=None), r"images\[1\]: id is None, want a whole number"),
+        (lambda c: c["images"][1].update(id=1.5), r"images\[1\]: id is 1.5, want a whole number"),
+        (lambda c: c["images"][1].update(id="a\ud83d"), r"id: 'a\\ud83d' holds half a character"),
+        (name("a\ud83d.jpg"), r"images\[0\]: 'a\\ud83d.jpg' holds half a character"),
         (lambda c: c["images"].append(3), r"images\[3\]: 3, want a mapping"),
         (lambda c: c.pop("annotations"), "no annotations; it has images"),
         (lambda c: c.update(images={}), "images: {}, want a list"),
@@ -185,6 +189,80 @@ def test_a_byte_order_mark_is_no_error(coco, tmp_path):
     file = tmp_path / "captions_train.json"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert len(load_split(config, "train")) == 2
+
+
+def test_a_half_of_a_character_is_cut_off_a_caption(coco):
+    """What JSON may hold of an emoji that was cut, and no file in UTF-8 can."""
+    data = load_split(coco(lambda c: c["annotations"][0].update(caption="smile \ud83d")), "train")
+    assert data.references()[1] == ["smile"]
+    assert data.fingerprint()
+
+
+def test_what_vizwiz_says_is_no_caption_is_counted_and_left_out(coco):
+    def judged(content) -> None:
+        first, second, _, fourth, _ = content["annotations"]
+        first.update(is_rejected=False, is_precanned=False)
+        second.update(is_rejected=True, is_precanned=False)
+        fourth.update(is_rejected=False, is_precanned=True)
+        content["annotations"].append({"image_id": 7, "caption": "kept"})
+
+    data = load_split(coco(judged), "train")
+    assert data.references() == [["kept"], ["a blue thing"]]
+    assert data.rejected["rejected caption"] == data.rejected["canned caption"] == 1
+
+
+def test_numbers_of_a_column_with_gaps_are_whole(coco):
+    def as_pandas_writes_them(content) -> None:
+        for image in content["images"]:
+            image["id"] = float(image["id"])
+
+    assert list(load_split(coco(as_pandas_writes_them), "train").ids) == ["7", "9"]
+
+
+def test_annotations_may_be_compressed(coco, tmp_path, monkeypatch):
+    config = coco()
+    want = load_split(config, "train").fingerprint()
+    file = tmp_path / "captions_train.json"
+    packed = gzip.compress(file.read_bytes())
+    file.write_bytes(packed)
+    assert load_split(config, "train").fingerprint() == want
+    file.write_bytes(packed[:-30])
+    with pytest.raises(ValueError, match=r"captions_train.json: not a whole gzip file: "):
+        load_split(config, "train")
+    file.write_bytes(packed)
+    monkeypatch.setattr("rayrl.data.json_file.MAX_UNPACKED", 100)
+    with pytest.raises(ValueError, match=r"captions_train.json: unpacks to more than 100 bytes"):
+        load_split(config, "train")
+
+
+def textcaps(**changes) -> dict:
+    """Two images with an entry for each of their captions."""
+    captions = {"0a": ["a red sign", "stop"], "0b": ["a clock"]}
+    entries = [
+        {"image_id": image, "caption_str": text, "reference_strs": texts}
+        for image, texts in captions.items()
+        for text in texts
+    ]
+    entries[-1].update(changes)
+    return {"dataset_name": "textcaps", "data": entries}
+
+
+def test_textcaps_says_the_captions_of_an_image_once_for_each(tmp_path):
+    write_image(tmp_path / "0a.jpg", "red")
+    write_image(tmp_path / "0b.jpg", "white")
+    (tmp_path / "train.json").write_text(json.dumps(textcaps()))
+    config = DataConfig(source="coco", path=str(tmp_path / "train.json"), images=str(tmp_path))
+    data = load_split(config, "train")
+    assert list(data.ids) == ["0a", "0b"]
+    assert data.references() == [["a red sign", "stop"], ["a clock"]]
+    for changes, message in (
+        ({"image_id": "../0b"}, r"data\[2\]: file name '../0b' is not inside"),
+        ({"image_id": "0a"}, r"data\[2\]: other reference_strs for image 0a than before"),
+        ({"reference_strs": [3]}, r"data\[2\].reference_strs\[0\]: 3, want a text"),
+    ):
+        (tmp_path / "train.json").write_text(json.dumps(textcaps(**changes)))
+        with pytest.raises(ValueError, match=message):
+            load_split(config, "train")
 
 
 @pytest.fixture

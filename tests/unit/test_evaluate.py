@@ -359,12 +359,20 @@ def test_references_come_from_coco_karpathy_or_plain_files(folder):
     ]
     write("karpathy.json", {"images": images})
     write("plain.json", REFERENCES)
+    # As pycocoevalcap's scorers take it, and as TextCaps writes it.
+    held = {i: [{"caption": text, "id": 1} for text in texts] for i, texts in REFERENCES.items()}
+    write("held.json", held)
+    entries = [{"image_id": i, "reference_strs": texts} for i, texts in REFERENCES.items()]
+    write("textcaps.json", {"dataset_type": "val", "data": [*entries, *entries]})
     coco = json.loads(Path("references.json").read_text())
     # As it is written for pycocoevalcap alone, which looks at no file.
     write("no_files.json", {**coco, "images": [{"id": image["id"]} for image in coco["images"]]})
     found = [
         load_references(Path(name), "test")
-        for name in ("references.json", "no_files.json", "karpathy.json", "plain.json")
+        for name in (
+            *("references.json", "no_files.json", "karpathy.json"),
+            *("plain.json", "held.json", "textcaps.json"),
+        )
     ]
     for data in found:
         assert dict(zip(data.ids, data.references(), strict=True)) == REFERENCES
@@ -373,6 +381,30 @@ def test_references_come_from_coco_karpathy_or_plain_files(folder):
         load_references(Path("karpathy.json"), "val")
     with pytest.raises(ValueError, match="references of 8, not its image"):
         found[0][1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"7": ["a"], "8": ["b"], "7": ["c"]}', "image 7 is there twice"),
+        ('{"7": [{"text": "a"}]}', r"image 7 has \[{'text': 'a'}\], want a list of captions"),
+        ('{"7": {"caption": "a"}}', r"image 7 has {'caption': 'a'}, want a list of captions"),
+        ('{"7\\ud83d": ["a"]}', r"'7\\ud83d' holds half a character"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"data": [{"image_id": 7}]}', r"data\[0\]: no reference_strs; it has image_id"),
+    ],
+)
+def test_references_that_are_wrong_name_the_place(folder, content, message):
+    Path("wrong.json").write_text(content)
+    with pytest.raises(ValueError, match=f"^wrong.json: {message}"):
+        load_references(Path("wrong.json"), "val")
+
+
+def test_references_are_parsed_once(folder, monkeypatch):
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda *a, **k: parsed.append(a) or loads(*a, **k))
+    assert len(load_references(Path("references.json"), "val")) == len(REFERENCES)
+    assert len(parsed) == 1
 
 
 def test_captions_of_an_annotated_folder_are_read_without_its_images(folder):

@@ -214,7 +214,10 @@ def test_results_survive_a_round_trip_with_number_ids(tmp_path: Path) -> None:
         {"image_id": "b", "caption": "a boat"},
     ]
     assert read_results(tmp_path / "r.json") == {391895: "a man", "b": "a boat"}
-    assert read_results(write(tmp_path / "d.json", {"x": "a dog"})) == {"x": "a dog"}
+    for given in ("a dog", ["a dog"], [{"image_id": "x", "caption": "a dog"}]):
+        assert read_results(write(tmp_path / "d.json", {"x": given})) == {"x": "a dog"}
+    odd = [{"image_id": 7.0, "caption": "a dog \ud83d"}]
+    assert read_results(write(tmp_path / "d.json", odd)) == {7: "a dog "}
 
 
 @pytest.mark.parametrize(
@@ -225,6 +228,8 @@ def test_results_survive_a_round_trip_with_number_ids(tmp_path: Path) -> None:
         (["a"], "entry 0 is 'a'"),
         ([{"image_id": 1.5, "caption": "a"}], "image_id 1.5, want an int or a str"),
         ([{"image_id": 1, "caption": ["a"]}], r"image 1 has caption \['a'\], want one str"),
+        ({"1": ["a", "b"]}, r"image 1 has caption \['a', 'b'\], want one str"),
+        ({"1": []}, r"image 1 has caption \[\], want one str"),
         ([{"image_id": 1, "caption": "a"}] * 2, "image 1 has two captions"),
         ([{"image_id": True, "caption": "a"}], "image_id True, want an int or a str"),
     ],
@@ -239,10 +244,13 @@ def test_results_that_are_not_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"r\.json: not JSON"):
         read_results(tmp_path / "r.json")
     (tmp_path / "r.json").write_bytes('{"1": "größe"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"r\.json: not JSON \('utf-8' codec"):
+    with pytest.raises(ValueError, match=r"r\.json: not UTF-8: byte 0xf6 at 9"):
         read_results(tmp_path / "r.json")
     (tmp_path / "r.json").write_text('{"1": "a", "2": "b", "1": "c"}')
     with pytest.raises(ValueError, match="image 1 has two captions"):
+        read_results(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"r\.json: nested too deeply"):
         read_results(tmp_path / "r.json")
 
 
