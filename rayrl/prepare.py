@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except ValidationError as error:
         first = error.errors()[0]
-        option = "".join(f"--{name} ".replace("_", "-") for name in first["loc"][:1])
+        names = [{"max_train": "max_images"}.get(str(name), name) for name in first["loc"][:1]]
+        option = "".join(f"--{name} ".replace("_", "-") for name in names)
         parser.error(option + str(first["msg"]).removeprefix("Value error, "))
     started = False
     try:
@@ -137,6 +138,8 @@ def _read_all(
         if (output / split).exists():
             raise FileExistsError(f"{output / split}: already there; remove it first")
         records, rejections = READERS[config.source](config, split)
+        if not records:
+            raise rejections.nothing_left(config.path_of(split))
         work.append((split, records[: config.limit(split) or len(records)], rejections))
     return work
 

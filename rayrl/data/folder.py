@@ -55,6 +55,8 @@ def image_folder(config: DataConfig, split: Split) -> Path:
 def _load(
     config: DataConfig, split: Split, records: list[Record], rejections: Rejections
 ) -> Dataset:
+    if not records:
+        raise rejections.nothing_left(config.path_of(split))
     folder = image_folder(config, split)
     limit = config.limit(split)
     if min(len(records), limit or len(records)) > MANY:

@@ -371,3 +371,28 @@ def test_one_file_is_not_prepared_as_two_splits(coco, tmp_path, capsys):
     assert f"--path {path}: train and val would be the same images" in capsys.readouterr().err
     alone = config.model_copy(update={"path": path})
     assert not alone.same_for("train") and alone.same_for("train", "val")
+
+
+def test_annotations_without_a_caption_are_one_line(karpathy, tmp_path, capsys):
+    """Where they are prepared, nothing is started for them."""
+
+    def blank(images) -> None:
+        for image in images:
+            image["sentences"] = [{"raw": " "}]
+
+    config = karpathy(blank)
+    said = f"{config.path}: no usable image: 3 empty caption, 3 image without captions; such as 100"
+    with pytest.raises(ValueError) as raised:
+        load_split(config, "train")
+    assert str(raised.value) == said
+    flags = ["--source", "karpathy", "--path", config.path, "--images", config.images]
+    with pytest.raises(SystemExit):
+        prepare.main([*flags, "--output", str(tmp_path / "out")])
+    assert said in capsys.readouterr().err
+
+
+def test_a_wrong_number_of_images_is_named_by_the_flag_that_was_given(tmp_path, capsys):
+    flags = ["--source", "karpathy", "--path", "a", "--images", "b", "--max-images", "-1"]
+    with pytest.raises(SystemExit):
+        prepare.main([*flags, "--output", str(tmp_path / "out")])
+    assert "error: --max-images Input should be greater" in capsys.readouterr().err
