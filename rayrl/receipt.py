@@ -24,6 +24,7 @@ RUN = "run.json"
 _MADE_OF = ("seed", "data.", "model.", "xe.", "sampling.max_tokens")
 _FREE = {
     "data.max_val",
+    "data.val_path",
     "data.scenes.num_val",
     "data.scenes.num_test",
     "model.trust_remote_code",

@@ -28,10 +28,22 @@ class ScenesConfig(Section):
     """Pictures and captions are a function of this seed."""
 
 
+class ColumnsConfig(Section):
+    """What the columns of Parquet shards are called, where it is not what they are here."""
+
+    image_id: str = "image_id"
+    """Text or whole numbers that name the images.  Empty where no column does: an image is then
+    named by its row's place in the split, as in `00000042`."""
+    image: str = Field(default="image", min_length=1)
+    """Image files: bytes, or a struct that has them in `bytes`."""
+    captions: str = Field(default="captions", min_length=1)
+    """Lists of texts, or a text."""
+
+
 class DataConfig(Section):
     """Images with their reference captions.
 
-    `{split}` in `path` and `images` stands for train, val or test, as in
+    `{split}` in `path`, `val_path` and `images` stands for train, val or test, as in
     `path: flickr8k/{split}.parquet`, or `path: captions_{split}2014.json` with
     `images: coco/{split}2014`.
     """
@@ -41,7 +53,11 @@ class DataConfig(Section):
     `karpathy` (dataset_*.json and an image folder)."""
     path: str = ""
     """The Parquet file or folder of shards (also `s3://…`, `gs://…`), or the annotation file; with
-    `{split}` in it where each split has its own.  Refused with `scenes`."""
+    `{split}` in it where each split has its own.  `*` in the path of shards stands for any part of
+    a name.  Refused with `scenes`."""
+    val_path: str = ""
+    """The same for what is held out, validation and test, where it is not called as in `path`:
+    with `{split}` in it, or of validation alone.  Empty: `path`."""
     images: str = ""
     """The image folder of `coco` and `karpathy`."""
     instruction: str = Field(default="Describe the image.", min_length=1)
@@ -57,10 +73,12 @@ class DataConfig(Section):
     """A larger image file is rejected unread."""
     max_image_pixels: int = Field(default=64_000_000, ge=1, le=MAX_PIXELS)
     """An image of more pixels is rejected before it is decoded."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """The columns of Parquet shards."""
     scenes: ScenesConfig = ScenesConfig()
     """The generated data set."""
 
-    @field_validator("path")
+    @field_validator("path", "val_path")
     @classmethod
     def _no_credentials(cls, path: str) -> str:
         return refuse_credentials(path)
@@ -76,7 +94,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _scenes_have_no_paths(self) -> DataConfig:
-        for name, value in (("path", self.path), ("images", self.images)):
+        for name in ("path", "val_path", "images"):
+            value = getattr(self, name)
             if self.source == "scenes" and value:
                 raise ValueError(
                     f"{name} {value} with source scenes, which draws its own pictures: want source "
@@ -89,8 +108,15 @@ class DataConfig(Section):
         return self.max_train if split == "train" else self.max_val
 
     def path_of(self, split: Split) -> str:
-        """`path` for a split."""
-        return self.path.replace("{split}", split)
+        """The path of a split.  Raises ValueError for a test split that no path is of."""
+        if split == "train" or not self.val_path:
+            return self.path.replace("{split}", split)
+        if split == "test" and "{split}" not in self.val_path:
+            raise ValueError(
+                f"data.val_path {self.val_path} is of validation alone: for the test split want "
+                "{split} in it, which stands for val or test"
+            )
+        return self.val_path.replace("{split}", split)
 
     def same_for(self, *splits: Split) -> bool:
         """Whether different splits would be read from one file that does not tell them apart."""
@@ -104,7 +130,8 @@ class DataConfig(Section):
                 f"data.path {self.path}: training and validation would be the same images; want "
                 "{split} in it, which stands for train or val, as in "
                 f"{'coco/{split}.parquet' if self.source == 'parquet' else 'captions_{split}.json'}"
-                ", or data.source karpathy, whose one file says which image is in which split"
+                ", or data.val_path, or data.source karpathy, whose one file says which image is "
+                "in which split"
             )
 
     def images_of(self, split: Split) -> str:

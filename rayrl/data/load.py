@@ -43,6 +43,21 @@ def _named(dataset: Dataset, reason: str) -> str:
 
 def load_train_and_val(config: DataConfig) -> tuple[Dataset, Dataset]:
     """What a run trains on and what it is judged by.  Raises as :func:`load_split`, and ValueError
-    where both are the same."""
+    where both are the same; images that both have are counted in the log."""
     config.check_validation_apart()
-    return load_split(config, "train"), load_split(config, "val")
+    train, val = load_split(config, "train"), load_split(config, "val")
+    if train.fingerprint() == val.fingerprint():
+        raise ValueError(
+            f"{config.path_of('train')} and {config.path_of('val')}: training and validation are "
+            f"the same {len(val)} images"
+        )
+    # The id alone may be a number that each split counts from 0.
+    trained = set(zip(train.ids, train.captions, strict=True))
+    both = [image for image in zip(val.ids, val.captions, strict=True) if image in trained]
+    if both:
+        logger.warning(
+            "data: %d of %d validation images are in training too, with the same id and "
+            "captions, such as %s: validation will be too good",
+            *(len(both), len(val), both[0][0]),
+        )
+    return train, val

@@ -1,4 +1,4 @@
-"""Parquet shards with the columns image_id (text), image (bytes), captions (list of texts).
+"""Parquet shards with columns of ids, images and captions (``data.columns``).
 
 Ids and captions are held; images are read by row group when they are asked for, so that a data
 set may be larger than memory.  A folder that :mod:`rayrl.prepare` wrote has a manifest, by which a
@@ -8,6 +8,7 @@ missing or cut-off shard is noticed; images of other shards are decoded once at 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 import pyarrow.fs as pafs
@@ -18,19 +19,29 @@ from rayrl.data.images import Bounds
 from rayrl.data.manifest import NAME, Manifest
 from rayrl.data.rejections import Rejections
 from rayrl.data.screening import screen
-from rayrl.data.shards import Row, Shards, filesystem
+from rayrl.data.shards import Row, Shards, filesystem, hub_errors, line
 
 
 def load_parquet(config: DataConfig, split: Split) -> Dataset:
-    """The rows of a Parquet file or of a folder of shards, in the order of the shards' names."""
+    """The rows of a Parquet file, of a folder of shards, or of the files whose names have ``*`` for
+    what differs; in the order of the names."""
     location, limit = config.path_of(split), config.limit(split)
-    names, manifest = _find(location)
-    shards = Shards(location, names, Bounds(config.max_image_bytes, config.max_image_pixels))
+    try:
+        names, manifest = _find(location)
+    except hub_errors() as error:
+        raise ValueError(f"{location}: {line(error)}") from None
+    bounds = Bounds(config.max_image_bytes, config.max_image_pixels)
+    shards = Shards(location, names, bounds, config.columns)
     rejections = Rejections()
     if manifest:
         manifest.check(location, shards.num_rows)
         rows, digest = list(shards.rows(rejections, images=False)), manifest.image_digest
         rows = rows[: limit or len(rows)]
+    elif shards.prepared and "*" in location:
+        raise ValueError(
+            f"{location}: shards that were prepared; want their folder, by whose {NAME} they are "
+            "known to be whole"
+        )
     elif shards.prepared and names != [filesystem(location)[1]]:
         raise ValueError(f"{location}: prepared shards without their {NAME}; copied in part?")
     else:
@@ -51,8 +62,10 @@ def load_parquet(config: DataConfig, split: Split) -> Dataset:
 
 
 def _find(location: str) -> tuple[list[str], Manifest | None]:
-    """The shards of a file or folder, sorted by name, and the folder's manifest if it has one."""
+    """The shards of a location, sorted by name, and the manifest if it is a folder with one."""
     files, path = filesystem(location)
+    if "*" in path:
+        return _matching(files, path, location), None
     kind = files.get_file_info(path).type
     if kind == pafs.FileType.File:
         return [path], None
@@ -67,6 +80,25 @@ def _find(location: str) -> tuple[list[str], Manifest | None]:
         content = files.open_input_stream(infos[NAME]).readall()
         manifest = Manifest.parse(content, infos[NAME])
     return [infos[name] for name in shards], manifest
+
+
+def _matching(files: pafs.FileSystem, path: str, location: str) -> list[str]:
+    """The files that ``path`` is of, where ``*`` stands for anything within a name; sorted."""
+    base, _, _ = path[: path.index("*")].rpartition("/")
+    pattern = re.compile("[^/]*".join(map(re.escape, path.split("*"))))
+    selector = pafs.FileSelector(
+        base or ("/" if path.startswith("/") else "."),
+        allow_not_found=True,
+        recursive="/" in path[len(base) + 1 :],
+    )
+    found = sorted(
+        info.path
+        for info in files.get_file_info(selector)
+        if info.type == pafs.FileType.File and pattern.fullmatch(info.path.removeprefix("./"))
+    )
+    if not found:
+        raise FileNotFoundError(f"{location}: no such Parquet file")
+    return found
 
 
 def _checked(shards: Shards, rejections: Rejections, limit: int) -> tuple[list[Row], str]:

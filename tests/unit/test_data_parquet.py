@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rayrl.data import DataConfig, load_split
+from rayrl.data import DataConfig, load_split, load_train_and_val
 from rayrl.data.manifest import Manifest
 from rayrl.data.shards import PREPARED, SCHEMA
 
@@ -138,9 +140,19 @@ def retyped(column: str, values: list, kind: pa.DataType) -> pa.Table:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (retyped("image_id", [1, 2], pa.int64()), "column image_id is int64, want string"),
-        (retyped("captions", ["a", "b"], pa.string()), "column captions is string, want list"),
-        (retyped("image", ["a", "b"], pa.string()), "column image is string, want binary"),
+        (
+            retyped("image_id", [1.5, 2], pa.float64()),
+            "column image_id is double, want text or who",
+        ),
+        (
+            retyped("captions", [[1], [2]], pa.list_(pa.int8())),
+            "column captions is list<.*, want lists of",
+        ),
+        (retyped("image", ["a", "b"], pa.string()), "column image is string, want bytes, or"),
+        (
+            retyped("image", [{"path": "a"}] * 2, pa.struct({"path": pa.string()})),
+            "column image is struct<path: string>, want bytes, or a struct",
+        ),
         (retyped("image_id", ["a", "a"], pa.string()), "duplicate image_id 'a'"),
         (retyped("image_id", ["a", None], pa.string()), "row 1 of row group 0: no image_id"),
         (
@@ -149,7 +161,7 @@ def retyped(column: str, values: list, kind: pa.DataType) -> pa.Table:
         ),
         (
             pa.table({"image_id": ["a"], "captions": [["b"]]}),
-            "no column image; it has image_id, captions",
+            "no column image; it has image_id, captions: say which .* by data.columns.image$",
         ),
     ],
 )
@@ -157,6 +169,150 @@ def test_wrong_columns_are_errors_that_name_them(tmp_path, table, message):
     pq.write_table(table, tmp_path / "data.parquet")
     with pytest.raises(ValueError, match=f"data.parquet: {message}"):
         load_split(config(tmp_path / "data.parquet"), "train")
+
+
+LISTS = [pa.large_list(pa.string_view()), pa.list_view(pa.large_string())]
+WORDS = pa.dictionary(pa.int32(), pa.string())
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        *[("image_id", kind) for kind in (pa.large_string(), pa.string_view(), WORDS)],
+        *[("image", kind) for kind in (pa.large_binary(), pa.binary_view())],
+        ("image", pa.dictionary(pa.int32(), pa.binary())),
+        *[("captions", kind) for kind in (*LISTS, pa.list_(pa.string(), 2), pa.list_(WORDS))],
+    ],
+    ids=str,
+)
+def test_a_column_may_be_encoded_as_arrow_pleases(tmp_path, column, kind):
+    write(tmp_path / "want.parquet", rows(0, 2))
+    values = [row[column] for row in rows(0, 2)]
+    pq.write_table(retyped(column, values, kind), tmp_path / "data.parquet")
+    want, data = (
+        load_split(config(tmp_path / name), "train") for name in ("want.parquet", "data.parquet")
+    )
+    assert data.fingerprint() == want.fingerprint()
+    assert [prompt.image for prompt in data] == [jpeg(0), jpeg(1)]
+
+
+def hub_rows() -> pa.Table:
+    """As data sets on the Hugging Face hub are written, one image without bytes."""
+    images = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(6)]
+    images[2]["bytes"] = None
+    picture = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    return pa.table(
+        {
+            "img_id": pa.array(range(6), pa.int32()),
+            "picture": pa.array(images, picture),
+            "caption": [f"caption {i}" for i in range(6)],
+        }
+    )
+
+
+def test_shards_of_a_hub_are_read_by_the_names_of_their_columns(tmp_path):
+    pq.write_table(hub_rows(), tmp_path / "data.parquet", row_group_size=2)
+    names = {"image_id": "img_id", "image": "picture", "captions": "caption"}
+    data = load_split(config(tmp_path / "data.parquet", columns=names), "train")
+    assert list(data.ids) == ["0", "1", "3", "4", "5"]
+    assert data.rejected == {"corrupt image": 1}
+    copy = pickle.loads(pickle.dumps(data))
+    assert copy[3].image == data[3].image == jpeg(4)
+    assert copy[3].references == ("caption 4",)
+    with pytest.raises(ValueError, match="no column caption_0; it has img_id, picture, caption"):
+        names["captions"] = "caption_0"
+        load_split(config(tmp_path / "data.parquet", columns=names), "train")
+
+
+def test_without_ids_an_image_is_named_by_its_place_among_all_rows(tmp_path):
+    shards = {"val-00000-of-00002.parquet": (0, 4), "val-00001-of-00002.parquet": (4, 6)}
+    for name, (begin, end) in shards.items():
+        table = hub_rows().slice(begin, end - begin)
+        pq.write_table(table, tmp_path / name, row_group_size=3)
+    names = {"image_id": "", "image": "picture", "captions": "caption"}
+    data = load_split(config(tmp_path / "{split}-*.parquet", columns=names), "val")
+    assert list(data.ids) == [f"0000000{i}" for i in (0, 1, 3, 4, 5)]
+    assert data[4].image == jpeg(5)
+
+
+def test_a_star_is_any_part_of_a_name(folder, tmp_path, monkeypatch):
+    (tmp_path / "deep/er").mkdir(parents=True)
+    write(tmp_path / "deep/er/shard-2.parquet", rows(20, 22))
+    write(tmp_path / "deep/shard-3.parquet", rows(30, 32))
+    first = [f"i{i}" for i in range(13)]
+    for path, ids in {
+        tmp_path / "shard-*.parquet": first,
+        tmp_path / "*-1.parquet": first[10:],
+        tmp_path / "d*p/*.parquet": ["i30", "i31"],
+        tmp_path / "*/*/sh*.parquet": ["i20", "i21"],
+    }.items():
+        assert list(load_split(config(path), "train").ids) == ids
+        uri = f"file://{path}"
+        assert list(load_split(config(path).model_copy(update={"path": uri}), "val").ids) == ids
+    monkeypatch.chdir(tmp_path)
+    assert list(load_split(config(Path("*-1.parquet")), "train").ids) == first[10:]
+    for nothing in ("no-*.parquet", "none/*.parquet", "[s]hard-*.parquet"):
+        with pytest.raises(FileNotFoundError, match=r"\*\.parquet: no such Parquet file"):
+            load_split(config(tmp_path / nothing), "train")
+
+
+def test_prepared_shards_are_named_by_their_folder(folder):
+    write(folder / "shard-2.parquet", rows(20, 22), prepared=True)
+    with pytest.raises(
+        ValueError, match=r"shard-\*.parquet: shards that were prepared; want their"
+    ):
+        load_split(config(folder / "shard-*.parquet"), "train")
+
+
+def test_validation_may_lie_elsewhere(tmp_path):
+    for name, (begin, end) in {"train": (0, 4), "validation": (4, 6), "val": (6, 9)}.items():
+        write(tmp_path / f"{name}.parquet", rows(begin, end))
+    one = config(tmp_path / "train.parquet", val_path=str(tmp_path / "validation.parquet"))
+    train, val = load_train_and_val(one)
+    assert (list(train.ids), list(val.ids)) == (["i0", "i1", "i2", "i3"], ["i4", "i5"])
+    with pytest.raises(ValueError, match=r"val_path .*validation.parquet is of validation alone"):
+        load_split(one, "test")
+    each = one.model_copy(update={"val_path": str(tmp_path / "{split}.parquet")})
+    assert list(load_split(each, "val").ids) == ["i6", "i7", "i8"]
+    assert each.path_of("test").endswith("/test.parquet")
+    same = one.model_copy(update={"val_path": one.path})
+    with pytest.raises(ValueError, match=r"the same images; .*, or data\.val_path"):
+        load_train_and_val(same)
+    with pytest.raises(ValueError, match=r"val_path val\.parquet with source scenes"):
+        DataConfig(val_path="val.parquet")
+
+
+def test_a_copy_of_training_is_no_validation(tmp_path, caplog):
+    here = config(tmp_path / "{split}.parquet")
+    write(tmp_path / "train.parquet", rows(0, 4))
+    write(tmp_path / "val.parquet", rows(0, 4))
+    with pytest.raises(ValueError, match=r"train.parquet and .*val.parquet: .* the same 4 images"):
+        load_train_and_val(here)
+    write(tmp_path / "val.parquet", rows(2, 7))
+    load_train_and_val(here)
+    assert "2 of 5 validation images are in training too" in caplog.text and "i2" in caplog.text
+    caplog.clear()
+    numbered = [dict(row, image_id=f"i{i}") for i, row in enumerate(rows(4, 7))]
+    write(tmp_path / "val.parquet", numbered)
+    load_train_and_val(here)
+    assert not caplog.text
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
+    class HTTPError(Exception):
+        """What the hub's client raises; not an OSError."""
+
+    class Hub:
+        def get_file_info(self, path):
+            raise HTTPError("[Errno -2] Name or\nservice not known")
+
+    client = types.SimpleNamespace(HTTPError=HTTPError)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", client)
+    monkeypatch.setattr("rayrl.data.parquet.filesystem", lambda location: (Hub(), location))
+    with pytest.raises(ValueError, match=r"^hf://datasets/a/b\.parquet: \[Errno -2\] Name or"):
+        load_split(
+            config(Path("x")).model_copy(update={"path": "hf://datasets/a/b.parquet"}), "val"
+        )
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rayrl import cli, commands, config_keys, eval_cli, evaluate
 from rayrl.config import Config
-from rayrl.data import load_split
+from rayrl.data import load_split, load_train_and_val
 from rayrl.data.shards import SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,11 +57,28 @@ def test_the_writer_of_shards_writes_what_the_loader_reads(here, prompts):
     assert not data.rejected
 
 
+def test_the_flags_for_a_hub_s_shards_read_them(here, prompts):
+    (flags,) = (words[2:] for words in commands_in(DATA) if "--data.val_path" in words)
+    (here / "flickr/data").mkdir(parents=True)
+    for i, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "validation-0")):
+        image = {"bytes": prompts[i].image, "path": "photo.jpg"}
+        table = pa.table({"image": [image], "sentences": [[f"caption {i}"]], "split": ["all"]})
+        pq.write_table(table, f"flickr/data/{name}.parquet")
+    train, val = load_train_and_val(cli.load(None, flags).data)
+    assert [*train.ids, *val.ids] == ["00000000", "00000001", "00000000"]
+    assert [one.image for one in (*train, *val)] == [prompt.image for prompt in prompts[:3]]
+    assert val.references() == [["caption 2"]]
+
+
 def test_the_commands_are_understood():
     from rayrl.prepare import _parser
 
     seen = [words[1] for words in commands_in(DATA) + commands_in(AFTER)]
-    assert seen == ["jobs/grpo_coco.py", *["jobs/prepare_coco.py"] * 2, "jobs/eval_coco.py"]
+    assert seen == [
+        *["jobs/grpo_coco.py"] * 2,
+        *["jobs/prepare_coco.py"] * 2,
+        "jobs/eval_coco.py",
+    ]
     for _, script, *flags in commands_in(DATA) + commands_in(AFTER):
         if script == "jobs/grpo_coco.py":
             cli.load(None, flags)

@@ -16,6 +16,7 @@ from rayrl.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from rayrl.config import Config, EngineConfig
 from rayrl.engine import base
 from rayrl.interrupt import StopRequest
+from rayrl.receipt import made_of, other_settings
 from rayrl.stage1 import Snapshot, run_stage1, start_folder
 from rayrl.vlm import load_captioner, prompt_inputs
 from rayrl.weights import read_model_files
@@ -85,6 +86,15 @@ def test_a_finished_stage_1_is_used_for_what_makes_no_other_model(model, tmp_pat
     run_stage1(without_training(model, seed=3), tmp_path / "run")
     assert not marked.exists()
     assert capsys.readouterr().out == "stage 1 is done again: another seed: 3, was 0\n"
+
+
+def test_where_validation_lies_makes_no_other_model_and_the_columns_of_training_do():
+    data = {"source": "parquet", "path": "train.parquet"}
+    made = made_of(Config.model_validate({"data": data}))["settings"]
+    moved = Config.model_validate({"data": {**data, "val_path": "dev.parquet"}})
+    assert other_settings(made, moved) == []
+    renamed = Config.model_validate({"data": {**data, "columns": {"captions": "long"}}})
+    assert other_settings(made, renamed) == ["data.columns.captions: long, was captions"]
 
 
 def test_a_model_that_was_trained_again_in_its_place_is_picked_up(model, tmp_path, capsys):
