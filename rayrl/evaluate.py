@@ -278,8 +278,8 @@ def _references(options: Options, config: Config, file: Path) -> tuple[Dataset, 
 
 def _say_data(options: Options, config: Config, data: Dataset) -> None:
     """Say what is scored: no score means anything without it."""
-    path = config.data.path_of(options.split)
-    where = str(options.references or f"{config.data.source} {path}".rstrip())
+    data_path = "" if options.references else config.data.path_of(options.split)
+    where = str(options.references or f"{config.data.source} {data_path}".rstrip())
     print(f"data: {where}, split {options.split}, {len(data)} images", flush=True)
 
 

@@ -83,16 +83,16 @@ def holds_textcaps(content: Any) -> bool:
 
 
 def _parse_textcaps(content: Any, path: Path, rejections: Rejections) -> list[Record]:
-    """An entry of ``data`` is one caption; each has all of its image in ``reference_strs``.  Images
-    lie at ``IMAGE_ID.jpg``."""
+    """An entry of ``data`` is one caption, with all those of its image in ``reference_strs``.
+    Images lie at ``IMAGE_ID.jpg``."""
     captions: dict[str, list[str]] = {}
     for i, entry in enumerate(_field(content, "data", list, f"{path}")):
         where = f"{path}: data[{i}]"
         image_id = _identity(entry, "image_id", where)
         _inside(image_id, where)
         of_image = _texts(_field(entry, "reference_strs", list, where), f"{where}.reference_strs")
-        if captions.setdefault(image_id, of_image) != of_image:
-            raise ValueError(f"{where}: other reference_strs for image {image_id} than before")
+        known = captions.setdefault(image_id, of_image)
+        known += [text for text in of_image if text not in known]
     return [
         Record(image_id, f"{image_id}.jpg", kept)
         for image_id, of_image in captions.items()

@@ -83,7 +83,8 @@ def _find(location: str) -> tuple[list[str], Manifest | None]:
 
 
 def _matching(files: pafs.FileSystem, path: str, location: str) -> list[str]:
-    """The files that ``path`` is of, where ``*`` stands for anything within a name; sorted."""
+    """The files that ``path`` is of, where ``*`` stands for anything within a name; sorted.  As to
+    a shell, hidden files are none of them."""
     base, _, _ = path[: path.index("*")].rpartition("/")
     pattern = re.compile("[^/]*".join(map(re.escape, path.split("*"))))
     selector = pafs.FileSelector(
@@ -94,7 +95,9 @@ def _matching(files: pafs.FileSystem, path: str, location: str) -> list[str]:
     found = sorted(
         info.path
         for info in files.get_file_info(selector)
-        if info.type == pafs.FileType.File and pattern.fullmatch(info.path.removeprefix("./"))
+        if info.type == pafs.FileType.File
+        and not info.base_name.startswith(".")
+        and pattern.fullmatch(info.path.removeprefix("./"))
     )
     if not found:
         raise FileNotFoundError(f"{location}: no such Parquet file")

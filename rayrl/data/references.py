@@ -96,6 +96,6 @@ def _plain(path: Path, content: dict[str, Any], rejections: Rejections) -> list[
         texts = [caption for caption in captions if caption is not None]
         if len(texts) < len(captions):
             raise ValueError(f"{path}: image {image} has {found!r:.60}, want a list of captions")
-        if kept := clean_captions(encodable(image, f"{path}"), texts, rejections):
+        if kept := clean_captions(encodable(image, f"{path}: image"), texts, rejections):
             records.append(Record(image, "", kept))
     return records

@@ -239,6 +239,7 @@ def test_a_star_is_any_part_of_a_name(folder, tmp_path, monkeypatch):
     (tmp_path / "deep/er").mkdir(parents=True)
     write(tmp_path / "deep/er/shard-2.parquet", rows(20, 22))
     write(tmp_path / "deep/shard-3.parquet", rows(30, 32))
+    (tmp_path / "deep/._shard-3.parquet").write_bytes(b"what a Mac writes beside it")
     first = [f"i{i}" for i in range(13)]
     for path, ids in {
         tmp_path / "shard-*.parquet": first,
@@ -280,6 +281,8 @@ def test_validation_may_lie_elsewhere(tmp_path):
         load_train_and_val(same)
     with pytest.raises(ValueError, match=r"val_path val\.parquet with source scenes"):
         DataConfig(val_path="val.parquet")
+    with pytest.raises(ValueError, match="carries a credential"):
+        config(tmp_path, val_path="s3://key:secret@bucket/val")
 
 
 def test_a_copy_of_training_is_no_validation(tmp_path, caplog):

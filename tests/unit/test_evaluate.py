@@ -389,7 +389,7 @@ def test_references_come_from_coco_karpathy_or_plain_files(folder):
         ('{"7": ["a"], "8": ["b"], "7": ["c"]}', "image 7 is there twice"),
         ('{"7": [{"text": "a"}]}', r"image 7 has \[{'text': 'a'}\], want a list of captions"),
         ('{"7": {"caption": "a"}}', r"image 7 has {'caption': 'a'}, want a list of captions"),
-        ('{"7\\ud83d": ["a"]}', r"'7\\ud83d' holds half a character"),
+        ('{"7\\ud83d": ["a"]}', r"image: '7\\ud83d' holds half a character"),
         ("[" * 100_000, "nested too deeply"),
         ('{"data": [{"image_id": 7}]}', r"data\[0\]: no reference_strs; it has image_id"),
     ],
@@ -398,6 +398,13 @@ def test_references_that_are_wrong_name_the_place(folder, content, message):
     Path("wrong.json").write_text(content)
     with pytest.raises(ValueError, match=f"^wrong.json: {message}"):
         load_references(Path("wrong.json"), "val")
+
+
+def test_references_need_no_path_of_their_split(folder):
+    data = ("--data.source", "parquet", "--data.path", "a", "--data.val_path", "b")
+    flags = ("--results", "results.json", "--references", "references.json", "--split", "test")
+    write("results.json", results(CAPTIONS))
+    assert run(*flags, *data, "--metrics", "cider_d") == 0
 
 
 def test_references_are_parsed_once(folder, monkeypatch):
