@@ -29,6 +29,7 @@ from rayrl.config import Config
 from rayrl.config_keys import UsageError, check_flags, check_keys, whole_mappings
 from rayrl.credentials import CREDENTIAL, redacted
 from rayrl.objectives.config import ObjectiveConfig, plan_with
+from rayrl.yaml_file import read_yaml
 
 RUN_CONFIG = "config.yaml"
 """The resolved configuration in a run folder."""
@@ -235,9 +236,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"--config {file}: no such file")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+        values = read_yaml(file)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     if not isinstance(values, dict):
         raise UsageError(f"{file}: want a mapping of sections, got {type(values).__name__}")
     return values

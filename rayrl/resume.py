@@ -16,6 +16,7 @@ from rayrl.config import Config
 from rayrl.jsonl import write_atomically
 from rayrl.receipt import other_data, other_model, read_receipt, read_run_id, write_run_id
 from rayrl.remote import STORAGE_ERRORS, RemoteCopies, open_copies
+from rayrl.yaml_file import read_yaml
 
 
 def goes_on(config: Config, resume: cli.Resume) -> bool:
@@ -119,7 +120,7 @@ def _refuse_another_run(folder: Path, own_id: str, uri: str, found: str) -> None
 def _configuration(folder: Path) -> Mapping[str, Any]:
     """The configuration that the run in ``folder`` had, if it says so."""
     file = folder / cli.RUN_CONFIG
-    found: Mapping[str, Any] = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+    found: Mapping[str, Any] = read_yaml(file) if file.is_file() else {}
     return found
 
 

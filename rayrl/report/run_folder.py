@@ -10,10 +10,9 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rayrl.jsonl import read_jsonl
 from rayrl.metrics import EVAL_METRIC, EVAL_SET
+from rayrl.yaml_file import parse_yaml
 
 Row = Mapping[str, Any]
 _SECONDS = "seconds/"
@@ -105,11 +104,8 @@ def read_run(folder: Path) -> RunFolder:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such run folder")
-    config_text = _read_text(folder / "config.yaml")
-    try:
-        config = yaml.safe_load(config_text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{folder / 'config.yaml'}: not YAML: {error}") from None
+    config_file = folder / "config.yaml"
+    config_text = _read_text(config_file)
     # One row alone is the model that was given: no stage 1 was run.
     stage1 = _scores(folder / "xe" / "metrics.jsonl")
     metrics = _scores(folder / "metrics.jsonl")
@@ -118,7 +114,7 @@ def read_run(folder: Path) -> RunFolder:
     return RunFolder(
         name=folder.resolve().name,
         config_text=config_text,
-        config=config,
+        config=parse_yaml(config_text, str(config_file)) or {},
         metrics=metrics,
         samples=read_jsonl(folder / "samples.jsonl"),
         images=_read_json(folder / "eval_captions.json").get("images", []),

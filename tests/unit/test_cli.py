@@ -179,11 +179,23 @@ def test_a_value_may_look_like_a_key():
         ("lerner: {lr: 1}", "unknown key 'lerner'; did you mean 'learner'"),
         ("- a\n- b", "want a mapping of sections, got list"),
         ("a: [", "not YAML"),
+        (
+            "data: {source: coco}\nseed: 1\ndata: {image_size: 64}\n",
+            r"job\.yaml: data is there twice, in lines 1 and 3",
+        ),
+        ("train:\n  steps: 10\n  steps: 20\n", r"train\.steps is there twice, in lines 2 and 3"),
+        ("model: {trainable: [{a: 1, a: 2}]}", r"model\.trainable\.a is there twice"),
     ],
 )
 def test_a_wrong_file_is_one_clear_line(tmp_path, text, message):
     with pytest.raises(cli.UsageError, match=message):
         cli.load(write(tmp_path, text))
+
+
+def test_a_key_that_overrides_a_merged_one_is_there_once(tmp_path):
+    text = "xe: &sizes {images_per_step: 8}\ntrain: {<<: *sizes, images_per_step: 4}\n"
+    config = cli.load(write(tmp_path, text))
+    assert (config.xe.images_per_step, config.train.images_per_step) == (8, 4)
 
 
 def test_a_missing_file_is_named(tmp_path):
