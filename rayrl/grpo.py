@@ -239,7 +239,7 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     local = connect(cpus_of(config), gpus, spare_cpus=SPARE_CPUS)
     try:
         check_terms(config, statistics, train_data)
-        snapshots = run_stage1(config, folder, resume=resume)
+        snapshots = run_stage1(config, folder, train_data, resume=resume)
         run = _start(
             config,
             folder,
@@ -318,7 +318,7 @@ def _start(
 
 def _train_and_report(run: Run, snapshots: Sequence[Snapshot], *, resume: bool) -> bool:
     """Score stage 1, train, score a control that got more of stage 1, and write it all up."""
-    curve = XeCurve(run.config, run.folder, run.fleet, run.heldout, run.log.message)
+    curve = XeCurve(run.config, run.folder, run.train_data, run.fleet, run.heldout, run.log.message)
     if resume:
         run.learner.wait()  # vLLM takes what another process gets meanwhile for its own
         run.fleet.sleep()  # an engine on the learner's GPU, which needs room for all that is read

@@ -10,7 +10,7 @@ from typing import Any
 
 from rayrl.checkpoint import forget_trainer, list_checkpoints, load_checkpoint, newest_checkpoint
 from rayrl.config import Config, ModelConfig
-from rayrl.data import load_split
+from rayrl.data import Dataset, load_split
 from rayrl.prompt_length import check_first_prompt
 from rayrl.receipt import NAME, made_of, other_settings, read_receipt, write_receipt
 from rayrl.vlm import build_tiny_captioner, load_processor
@@ -95,11 +95,17 @@ def _with_image_processor(model: ModelConfig, source: Path, folder: Path) -> Pat
 
 
 def run_stage1(
-    config: Config, run_folder: Path, *, resume: bool = False, sampled: bool = True
+    config: Config,
+    run_folder: Path,
+    data: Dataset | None = None,
+    *,
+    resume: bool = False,
+    sampled: bool = True,
 ) -> list[Snapshot]:
     """Build or find the starting model, train it, and return the snapshots, the last one under
-    ``stage1/final``.  ValueError where engines will sample from it (``sampled``) and have no room
-    for its captions: before it is trained.
+    ``stage1/final``.  ``data`` is the training split, for who has loaded it.  ValueError where
+    engines will sample from the model (``sampled``) and have no room for its captions: before it is
+    trained.
 
     A finished stage 1 of the same settings and source is used again, and an unfinished one goes on;
     the finished one of a run which goes on (``resume``) is used whatever the settings:
@@ -115,7 +121,7 @@ def run_stage1(
             return _snapshots(found, folder) or [Snapshot(steps=0, seconds=0.0, folder=final)]
         if not go_on:
             print(f"stage 1 is done again: another {', '.join(reasons)}", flush=True)
-    data = load_split(config.data, "train")
+    data = load_split(config.data, "train") if data is None else data
     captions = [text for texts in data.references() for text in texts]
     start = start_folder(config, folder / "start", captions)
     if sampled:
@@ -127,7 +133,7 @@ def run_stage1(
 
         if go_on:
             print(f"stage 1 goes on after step {begun['step']}", flush=True)
-        trained = train_xe(config, start, folder, name=_TRAINING, made_of=made, go_on=go_on)
+        trained = train_xe(config, data, start, folder, name=_TRAINING, made_of=made, go_on=go_on)
         snapshots += [replace(s, folder=folder / _TRAINED / s.folder.name) for s in trained]
         _replace(final, trained[-1].folder, receipt=folder / NAME)
     else:

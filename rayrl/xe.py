@@ -49,7 +49,7 @@ from rayrl.checkpoint import (
     save_checkpoint,
 )
 from rayrl.config import Config
-from rayrl.data import load_split
+from rayrl.data import Dataset
 from rayrl.data.order import item_at
 from rayrl.interrupt import own_handler
 from rayrl.jsonl import write_atomically
@@ -68,6 +68,7 @@ _STEPS_AT_ONCE = 4
 
 def train_xe(
     config: Config,
+    data: Dataset,
     start: Path,
     out: Path,
     *,
@@ -76,7 +77,7 @@ def train_xe(
     made_of: Mapping[str, Any] | None = None,
     go_on: bool = False,
 ) -> list[Snapshot]:
-    """Train with cross-entropy from ``start`` and keep snapshots under ``out/name``.
+    """Train with cross-entropy on ``data`` from ``start`` and keep snapshots under ``out/name``.
 
     Runs ``config.xe.steps`` steps, or for ``seconds`` of training when given; workers share a step
     that is, to rounding, the one that one alone would take.  Returns the snapshots, the finished
@@ -101,7 +102,8 @@ def train_xe(
             "seconds": seconds,
             "steps": steps,
         }
-        newest = _fit(config, setup)
+        # As it was loaded: to go through all images again would take each reader as long.
+        newest = _fit(config, setup, [ray.put(data)])
     meta = load_checkpoint(place / f"step_{newest}").meta
     return [
         Snapshot(steps=one["steps"], seconds=one["seconds"], folder=place / f"step_{one['steps']}")
@@ -114,8 +116,9 @@ def _newest(place: Path) -> int:
     return max(list_checkpoints(place), default=0)
 
 
-def _fit(config: Config, setup: dict[str, Any]) -> int:
+def _fit(config: Config, setup: dict[str, Any], data: list[Any]) -> int:
     """Train with Ray Train, again where workers are lost; returns the step of the last snapshot.
+    ``data`` is a reference to the data set, in a list, in which it travels as one.
 
     RuntimeError where a worker fails by itself, for another one would too, and where there is no
     room for the workers in time; TooManyLost past the run's ``rollout.max_restarts``."""
@@ -129,7 +132,7 @@ def _fit(config: Config, setup: dict[str, Any]) -> int:
         )
         try:
             with own_handler():
-                result = _torch_trainer(config, setup).fit()
+                result = _torch_trainer(config, setup, data).fit()
         except SystemExit:
             # What Ray Train makes of Ctrl-C, after which it has ended its workers.
             raise KeyboardInterrupt("interrupted") from None
@@ -148,7 +151,7 @@ def worker_resources(config: Config) -> dict[str, float]:
     return {"CPU": config.learner.cpus, "GPU": 1.0 if config.learner.gpus else 0.0}
 
 
-def _torch_trainer(config: Config, setup: dict[str, Any]) -> TorchTrainer:
+def _torch_trainer(config: Config, setup: dict[str, Any], data: list[Any]) -> TorchTrainer:
     """One attempt: all that is lost ends it."""
     place, workers = Path(setup["place"]), config.xe.num_workers
     shutil.rmtree(place / _RAY, ignore_errors=True)
@@ -165,7 +168,7 @@ def _torch_trainer(config: Config, setup: dict[str, Any]) -> TorchTrainer:
         # One for each worker, and not one that Ray Data deals out as they come: whoever goes on
         # gets what is left.  Made when an attempt begins.
         datasets={
-            str(rank): partial(_dataset, config, setup["steps"], place, rank)
+            str(rank): partial(_dataset, config, data, setup["steps"], place, rank)
             for rank in range(workers)
         },
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
@@ -187,7 +190,9 @@ def _set_data_context() -> None:
     context.enable_progress_bars = False
 
 
-def _dataset(config: Config, steps: int, place: Path, rank: int) -> ray.data.Dataset:
+def _dataset(
+    config: Config, data: list[Any], steps: int, place: Path, rank: int
+) -> ray.data.Dataset:
     """A worker's images and references of the steps after the newest snapshot in ``place``, in the
     order of (seed, epoch, index); every row says after how many steps it begins."""
     _set_data_context()
@@ -196,7 +201,7 @@ def _dataset(config: Config, steps: int, place: Path, rank: int) -> ray.data.Dat
     # items takes no task of Ray's, for which there may be no CPU left.
     return ray.data.from_items(list(range(done, steps, _STEPS_AT_ONCE))).map_batches(
         _Rows,
-        fn_constructor_args=(config, rank, done, steps),
+        fn_constructor_args=(config, data, rank, done, steps),
         batch_size=1,
         num_cpus=READER_CPUS,
         compute=ray.data.ActorPoolStrategy(size=1),
@@ -207,8 +212,8 @@ class _Rows:
     """Looks up what a worker of this rank trains on in the few steps that begin with a given one;
     an attempt takes those from ``done`` to ``end``."""
 
-    def __init__(self, config: Config, rank: int, done: int, end: int) -> None:
-        self._prompts = load_split(config.data, "train")
+    def __init__(self, config: Config, data: list[Any], rank: int, done: int, end: int) -> None:
+        self._prompts: Dataset = ray.get(data[0])
         self._size, self._seed = config.xe.images_per_step, config.seed
         self._share = self._size // config.xe.num_workers
         self._rank, self._done, self._end = rank, done, end

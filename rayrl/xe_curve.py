@@ -13,6 +13,7 @@ from rayrl.actors.fleet import Fleet
 from rayrl.actors.losses import FAILURES
 from rayrl.checkpoint import forget_trainer
 from rayrl.config import Config
+from rayrl.data import Dataset
 from rayrl.heldout import Heldout
 from rayrl.interrupt import StopRequest
 from rayrl.metrics import EVAL_METRIC, EVAL_SET
@@ -27,6 +28,7 @@ class XeCurve:
 
     config: Config
     folder: Path
+    train_data: Dataset
     fleet: Fleet
     heldout: Heldout
     say: Callable[[str], None]
@@ -64,7 +66,9 @@ class XeCurve:
         config = self.config.model_copy(
             update={"xe": xe.model_copy(update={"num_workers": workers})}
         )
-        snapshots = train_xe(config, stage1.folder, self._place, name="xe", seconds=seconds)
+        snapshots = train_xe(
+            config, self.train_data, stage1.folder, self._place, name="xe", seconds=seconds
+        )
         for snapshot in snapshots:
             forget_trainer(snapshot.folder)
         start = replace(stage1, steps=0, seconds=0.0)

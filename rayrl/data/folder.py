@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
 from rayrl.data.annotations import Record, read_coco, read_karpathy
 from rayrl.data.config import DataConfig, Split
@@ -90,6 +91,10 @@ class FolderImages:
         self._bounds = Bounds(config.max_image_bytes, config.max_image_pixels)
         self._records: list[Record] = []
         self._cache: ByteCache[bytes] = ByteCache(CACHE_BYTES, len)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever reads images in another process keeps what he reads.
+        return {**self.__dict__, "_cache": ByteCache(CACHE_BYTES, len)}
 
     def __call__(self, index: int) -> bytes:
         return self._cache.get(index, lambda: self.convert(self._records[index]))

@@ -4,12 +4,13 @@ import gzip
 import io
 import json
 import logging
+import pickle
 
 import pytest
 from PIL import Image
 
 from rayrl import commands, prepare
-from rayrl.data import DataConfig, load_split, load_train_and_val
+from rayrl.data import DataConfig, folder, load_split, load_train_and_val
 from rayrl.data.images import read_file
 
 
@@ -96,6 +97,17 @@ def test_a_source_without_a_usable_image_is_an_error_that_names_the_first(coco, 
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"no usable image: .*2 corrupt image; such as 7 \(no b"):
         load_split(config, "train")
+
+
+def test_a_pickled_data_set_converts_no_more_than_is_asked_of_it(coco, monkeypatch):
+    data = load_split(coco(), "train")
+    converted = []
+    monkeypatch.setattr(folder, "square_jpeg", lambda *of: converted.append(of) or b"again")
+    copy = pickle.loads(pickle.dumps(data))
+    assert (copy.ids, copy.fingerprint()) == (data.ids, data.fingerprint())
+    assert not converted and data[0].image not in pickle.dumps(data)
+    assert [copy[1].image, copy[1].image] == [b"again", b"again"]
+    assert len(converted) == 1
 
 
 def test_the_fingerprint_sees_a_changed_image(coco, tmp_path):

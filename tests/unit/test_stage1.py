@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from rayrl import cli, eval_cli, stage1, xe
 from rayrl.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from rayrl.config import Config, EngineConfig
+from rayrl.data import load_split
 from rayrl.engine import base
 from rayrl.interrupt import StopRequest
 from rayrl.receipt import made_of, other_settings
@@ -153,8 +154,6 @@ def test_a_name_that_is_no_folder_is_named_with_its_key(tmp_path, monkeypatch):
 def test_a_model_whose_captions_would_be_cut_off_is_not_trained(
     model, tmp_path, training, monkeypatch, spare, fits
 ):
-    from rayrl.data import load_split
-
     monkeypatch.setattr(base, "vllm_importable", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", None)
     config = in_four_steps(model, sampling={"max_tokens": 9})
@@ -223,6 +222,23 @@ def test_the_stage_1_of_a_run_that_has_begun_is_not_for_another(model, tmp_path,
         xe.main(without_training(model, run_folder=str(file)))
 
 
+def test_the_training_data_is_loaded_by_nobody_who_is_given_it(
+    model, tmp_path, training, monkeypatch
+):
+    config = in_four_steps(model, data={"scenes": {"num_train": 20}})
+    data = load_split(config.data, "train")
+    monkeypatch.setattr(stage1, "load_split", None)
+    with pytest.raises(Lost):
+        run_stage1(config, tmp_path / "run", data)
+    assert training.data is data
+    # What readers get of it travels by reference.
+    monkeypatch.setattr(xe.ray, "get", {"of the data": data}.__getitem__)
+    read = xe._Rows(config, ["of the data"], 0, 0, 4)({"item": np.array([2])})
+    assert len(read["image"]) == 2 * config.xe.images_per_step
+    known = dict(zip([p.image for p in data], [list(p.references) for p in data], strict=True))
+    assert [known[image] for image in read["image"]] == read["captions"]
+
+
 class Lost(Exception):
     """What a driver is killed by, for a test."""
 
@@ -233,8 +249,9 @@ class Training:
     def __init__(self) -> None:
         self.asked: list[bool] = []
 
-    def __call__(self, config, start, out, *, name, made_of, go_on):
+    def __call__(self, config, data, start, out, *, name, made_of, go_on):
         self.asked.append(go_on)
+        self.data = data
         place = out / name
         if not go_on:
             shutil.rmtree(place, ignore_errors=True)
@@ -330,7 +347,7 @@ def test_the_control_has_no_more_workers_than_the_learner_had(
 
     monkeypatch.setattr(xe, "train_xe", train)
     settings = {"learner": {"num_workers": ranks}, "xe": {"num_workers": workers}}
-    curve = XeCurve(Config.model_validate(settings), tmp_path, None, None, print)
+    curve = XeCurve(Config.model_validate(settings), tmp_path, None, None, None, print)
     snapshot = Snapshot(steps=1, seconds=1.0, folder=tmp_path)
     assert curve.control(snapshot, 5.0, StopRequest()) == {}
     assert asked == [want]

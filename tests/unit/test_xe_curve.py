@@ -30,14 +30,14 @@ from rayrl.xe_curve import XeCurve
     ],
 )
 def test_a_control_that_fails_says_why_and_costs_nothing_else(error, monkeypatch, tmp_path):
-    def train_xe(config: Config, start: Path, out: Path, **_: Any) -> list[Snapshot]:
+    def train_xe(config: Config, data: Any, start: Path, out: Path, **_: Any) -> list[Snapshot]:
         (out / "xe" / "step_1").mkdir(parents=True)
         raise error
 
     monkeypatch.setattr(xe, "train_xe", train_xe)
     said: list[str] = []
     nobody: Any = SimpleNamespace()
-    curve = XeCurve(Config(), tmp_path, nobody, nobody, said.append)
+    curve = XeCurve(Config(), tmp_path, nobody, nobody, nobody, said.append)
     stage1 = Snapshot(steps=5, seconds=1.0, folder=tmp_path)
     (tmp_path / "xe_baseline.jsonl").write_text("of an earlier control")
     assert curve.control(stage1, 30.0, StopRequest()) == {}
@@ -53,7 +53,7 @@ def test_a_job_that_is_told_to_stop_does_without_its_control(number, monkeypatch
 
     monkeypatch.setattr(xe, "train_xe", train_xe)
     nobody: Any = SimpleNamespace()
-    curve, stop = XeCurve(Config(), tmp_path, nobody, nobody, lambda _: None), StopRequest()
+    curve, stop = XeCurve(Config(), tmp_path, nobody, nobody, nobody, lambda _: None), StopRequest()
     stage1 = Snapshot(steps=5, seconds=1.0, folder=tmp_path)
     with stop.listening(lambda _: None):
         before = signal.getsignal(number)
