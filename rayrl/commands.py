@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from rayrl import cli
 from rayrl.config import Config
-from rayrl.data.config import DataConfig
+from rayrl.data.config import DataConfig, Split
+from rayrl.given import check_given
 from rayrl.objectives.config import plan_with
 from rayrl.objectives.plan import Phases
 from rayrl.own_modules import find_here
@@ -39,6 +40,8 @@ def grpo(argv: Sequence[str] | None = None) -> None:
             check_functions(invocation.config.reward.terms)
             invocation.config.data.check_validation_apart()
         print(cli.describe(invocation.config))
+        begins = invocation.resume == "never"
+        _check_given("grpo_coco.py", invocation.config, "train", "val", model=begins)
         return
     from rayrl.grpo import main
 
@@ -56,6 +59,7 @@ def xe(argv: Sequence[str] | None = None) -> None:
     _speak_of_defaults(invocation.config)
     if invocation.dry_run:
         print(cli.describe_stage1(invocation.config))
+        _check_given("xe_coco.py", invocation.config, "train")
         return
     from rayrl.xe import main
 
@@ -74,6 +78,14 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     from rayrl.evaluate import main
 
     main(options, config)
+
+
+def _check_given(program: str, config: Config, *splits: Split, model: bool = True) -> None:
+    """Exit with 1 and a line where something that the configuration names is not here."""
+    try:
+        check_given(config, *splits, model=model)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{program}: failed: {error}") from None
 
 
 def _speak_of_defaults(config: Config) -> None:

@@ -27,6 +27,7 @@ from rayrl.checkpoint import list_checkpoints
 from rayrl.cli import Invocation
 from rayrl.config import Config
 from rayrl.data import Dataset, load_train_and_val
+from rayrl.given import check_given
 from rayrl.heldout import Heldout
 from rayrl.interrupt import StopRequest
 from rayrl.learner.provided import check_objective
@@ -229,8 +230,9 @@ def main(invocation: Invocation) -> None:
 def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     """From data to report; returns whether all steps were done (a stop between steps is not)."""
     folder = Path(config.run_folder)
-    # What an objective lacks is said before hours of stage 1, not after.
+    # What is missing is said before hours of stage 1, not after.
     check_objective(config)
+    check_given(config, "train", "val", model=not resume)
     train_data, val_data = load_train_and_val(config.data)
     copies = open_run_folder(folder, config, train_data.fingerprint(), resume=resume, say=print)
     heldout = Heldout.first(config.train.eval_images, val_data, folder)
@@ -240,16 +242,9 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     try:
         check_terms(config, statistics, train_data)
         snapshots = run_stage1(config, folder, train_data, resume=resume)
+        stage1 = snapshots[-1]
         run = _start(
-            config,
-            folder,
-            train_data,
-            heldout,
-            statistics,
-            snapshots[-1],
-            copies,
-            resume=resume,
-            trace=trace,
+            config, train_data, heldout, statistics, stage1, copies, resume=resume, trace=trace
         )
         run.backup.base(resumed=resume)
         try:
@@ -266,7 +261,6 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
 
 def _start(
     config: Config,
-    folder: Path,
     train_data: Dataset,
     heldout: Heldout,
     statistics: Statistics,
@@ -277,7 +271,7 @@ def _start(
     trace: bool,
 ) -> Run:
     """Start the workers and the learner from the stage-1 model."""
-    files = read_model_files(stage1.folder)
+    folder, files = Path(config.run_folder), read_model_files(stage1.folder)
     objective = build(config.objective, max_tokens=config.sampling.max_tokens)
     last = list_checkpoints(folder / "checkpoints")[-1] if resume else None
     budget = RestartBudget(config.rollout.max_restarts)

@@ -11,10 +11,10 @@ from typing import Any
 from rayrl.checkpoint import forget_trainer, list_checkpoints, load_checkpoint, newest_checkpoint
 from rayrl.config import Config, ModelConfig
 from rayrl.data import Dataset, load_split
+from rayrl.given import check_given, check_model_folder
 from rayrl.prompt_length import check_first_prompt
 from rayrl.receipt import NAME, made_of, other_settings, read_receipt, write_receipt
 from rayrl.vlm import build_tiny_captioner, load_processor
-from rayrl.weights import ADAPTER_CONFIG
 
 _TRAINING, _TRAINED = "training", "xe"
 """Where snapshots are until the end, and then."""
@@ -39,7 +39,7 @@ def start_folder(config: Config, folder: Path, captions: Sequence[str]) -> Path:
     path = Path(config.model.path)
     if not path.is_dir():
         path = _from_hub(config.model.path)
-    _check_model_folder(path, config.model.path)
+    check_model_folder(path, config.model.path)
     if not config.model.image_processor:
         return path
     return _with_image_processor(config.model, path, folder)
@@ -56,21 +56,6 @@ def _from_hub(name: str) -> Path:
         raise ValueError(
             f"model.path {name}: no such folder here, and not to be had from the hub: {reason}"
         ) from error
-
-
-def _check_model_folder(folder: Path, given: str) -> None:
-    """ValueError unless the folder of ``given`` can be a captioner: before it is copied into the
-    run, for nobody would look for what is wrong there."""
-    found = {file.name for file in folder.iterdir()}
-    for want in (
-        ("config.json", ADAPTER_CONFIG),
-        ("processor_config.json", "preprocessor_config.json"),
-    ):
-        if not found.intersection(want):
-            raise ValueError(
-                f"model.path {given}: no {' or '.join(want)} in {folder}, want a folder with a "
-                "captioner and its processor, as save_pretrained writes it"
-            )
 
 
 def _with_image_processor(model: ModelConfig, source: Path, folder: Path) -> Path:
@@ -121,6 +106,7 @@ def run_stage1(
             return _snapshots(found, folder) or [Snapshot(steps=0, seconds=0.0, folder=final)]
         if not go_on:
             print(f"stage 1 is done again: another {', '.join(reasons)}", flush=True)
+    check_given(config)
     data = load_split(config.data, "train") if data is None else data
     captions = [text for texts in data.references() for text in texts]
     start = start_folder(config, folder / "start", captions)

@@ -22,6 +22,7 @@ _STYLES = {"ok": "green", "note": "yellow", "stop": "bold red"}
 
 def examine(needs: Needs) -> Iterator[Finding]:
     """Every finding about this machine, one after the other: imports take seconds."""
+    yield from checks.check_given(needs.missing)
     packages = probes.installed_packages()
     yield from checks.check_versions(probes.required_packages(), packages)
     cores = os.cpu_count() or 1
@@ -49,6 +50,7 @@ def examine(needs: Needs) -> Iterator[Finding]:
 def read_needs(config_file: Path) -> Needs:
     """What a configuration asks of the machine that its workers run on."""
     from rayrl import cli
+    from rayrl.given import missing
 
     config = cli.load(config_file)
     rollout, learner = config.rollout, config.learner
@@ -58,6 +60,7 @@ def read_needs(config_file: Path) -> Needs:
         cpu_engines=0 if rollout.gpus else rollout.num_workers,
         gpus=rollout.gpus * rollout.num_workers + learner.gpus * learner.num_workers,
         run_folder=Path(config.run_folder),
+        missing=list(missing(config, "train", "val")),
     )
 
 
@@ -70,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         needs = read_needs(arguments.config) if arguments.config else Needs()
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     console, stops = Console(), 0
     for finding in examine(needs):

@@ -45,6 +45,14 @@ class Needs:
     """Engines whose caches lie in main memory."""
     gpus: float = 0.0
     run_folder: Path = Path(".")
+    missing: Sequence[str] = ()
+    """What the configuration names and this machine does not have, a line each."""
+
+
+def check_given(missing: Sequence[str]) -> list[Finding]:
+    """Data and model that are named by local paths."""
+    do = "correct the key, or put there what it names"
+    return [Finding(level="stop", subject="configuration", found=one, do=do) for one in missing]
 
 
 def check_versions(requirements: Iterable[str], installed: Mapping[str, str]) -> list[Finding]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from rayrl import cli, commands, config_keys
+from rayrl import cli, commands, config_keys, grpo
 from rayrl.config import Config
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -268,6 +269,58 @@ def test_a_dry_run_of_stage_1_says_nothing_of_the_objective(capsys):
     assert "GRPO" not in stage1.upper().replace("GRPO_COCO", "") and "rollout" not in stage1
     commands.grpo([*flags, "--dry-run"])
     assert stage1 in capsys.readouterr().out
+
+
+MISSING = [
+    (
+        ["--data.source", "coco", "--data.path", "{split}.json", "--data.images", "."],
+        "data.path {split}.json: no such file of annotations: train.json",
+    ),
+    (
+        ["--data.source", "karpathy", "--data.path", "a.json", "--data.images", "im"],
+        "data.images im: no such image folder: im",
+    ),
+    (
+        ["--data.source", "parquet", "--data.path", "no/{split}"],
+        "data.path no/{split}: no such Parquet file or folder of shards: no/train",
+    ),
+    (
+        ["--model.path", "./mistyped", "--xe.steps", "0"],
+        "model.path ./mistyped: no such folder here, and not a name of the hub",
+    ),
+    (["--model.path", "no_model", "--xe.steps", "0"], "model.path no_model: no config.json or"),
+]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with an annotation file and a folder that is no model's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "no_model").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(("flags", "message"), MISSING)
+@pytest.mark.parametrize("job", [commands.grpo, commands.xe])
+def test_a_dry_run_names_what_is_not_here_after_the_sizes(place, job, flags, message, capsys):
+    with pytest.raises(SystemExit, match=rf"^\w+\.py: failed: {re.escape(message)}"):
+        job([*flags, "--dry-run"])
+    assert "stage 1: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "message"), MISSING)
+def test_so_does_a_run_before_it_reads_anything(place, monkeypatch, flags, message):
+    monkeypatch.setattr(grpo, "load_train_and_val", None)
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}"):
+        grpo.run_job(cli.load(None, flags), resume=False)
+
+
+def test_what_may_lie_elsewhere_is_left_to_who_reads_it(place, capsys):
+    flags = ["--data.source", "parquet", "--data.path", "s3://bucket/{split}", "--dry-run"]
+    commands.grpo([*flags, "--model.path", "who/what", "--xe.steps", "0"])
+    # A run that goes on has its model.
+    commands.grpo([*flags, "--model.path", "/gone", "--xe.steps", "0", "--resume"])
 
 
 def test_a_single_caption_is_enough_where_the_baseline_is_not_the_group():

@@ -14,6 +14,7 @@ from rayrl.doctor.checks import (
     check_bytecode,
     check_cpu,
     check_disk,
+    check_given,
     check_java,
     check_memory,
     check_ray_auth,
@@ -294,6 +295,26 @@ def test_needs_are_read_from_the_configuration(tmp_path, monkeypatch):
     (needs,) = seen
     assert (needs.backend, needs.kv_cache_mb, needs.cpu_engines) == ("hf", 512, 3)
     assert (needs.gpus, needs.run_folder) == (1.0, Path("runs/big"))
+
+
+def test_what_the_configuration_names_and_is_not_here_stops_a_run(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"data: {{source: karpathy, path: {tmp_path}/k.json, images: {tmp_path}}}\n"
+        f"model: {{path: {tmp_path}/model}}\n"
+    )
+    needs = doctor.read_needs(file)
+    found = check_given(needs.missing)
+    assert [(one.level, one.found) for one in found] == [
+        ("stop", f"data.path {tmp_path}/k.json: no such file of annotations: {tmp_path}/k.json"),
+        (
+            "stop",
+            f"model.path {tmp_path}/model: no such folder here, and not a name of the hub",
+        ),
+    ]
+    assert next(doctor.examine(needs)) == found[0]
+    file.write_text("seed: 3")
+    assert check_given(doctor.read_needs(file).missing) == []
 
 
 def test_a_configuration_that_cannot_be_read_is_an_error_of_usage(tmp_path, capsys):

@@ -237,7 +237,10 @@ SHARDS = ["--data.source", "parquet", "--data.path", "{split}.parquet"]
     ],
 )
 @pytest.mark.parametrize("job", [commands.grpo, commands.xe])
-def test_photographs_of_the_size_of_scenes_are_spoken_of(job, flags, said, capsys):
+def test_photographs_of_the_size_of_scenes_are_spoken_of(job, flags, said, here, capsys):
+    (here / "photos").mkdir()
+    for name in ("train.json", "val.json", "train.parquet", "val.parquet"):
+        (here / name).touch()
     job([*flags, "--dry-run"])
     told = capsys.readouterr().err
     assert ("photographs of photos are resized to data.image_size 48, that of the" in told) == said
