@@ -96,7 +96,7 @@ def evaluate_checkpoint(options: Options, config: Config) -> None:
     cpus = workers * rollout.cpus + READER_CPUS
     local = connect(cpus, workers * rollout.gpus, spare_cpus=SPARE_CPUS)
     try:
-        captions = caption_split(config, options.split, len(data), options.subject, decoding)
+        captions = caption_split(config, data, options.subject, decoding)
     finally:
         if local:
             ray.shutdown()

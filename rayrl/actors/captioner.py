@@ -17,8 +17,7 @@ from rayrl.actors.cluster import READER_CPUS, worker_environment
 from rayrl.actors.room import wait_for_room
 from rayrl.adapters import base_folder
 from rayrl.config import Config, Part
-from rayrl.data import load_split
-from rayrl.data.config import DataConfig, Split
+from rayrl.data import Dataset
 from rayrl.decoding import Captions, Decoding
 from rayrl.engine.base import EngineSetup, Sampling, make_engine, request_seed
 from rayrl.progress import open_progress
@@ -27,14 +26,12 @@ from rayrl.vlm import load_captioner
 from rayrl.weights import pack, read_model_files, without_weights, write_model_files
 
 
-def caption_split(
-    config: Config, split: Split, num_images: int, checkpoint: Path, decoding: Decoding
-) -> Captions:
-    """Caption a split with ``config.rollout.num_workers`` engines, of which one is enough to begin.
-    Needs a running Ray; RuntimeError where it has no room for one in time."""
+def caption_split(config: Config, data: Dataset, checkpoint: Path, decoding: Decoding) -> Captions:
+    """Caption a data set with ``config.rollout.num_workers`` engines, of which one is enough to
+    begin.  Needs a running Ray; RuntimeError where it has no room for one in time."""
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    rollout = config.rollout
+    rollout, num_images = config.rollout, len(data)
     asked = {"CPU": rollout.cpus, "GPU": rollout.gpus}
     reader = {"CPU": READER_CPUS}
     wait_for_room("an engine and its reader", [asked, reader], limit_s=rollout.start_timeout_s)
@@ -45,7 +42,8 @@ def caption_split(
         ray.data.from_numpy(indices)
         .map_batches(
             _Reader,
-            fn_constructor_args=(config.data, split),
+            # As it was loaded: to find out which images can be used may take long.
+            fn_constructor_args=([ray.put(data)],),
             batch_size=size,
             num_cpus=READER_CPUS,
             compute=ray.data.ActorPoolStrategy(size=1),
@@ -96,8 +94,8 @@ def share_model(config: Config, checkpoint: Path) -> tuple[list[Any], list[Any]]
 class _Reader:
     """Indices to encoded images."""
 
-    def __init__(self, config: DataConfig, split: Split) -> None:
-        self._prompts = load_split(config, split)
+    def __init__(self, data: list[Any]) -> None:
+        self._prompts: Dataset = ray.get(data[0])
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         indices = [int(index) for index in batch["data"]]

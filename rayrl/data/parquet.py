@@ -27,7 +27,7 @@ def load_parquet(config: DataConfig, split: Split) -> Dataset:
     what differs; in the order of the names."""
     location, limit = config.path_of(split), config.limit(split)
     try:
-        names, manifest = _find(location)
+        names, manifest = find_shards(location)
     except hub_errors() as error:
         raise ValueError(f"{location}: {line(error)}") from None
     bounds = Bounds(config.max_image_bytes, config.max_image_pixels)
@@ -61,7 +61,7 @@ def load_parquet(config: DataConfig, split: Split) -> Dataset:
     )
 
 
-def _find(location: str) -> tuple[list[str], Manifest | None]:
+def find_shards(location: str) -> tuple[list[str], Manifest | None]:
     """The shards of a location, sorted by name, and the manifest if it is a folder with one."""
     files, path = filesystem(location)
     if "*" in path:

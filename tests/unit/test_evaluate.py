@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -421,6 +423,33 @@ def test_captions_of_an_annotated_folder_are_read_without_its_images(folder):
     assert load_captions(config, "train") == [
         text for texts in REFERENCES.values() for text in texts
     ]
+
+
+def test_captions_of_shards_are_read_without_their_images(tmp_path):
+    from rayrl.data.config import DataConfig
+
+    for split, first in (("a", 0), ("b", 2)):
+        rows = {
+            "image_id": [str(first), str(first + 1)],
+            "image": [b"not", b"read"],
+            "captions": [[f" a\n{first} ", ""], [f"b {first}"]],
+        }
+        pq.write_table(pa.table(rows), tmp_path / f"{split}.parquet")
+    config = DataConfig(source="parquet", path=str(tmp_path))
+    assert load_captions(config, "train") == ["a 0", "b 0", "a 2", "b 2"]
+
+
+def test_a_reader_takes_the_images_of_the_data_that_was_loaded(monkeypatch):
+    from rayrl.actors import captioner
+    from rayrl.config import Config
+    from rayrl.data import load_split
+
+    data = load_split(Config.model_validate({"data": {"scenes": {"num_val": 9}}}).data, "val")
+    # It travels by reference.
+    monkeypatch.setattr(captioner.ray, "get", {"of the data": data}.__getitem__)
+    table = captioner._Reader(["of the data"])({"data": [4, 7]})
+    assert table.column("image").to_pylist() == [data[4].image, data[7].image]
+    assert table.column("prompt_id").to_pylist() == [data.ids[4], data.ids[7]]
 
 
 def test_the_captions_that_are_scored_are_not_taken_for_those_of_training(folder):
