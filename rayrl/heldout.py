@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,23 @@ class Heldout:
         images = [
             {
                 "prompt_id": prompt.prompt_id,
-                "image_base64_jpeg": thumbnail(prompt.image),
+                "image_base64_jpeg": small,
                 "references": list(prompt.references),
                 "before": before,
                 "after": {"caption": caption, "cider_d": score},
             }
-            for prompt, before, caption, score in zip(
-                self.prompts, self._before, captions, each, strict=True
+            for prompt, small, before, caption, score in zip(
+                self.prompts, self._thumbnails, self._before, captions, each, strict=True
             )
         ]
         text = json.dumps({"version": version, "images": images})
         attempt(self._file.name, lambda: write_atomically(self._file, text))
         return corpus
+
+    @cached_property
+    def _thumbnails(self) -> list[str]:
+        """Of every prompt; what the driver does in each evaluation keeps the workers waiting."""
+        return [thumbnail(prompt.image) for prompt in self.prompts]
 
     def _first_captions(self, version: int, captions: Sequence[str]) -> list[dict[str, Any]]:
         """Of each prompt the first caption in the run, the version that it is of and its score by

@@ -7,6 +7,7 @@ import json
 import pytest
 from pycocoevalcap.cider.cider import Cider
 
+from rayrl import heldout
 from rayrl.heldout import Heldout
 from rayrl.rewards import ptb
 from rayrl.types import Prompt
@@ -50,6 +51,17 @@ def test_punctuation_and_case_cost_nothing_as_in_pycocoevalcap(tmp_path):
     _, expected = Cider().compute_score(references, candidates)
     assert each == pytest.approx((100 * expected).tolist(), abs=1e-9)
     assert min(each) > 0
+
+
+def test_a_picture_is_made_small_once_for_all_evaluations(tmp_path, two, monkeypatch):
+    made = []
+    monkeypatch.setattr(heldout, "thumbnail", lambda image: made.append(image) or f"of {len(made)}")
+    scored = Heldout(two, tmp_path)
+    for version in (0, 5):
+        scored.record(version, ["a man", "rain"], attempt=surely)
+    assert made == [one.image for one in two]
+    written = json.loads((tmp_path / "eval_captions.json").read_text())["images"]
+    assert [image["image_base64_jpeg"] for image in written] == ["of 1", "of 2"]
 
 
 def test_the_first_captions_stay_beside_the_newest_also_after_a_resume(tmp_path, two):
