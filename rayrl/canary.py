@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rayrl.types import FloatArray, Prompt
+from rayrl.vlm import caption_prefix_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -23,10 +24,10 @@ class Canary:
     token_ids: Sequence[int]
 
 
-def make_canary(tokenizer: Any, prompt: Prompt, max_tokens: int) -> Canary:
+def make_canary(processor: Any, prompt: Prompt, max_tokens: int) -> Canary:
     """The prompt's first reference in the model's tokens, shorter than the longest caption, of
     ``max_tokens``: an engine scores a caption by sampling one token after it."""
-    ids = tokenizer(f" {prompt.references[0].strip()}", add_special_tokens=False)["input_ids"]
+    ids = caption_prefix_ids(processor, prompt.references[0])
     return Canary(prompt=prompt, token_ids=ids[: max(1, max_tokens - 1)])
 
 

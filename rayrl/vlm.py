@@ -6,7 +6,6 @@ engines and the learner read it through this module, so that both see the same p
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,13 +315,13 @@ def _tiny_processor(tokenizer: Any, config: TinyConfig) -> Any:
 
 def caption_token_ids(processor: Any, caption: str, eos_id: int) -> list[int]:
     """A reference caption as the model writes it: a leading space, then the end token."""
-    ids = processor.tokenizer(f" {caption.strip()}", add_special_tokens=False)["input_ids"]
-    return [*ids, eos_id]
+    return [*caption_prefix_ids(processor, caption), eos_id]
 
 
 def caption_prefix_ids(processor: Any, caption: str) -> list[int]:
-    """A reference caption as the model begins one: no end token, and nothing from the first
-    special token on (an image placeholder in a caption's text would want an image)."""
-    ids = processor.tokenizer(f" {caption.strip()}", add_special_tokens=False)["input_ids"]
-    special = set(processor.tokenizer.all_special_ids)
-    return list(itertools.takewhile(lambda token: token not in special, ids))
+    """A reference caption as the model begins one, without an end.  What looks like a special token
+    in it is text: an image placeholder would want an image, and an end would be taught as one."""
+    ids: list[int] = processor.tokenizer(
+        f" {caption.strip()}", add_special_tokens=False, split_special_tokens=True
+    )["input_ids"]
+    return ids

@@ -121,8 +121,7 @@ class LearnerActor(Traced):
 
     def canary(self, prompt: Prompt) -> Canary:
         """A caption of ``prompt`` that engines and learner score alike."""
-        tokenizer = self._learner.policy.processor.tokenizer
-        return make_canary(tokenizer, prompt, self._max_tokens)
+        return make_canary(self._learner.policy.processor, prompt, self._max_tokens)
 
     @traced
     def score(self, canary: Canary) -> FloatArray:

@@ -154,7 +154,7 @@ def test_a_given_caption_is_scored_as_the_learner_does_with_every_version(
 ):
     from rayrl.learner.logprobs import naive_logprobs
 
-    ids = make_canary(captioner.processor.tokenizer, prompts[0], 20).token_ids
+    ids = make_canary(captioner.processor, prompts[0], 20).token_ids
     tensor = torch.tensor([[list(ids)]])
     inputs = InputCache(captioner.processor).batch([prompts[0].image], prompts[0].text)
     for version in (20, 21):

@@ -51,7 +51,7 @@ def test_engine_and_learner_agree(folder, backend, prompts):
         engine.load_weights(pack(captioner.model, version), changed=ALL)
         groups = engine.generate(prompts, SAMPLING, seeds(prompts))
         assert learner_difference(captioner, groups) < 1e-4
-        canary = make_canary(captioner.processor.tokenizer, prompts[0], 20)
+        canary = make_canary(captioner.processor, prompts[0], 20)
         scored = engine.score(canary.prompt, canary.token_ids)
         assert np.isfinite(scored).all() and len(scored) == len(canary.token_ids)
         moved(captioner, "model.")

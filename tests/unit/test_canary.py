@@ -61,7 +61,7 @@ def test_engine_and_learner_score_a_caption_alike_and_tell_other_weights_apart(
     tiny_folder, prompts
 ):
     captioner = load_captioner(tiny_folder)
-    canary = make_canary(captioner.processor.tokenizer, prompts[0], 6)
+    canary = make_canary(captioner.processor, prompts[0], 6)
     assert 1 <= len(canary.token_ids) <= 5
     engine = make_engine(
         EngineSetup(folder=tiny_folder, config=EngineConfig(backend="hf"), group_size=2)

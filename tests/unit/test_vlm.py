@@ -19,9 +19,11 @@ from rayrl.vlm import (
     choose_trainable,
     eos_ids,
     load_captioner,
+    load_processor,
     part_of,
     prompt_inputs,
 )
+from tests.captioners import FAMILIES
 from tests.conftest import INSTRUCTION, encoded_picture
 
 
@@ -76,6 +78,26 @@ def test_a_caption_decodes_to_itself_and_ends_with_the_end_token(captioner):
     assert ids[-1] in captioner.eos_ids
     text = captioner.processor.tokenizer.decode(ids, skip_special_tokens=True)
     assert text.strip() == "a red picture"
+
+
+@pytest.mark.parametrize("family", ["tiny", *FAMILIES])
+def test_what_looks_like_a_special_token_in_a_caption_is_text(family, tiny_folder):
+    if family == "tiny":
+        processor = load_processor(tiny_folder)
+    else:
+        _, processor = FAMILIES[family](["a red dog", "a cat on a sofa"] * 9)
+    tokenizer = processor.tokenizer
+    special = tokenizer.all_special_tokens
+    assert len(special) > 3
+    for token in special:
+        caption = f"a sign that says {token} and more"
+        ids = caption_token_ids(processor, caption, tokenizer.eos_token_id)
+        assert not set(ids[:-1]) & set(tokenizer.all_special_ids)
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == caption
+    # What is no caption is read as before.
+    assert tokenizer(special[0], add_special_tokens=False)["input_ids"] == [
+        tokenizer.convert_tokens_to_ids(special[0])
+    ]
 
 
 def test_only_the_chosen_parts_train(tiny_folder):
