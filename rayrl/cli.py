@@ -10,6 +10,7 @@ that names the nearest known one.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence, Set
@@ -29,6 +30,7 @@ from rayrl.config import Config
 from rayrl.config_keys import UsageError, check_flags, check_keys, whole_mappings
 from rayrl.credentials import CREDENTIAL, redacted
 from rayrl.objectives.config import ObjectiveConfig, plan_with
+from rayrl.section import local_path
 from rayrl.yaml_file import read_yaml
 
 RUN_CONFIG = "config.yaml"
@@ -159,14 +161,14 @@ def describe_stage1(config: Config) -> str:
 
 def _parse(argv: list[str], program: str, description: str, options: Sequence[str]) -> Invocation:
     parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", type=local_path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument(
         "--resume", nargs="?", choices=("always", "auto"), default="never", const="always"
     )
     parser.add_argument("--trace", action="store_true")
-    parser.add_argument("--replay", type=Path)
-    parser.add_argument("--run_folder")
+    parser.add_argument("--replay", type=local_path)
+    parser.add_argument("--run_folder", type=os.path.expanduser)
     known, rest = parser.parse_known_args(argv)
     if "--help" in rest or "-h" in rest:
         listed = "    ".join(f"{name} {OPTIONS[name]}" for name in options)

@@ -24,7 +24,7 @@ from rayrl.objectives.config import ObjectiveConfig
 from rayrl.parts import Part
 from rayrl.rewards.config import RewardConfig
 from rayrl.rollout_config import RolloutConfig, check_sync
-from rayrl.section import Section
+from rayrl.section import LocalPath, Section
 
 __all__ = ["LearnerConfig", "LoraConfig", "Part", "RolloutConfig"]
 
@@ -74,7 +74,7 @@ class TinyConfig(Section):
 class ModelConfig(Section):
     """Which captioner is trained."""
 
-    path: str = "tiny"
+    path: LocalPath = "tiny"
     """`tiny` (built from `tiny`), a local folder, or a hub name; all load with from_pretrained."""
     tiny: TinyConfig = TinyConfig()
     """Sizes of the tiny captioner."""
@@ -174,7 +174,7 @@ class TrainConfig(Section):
     keep_best: bool = True
     """Save whenever a held-out evaluation is the best so far, and keep that checkpoint too, as
     `checkpoints/best`."""
-    checkpoint_uri: str = ""
+    checkpoint_uri: LocalPath = ""
     """Copy checkpoints there too, so that `--resume` works on a fresh machine: `s3://…`, `gs://…`,
     `file:///…` or an absolute path, one a run; empty: nowhere."""
     samples_every: PositiveInt = 10
@@ -199,7 +199,7 @@ class TrainConfig(Section):
 class Config(Section):
     """Everything a run depends on; saved resolved in the run folder."""
 
-    run_folder: str = "runs/grpo_coco"
+    run_folder: LocalPath = "runs/grpo_coco"
     """Where metrics, samples, checkpoints and the report go."""
     seed: NonNegativeInt = 0
     """Seed of everything that is random."""

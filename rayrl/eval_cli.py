@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from rayrl import cli, config_keys
 from rayrl.config import Config
 from rayrl.data.config import Split
 from rayrl.rewards.suite import METRICS, metric
+from rayrl.section import local_path
 
 PROGRAM = "eval_coco.py"
 
@@ -155,11 +157,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_subject(add: Any) -> None:
-    add("--checkpoint", type=Path, metavar="FOLDER", help="caption a split with this model")
-    add("--results", type=Path, metavar="FILE", help="score this COCO results file")
+    add("--checkpoint", type=local_path, metavar="FOLDER", help="caption a split with this model")
+    add("--results", type=local_path, metavar="FILE", help="score this COCO results file")
     add(
         "--compare",
-        type=Path,
+        type=local_path,
         nargs=2,
         metavar=("A", "B"),
         help="is results file B better than A? (paired bootstrap, by each of --metrics)",
@@ -170,13 +172,13 @@ def _add_subject(add: Any) -> None:
 def _add_settings(add: Any) -> None:
     add(
         "--config",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="YAML; default: that of the run that the checkpoint lies in",
     )
     add(
         "--references",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="for --results and --compare, instead of a data set with images: a COCO captions "
         "file, a Karpathy file, or an object of image id to captions",
@@ -196,7 +198,12 @@ def _add_settings(add: Any) -> None:
         metavar="NAME",
         help=f"some of {', '.join(METRICS)}, or your own as module:function; default: all of those",
     )
-    add("--clip", metavar="FOLDER", help="a local CLIP model, for CLIPScore")
+    add(
+        "--clip",
+        type=os.path.expanduser,
+        metavar="FOLDER",
+        help="a local CLIP model, for CLIPScore",
+    )
     add(
         "--beam",
         type=_positive,
@@ -213,7 +220,7 @@ def _add_settings(add: Any) -> None:
     )
     add(
         "--output",
-        type=Path,
+        type=local_path,
         metavar="FOLDER",
         help="default: beside the checkpoint or results file, NAME_eval_SPLIT, and _beamN or "
         "_samplesK after it",

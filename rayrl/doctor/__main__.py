@@ -16,6 +16,7 @@ from rich.text import Text
 
 from rayrl.doctor import checks, probes
 from rayrl.doctor.checks import Finding, Needs
+from rayrl.section import local_path
 
 _STYLES = {"ok": "green", "note": "yellow", "stop": "bold red"}
 
@@ -69,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="rayrl.doctor", description="Check this machine, and say what to do about it."
     )
-    parser.add_argument("--config", type=Path, help="the run to check for; else the default run")
+    parser.add_argument(
+        "--config", type=local_path, help="the run to check for; else the default run"
+    )
     arguments = parser.parse_args(argv)
     try:
         needs = read_needs(arguments.config) if arguments.config else Needs()

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from rayrl.objectives.plan import Phases, Plan, override, override_phases
 from rayrl.objectives.presets import named_parts, preset_of
-from rayrl.section import Section
+from rayrl.section import LocalPath, Section
 
 
 class SourcesConfig(Section):
@@ -17,9 +17,9 @@ class SourcesConfig(Section):
 
     head_lr: PositiveFloat = 1e-2
     """Learning rate of what trains beside the policy: a critic, heads of single reward terms."""
-    guide: str = ""
+    guide: LocalPath = ""
     """Folder of a preference-tuned copy of the model, which credits single tokens."""
-    auxiliaries: tuple[str, ...] = ()
+    auxiliaries: tuple[LocalPath, ...] = ()
     """Folders of copies of the model, each trained on one auxiliary reward."""
     reference_samples: NonNegativeInt = 8
     """Captions of the stage-1 model, sampled of each image before the first step, whose rewards an

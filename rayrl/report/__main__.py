@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from rayrl.report import write_report
+from rayrl.section import local_path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="rayrl.report", description="Write report.html from what a run left in its folder."
     )
-    parser.add_argument("folder", type=Path, nargs="+", metavar="RUN_FOLDER")
+    parser.add_argument("folder", type=local_path, nargs="+", metavar="RUN_FOLDER")
     for folder in parser.parse_args(argv).folder:
         try:
             print(write_report(folder))

@@ -27,7 +27,7 @@ from pydantic import (
 
 from rayrl.credentials import server_address, variable_name
 from rayrl.rewards.placed import Asks, PlacedConfig, TermConfig, whole_or_fraction
-from rayrl.section import Section
+from rayrl.section import LocalPath, Section
 
 DF_MODES = ("train", "caption", "batch")
 DF_FILES = (".npz", ".p", ".pkl")
@@ -94,7 +94,7 @@ class ClipScoreConfig(PlacedConfig):
     """CLIPScore, 0..2.5, or RefCLIPScore; on a GPU if it has ``gpus``, else on the CPU."""
 
     kind: Literal["clip_score"] = "clip_score"
-    folder: str
+    folder: LocalPath
     """A local CLIP model."""
     references: bool = False
     """RefCLIPScore: the harmonic mean with the likeness to the closest reference."""
@@ -260,7 +260,7 @@ class RewardConfig(Section):
     eos: bool = True
     """Whether CIDEr-D counts the end of the caption as a word, so that stopping in the middle of
     a sentence costs something."""
-    df: str = "train"
+    df: LocalPath = "train"
     """Where document frequencies come from.  train: the training references, an image each;
     caption: the same, every caption a document of its own; batch: the images of each step, however
     many reward workers share it; or a file, .npz of DocumentFrequency.save or .p of

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from rayrl import cli, commands, config_keys, grpo
+from rayrl import cli, commands, config_keys, eval_cli, grpo
 from rayrl.config import Config
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -167,6 +167,45 @@ def test_what_other_programs_call_otherwise_is_there():
     for name, here in config_keys._ELSEWHERE.items():
         assert name not in keys and here.split()[0].rstrip(",") in keys
     assert cli.load(None, ["--objective.set", "kl_coef=0.04"])
+
+
+def test_a_home_folder_is_meant_wherever_a_path_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = """
+        run_folder: ~/run
+        model: {path: ~/model}
+        reward: {df: ~/df.npz, terms: {clip_score: {folder: ~/clip}}}
+        objective: {preset: scst, sources: {guide: ~/guide, auxiliaries: [~/a, b]}}
+        train: {checkpoint_uri: ~/copies}
+    """
+    file = write(tmp_path, text)
+    for flags in ([], ["--run_folder=~/run", "--model.path=~/model"]):
+        config = cli.parse(["--config", str(file), *flags], program="p", description="d").config
+        term, sources = config.reward.terms["clip_score"], config.objective.sources
+        found = [config.run_folder, config.model.path, config.reward.df, term.folder]
+        found += [sources.guide, *sources.auxiliaries, config.train.checkpoint_uri]
+        names = ["run", "model", "df.npz", "clip", "guide", "a"]
+        assert found == [*(f"/home/me/{name}" for name in names), "b", "/home/me/copies"]
+
+
+def test_so_it_is_in_options_of_commands(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "seed: 5")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / cli.RUN_CONFIG).write_text("seed: 6")
+    for flags, seed in (["--config=~/job.yaml"], 5), (["--resume", "--run_folder=~/run"], 6):
+        assert cli.parse(flags, program="p", description="d").config.seed == seed
+    options, _ = eval_cli.parse(["--checkpoint=~/m", "--config=~/c", "--clip=~/d", "--output=~/o"])
+    found = [str(options.checkpoint), str(options.config), options.clip, str(options.output)]
+    assert found == [f"{tmp_path}/{name}" for name in "mcdo"]
+    options, _ = eval_cli.parse(["--compare", "~/a", "b", "--references=~/r"])
+    assert [*map(str, options.compare), str(options.references)] == [
+        f"{tmp_path}/a",
+        "b",
+        f"{tmp_path}/r",
+    ]
+    assert str(eval_cli.parse(["--results=~/r"])[0].results) == f"{tmp_path}/r"
 
 
 def test_a_value_may_look_like_a_key():
