@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayrl.credentials import refuse_credentials
-from rayrl.section import Section
+from rayrl.section import LocalPath, Section
 
 Source = Literal["scenes", "parquet", "coco", "karpathy"]
 Split = Literal["train", "val", "test"]
@@ -51,14 +51,14 @@ class DataConfig(Section):
     source: Source = "scenes"
     """`scenes` (generated), `parquet` (shards), `coco` (captions json and an image folder) or
     `karpathy` (dataset_*.json and an image folder)."""
-    path: str = ""
+    path: LocalPath = ""
     """The Parquet file or folder of shards (also `s3://…`, `gs://…`), or the annotation file; with
     `{split}` in it where each split has its own.  `*` in the path of shards stands for any part of
     a name.  Refused with `scenes`."""
-    val_path: str = ""
+    val_path: LocalPath = ""
     """The same for what is held out, validation and test, where it is not called as in `path`:
     with `{split}` in it, or of validation alone.  Empty: `path`."""
-    images: str = ""
+    images: LocalPath = ""
     """The image folder of `coco` and `karpathy`."""
     instruction: str = Field(default="Describe the image.", min_length=1)
     """What the model is asked for, with every image."""

@@ -173,19 +173,29 @@ def test_a_home_folder_is_meant_wherever_a_path_is_given(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     text = """
         run_folder: ~/run
+        data: {source: coco, path: "~/{split}.json", images: ~/images}
         model: {path: ~/model}
         reward: {df: ~/df.npz, terms: {clip_score: {folder: ~/clip}}}
-        objective: {preset: scst, sources: {guide: ~/guide, auxiliaries: [~/a, b]}}
+        objective: {preset: scst, sources: {guide: ~/guide, auxiliaries: [~/one, two]}}
         train: {checkpoint_uri: ~/copies}
     """
     file = write(tmp_path, text)
     for flags in ([], ["--run_folder=~/run", "--model.path=~/model"]):
         config = cli.parse(["--config", str(file), *flags], program="p", description="d").config
-        term, sources = config.reward.terms["clip_score"], config.objective.sources
-        found = [config.run_folder, config.model.path, config.reward.df, term.folder]
-        found += [sources.guide, *sources.auxiliaries, config.train.checkpoint_uri]
-        names = ["run", "model", "df.npz", "clip", "guide", "a"]
-        assert found == [*(f"/home/me/{name}" for name in names), "b", "/home/me/copies"]
+        sources = config.objective.sources
+        found = {
+            "run": config.run_folder,
+            "val.json": config.data.path_of("val"),
+            "images": config.data.images,
+            "model": config.model.path,
+            "df.npz": config.reward.df,
+            "clip": config.reward.terms["clip_score"].folder,
+            "guide": sources.guide,
+            "one": sources.auxiliaries[0],
+            "copies": config.train.checkpoint_uri,
+        }
+        assert found == {name: f"/home/me/{name}" for name in found}
+        assert sources.auxiliaries[1] == "two"
 
 
 def test_so_it_is_in_options_of_commands(tmp_path, monkeypatch):
