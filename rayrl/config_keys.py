@@ -117,24 +117,81 @@ def _as_entry(name: str, value: str) -> str:
     return f"'{value}', with all its other entries, or the entry in the file"
 
 
-_KL = "objective.set kl_coef=VALUE"
+_SET = "objective.set"
+_KL = f"{_SET} kl_coef=VALUE"
+_CLIP = f"{_SET} clip_low=VALUE, and clip_high=VALUE"
+_STEPS = "train.steps, which counts steps of train.images_per_step images and not epochs"
+_ACCUMULATED = "learner.micro_batch_images, the part of a step's images that is computed at once"
+_ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _ELSEWHERE = {
     # TRL
+    "model_name_or_path": "model.path",
+    "output_dir": "run_folder",
+    "dataset_name": "data.path",
     "num_generations": "train.group_size",
     "beta": f"{_KL}, or beta=VALUE for preference objectives",
+    "epsilon": _CLIP,
+    "epsilon_high": f"{_SET} clip_high=VALUE",
+    "loss_type": "objective.preset",
+    "reward_weights": "reward.terms",
     "learning_rate": "learner.lr",
+    "lr_scheduler_type": "learner.schedule",
+    "max_grad_norm": "learner.grad_clip",
+    "num_train_epochs": _STEPS,
+    "max_steps": "train.steps",
+    "num_iterations": "learner.inner_epochs",
     "per_device_train_batch_size": "train.images_per_step, which counts images and not captions",
+    "gradient_accumulation_steps": _ACCUMULATED,
+    "gradient_checkpointing": "learner.activation_checkpointing",
+    "bf16": "model.dtype bfloat16, and engine.dtype",
+    "lora_r": "learner.lora.rank",
+    "lora_alpha": "learner.lora.alpha",
     "max_completion_length": "sampling.max_tokens",
+    "max_new_tokens": "sampling.max_tokens",
     "temperature": "sampling.temperature",
+    "use_vllm": "engine.backend vllm",
+    "vllm_gpu_memory_utilization": "engine.kv_cache_mb",
+    "save_steps": "train.checkpoint_every",
+    "save_total_limit": "train.keep_checkpoints",
+    "eval_steps": "train.eval_every",
     # verl
-    "actor_rollout_ref.rollout.n": "train.group_size",
-    "actor_rollout_ref.rollout.temperature": "sampling.temperature",
-    "actor_rollout_ref.actor.kl_loss_coef": _KL,
-    "actor_rollout_ref.actor.optim.lr": "learner.lr",
+    "actor_rollout_ref.model.path": "model.path",
+    f"{_ROLLOUT}.n": "train.group_size",
+    f"{_ROLLOUT}.name": "engine.backend",
+    f"{_ROLLOUT}.temperature": "sampling.temperature",
+    f"{_ROLLOUT}.gpu_memory_utilization": "engine.kv_cache_mb",
+    f"{_ACTOR}.kl_loss_coef": _KL,
+    f"{_ACTOR}.clip_ratio": _CLIP,
+    f"{_ACTOR}.optim.lr": "learner.lr",
+    f"{_ACTOR}.ppo_epochs": "learner.inner_epochs",
+    f"{_ACTOR}.ppo_mini_batch_size": "learner.minibatches, which is their number",
+    f"{_ACTOR}.ppo_micro_batch_size_per_gpu": _ACCUMULATED,
+    "algorithm.adv_estimator": "objective.preset",
+    "data.train_files": "data.path, with {split} in it for train and val",
+    "data.val_files": "data.path, with {split} in it for train and val",
     "data.train_batch_size": "train.images_per_step",
     "data.max_response_length": "sampling.max_tokens",
+    "trainer.total_epochs": _STEPS,
+    "trainer.total_training_steps": "train.steps",
+    "trainer.default_local_dir": "run_folder",
+    "trainer.save_freq": "train.checkpoint_every",
+    "trainer.test_freq": "train.eval_every",
+    "trainer.n_gpus_per_node": "learner.num_workers, and rollout.num_workers",
+    # self-critical.pytorch
+    "input_json": "data.path",
+    "checkpoint_path": "run_folder",
+    "batch_size": "train.images_per_step",
+    "max_epochs": _STEPS,
+    "self_critical_after": "xe.steps, the steps of cross-entropy before",
+    "train_sample_n": "train.group_size",
+    "cached_tokens": "reward.df",
+    "cider_reward_weight": "reward.terms cider_d=VALUE",
+    "bleu_reward_weight": "reward.terms bleu=VALUE",
+    "save_checkpoint_every": "train.checkpoint_every",
 }
 """What is called otherwise in other programs, where the spelling leads nowhere."""
+_LIKE = 0.63
+"""How like a key another one must be to be meant: below, words without any sense find some key."""
 _CUTS = ("top_k", "top_p", "min_p")
 _WHY_NO_CUTS = (
     "captions are drawn from the full vocabulary, because the learner's log-probs are of all of it "
@@ -144,13 +201,14 @@ _WHY_NO_CUTS = (
 
 def nearest(key: str, keys: Set[str]) -> str:
     """What the key of another program is called here; else the nearest known key: whole, or by its
-    last part alone (`--lr` for `--learner.lr`); or why there is none."""
+    last parts alone (`--lr` for `--learner.lr`); or why there is none."""
     if key in _ELSEWHERE:
         return f"; here that is --{_ELSEWHERE[key]}"
     if key.rpartition(".")[2] in _CUTS:
         return f": {_WHY_NO_CUTS}"
     near = difflib.get_close_matches(key, sorted(keys), n=1, cutoff=0.75)
-    last = key.rpartition(".")[2]
-    near = near or [k for k in sorted(keys) if k.rpartition(".")[2] == last][:1]
-    near = near or difflib.get_close_matches(key, sorted(keys), n=1, cutoff=0.4)
+    parts = key.split(".")
+    ends = [".".join(parts[i:]) for i in range(len(parts))]
+    near = near or [k for end in ends for k in sorted(keys) if f".{k}".endswith(f".{end}")][:1]
+    near = near or difflib.get_close_matches(key, sorted(keys), n=1, cutoff=_LIKE)
     return f"; did you mean {near[0]!r}?" if near else ""

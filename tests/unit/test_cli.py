@@ -139,6 +139,16 @@ def test_the_resolved_file_reads_back_as_the_same_configuration(tmp_path):
         (["--seed", "5", "train.steps=3"], "write --train.steps=3"),
         (["--seed=5", "train.steps", "3"], "write --train.steps"),
         (["actor_rollout_ref.rollout.n=5"], "is no option; here that is --train.group_size"),
+        (["data.train_files=x"], "is no option; here that is --data.path, with {split} in it"),
+        (["trainer.total_epochs=3"], "is no option; here that is --train.steps"),
+        (["--output_dir", "x"], "--output_dir; here that is --run_folder"),
+        (
+            ["--gradient_accumulation_steps", "2"],
+            "; here that is --learner.micro_batch_images, the part of a step's images",
+        ),
+        (["actor_rollout_ref.model.path=x"], "is no option; here that is --model.path"),
+        (["--another.model.path", "x"], "did you mean 'model.path'?"),
+        (["--max_staleness", "1"], "did you mean 'train.max_staleness'?"),
         (["--num_generations", "4"], "--num_generations; here that is --train.group_size"),
         (["--beta", "0.04"], "unknown option --beta; here that is --objective.set kl_coef=VALUE"),
         (["--temperature=0.7"], "--temperature; here that is --sampling.temperature"),
@@ -216,6 +226,12 @@ def test_so_it_is_in_options_of_commands(tmp_path, monkeypatch):
         f"{tmp_path}/r",
     ]
     assert str(eval_cli.parse(["--results=~/r"])[0].results) == f"{tmp_path}/r"
+
+
+@pytest.mark.parametrize("word", ["banana", "ddp_timeout", "report_to", "trainer.logger"])
+def test_what_is_like_no_key_is_not_taken_for_one(word):
+    with pytest.raises(cli.UsageError, match=rf"^unknown option --{word}$"):
+        cli.load(None, [f"--{word}", "1"])
 
 
 def test_a_value_may_look_like_a_key():
