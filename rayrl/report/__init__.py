@@ -22,8 +22,8 @@ from rayrl.report.run_folder import RunFolder, growth, read_run
 def write_report(folder: Path) -> Path:
     """Write ``folder/report.html`` from what the run has left there so far; returns its path.
 
-    Raises FileNotFoundError when there is no such folder, and ValueError with the file's name for
-    one that is not JSON or YAML.
+    Raises FileNotFoundError when there is no such folder or it is none of a run, and ValueError
+    with the file's name for one that is not JSON or YAML.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

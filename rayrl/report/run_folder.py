@@ -16,6 +16,8 @@ from rayrl.yaml_file import parse_yaml
 
 Row = Mapping[str, Any]
 _SECONDS = "seconds/"
+_OF_A_RUN = ("config.yaml", "metrics.jsonl")
+"""A run writes the one before all else, the other with its first numbers."""
 
 
 def growth(values: Sequence[float]) -> float:
@@ -99,11 +101,13 @@ class RunFolder:
 def read_run(folder: Path) -> RunFolder:
     """Read a run folder.
 
-    Raises FileNotFoundError when there is no such folder, and ValueError with the file's name for
-    one that is not JSON or YAML.
+    Raises FileNotFoundError when there is no such folder or it is none of a run, and ValueError
+    with the file's name for one that is not JSON or YAML.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such run folder")
+    if not any((folder / name).is_file() for name in _OF_A_RUN):
+        raise FileNotFoundError(f"{folder}: no run folder, which has {' or '.join(_OF_A_RUN)}")
     config_file = folder / "config.yaml"
     config_text = _read_text(config_file)
     # One row alone is the model that was given: no stage 1 was run.

@@ -329,6 +329,7 @@ def test_captions_cannot_break_out_of_the_page(tmp_path):
 
 
 def test_a_report_of_a_run_that_has_written_nothing_says_so(tmp_path):
+    (tmp_path / "config.yaml").touch()
     page = page_of(tmp_path)
     assert "no held-out evaluation yet" in page.text
     assert "No step has finished yet" in page.text
@@ -371,6 +372,10 @@ def test_a_report_can_be_made_again_from_the_command_line(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
     with pytest.raises(SystemExit, match=r"rayrl\.report: .*nowhere: no such run folder"):
         main([str(tmp_path / "nowhere")])
+    (other := tmp_path / "other").mkdir()
+    with pytest.raises(SystemExit, match=rf"^rayrl\.report: {other}: no run folder, which has"):
+        main([str(other)])
+    assert not any(other.iterdir())
 
 
 def test_a_broken_file_is_named(tmp_path):
