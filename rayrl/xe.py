@@ -224,6 +224,7 @@ class _Rows:
         prompts = [self._prompt(step, slot) for step in steps for slot in range(self._share)]
         return {
             "done": [self._done] * len(prompts),
+            "prompt_id": [prompt.prompt_id for prompt in prompts],
             "image": [prompt.image for prompt in prompts],
             "captions": [list(prompt.references) for prompt in prompts],
         }
@@ -251,7 +252,7 @@ def _train_worker(setup: dict[str, Any]) -> None:
     for batch in chain([first], ahead):
         progress = elapsed / limit if limit else trainer.steps / total
         captions = [list(row) for row in batch["captions"]]
-        trainer.step(list(batch["image"]), captions, progress)
+        trainer.step(list(batch["image"]), captions, progress, list(batch["prompt_id"]))
         elapsed = trainer.mean(elapsed + time.perf_counter() - started)
         last = trainer.steps == total or (limit is not None and elapsed >= limit)
         if last or trainer.steps % config.xe.snapshot_every == 0:

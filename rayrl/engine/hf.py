@@ -201,7 +201,8 @@ class HfEngine:
         if self._version < 0:
             raise RuntimeError("the engine holds no weights yet: load a version before sampling")
         images, texts = [p.image for p in prompts], [p.text for p in prompts]
-        return self._prepared.batch(images, texts).to(self._device)
+        ids = [prompt.prompt_id for prompt in prompts]
+        return self._prepared.batch(images, texts, ids).to(self._device)
 
     def _completions(
         self, ids: np.ndarray, logprobs: np.ndarray, num_forced: Sequence[int]

@@ -63,15 +63,22 @@ class InputCache:
         self._threads = ThreadPoolExecutor(self._at_once, "pictures")
         self._of_thread = threading.local()
 
-    def batch(self, images: Sequence[bytes], instruction: str | Sequence[str]) -> BatchFeature:
+    def batch(
+        self,
+        images: Sequence[bytes],
+        instruction: str | Sequence[str],
+        prompt_ids: Sequence[str] = (),
+    ) -> BatchFeature:
         """Inputs of P prompts, with one instruction for all or one each: input_ids and
         attention_mask [P, S] padded on the left, the rest one after the other along the first
-        axis."""
+        axis.  ValueError, with its id where that is given, for a picture that the processor
+        refuses, as Qwen's does one that is 200 times as long as it is wide."""
         given = [instruction] * len(images) if isinstance(instruction, str) else instruction
         prompts = [_Prompt(*prompt) for prompt in zip(images, given, strict=True)]
         self._unread.difference_update(prompt.key for prompt in prompts)
         begun = self._begin(prompts)
-        entries = [self._entry(prompt, begun) for prompt in prompts]
+        names = prompt_ids or [""] * len(prompts)
+        entries = [self._entry(*one, begun) for one in zip(prompts, names, strict=True)]
         shapes = {tuple((k, v.shape[1:]) for k, v in e.items() if k not in _TEXT) for e in entries}
         if len(shapes) > 1 and "pixel_attention_mask" not in entries[0]:
             # Pictures of different sizes: only the processor knows how its family pads them, where
@@ -102,7 +109,7 @@ class InputCache:
             begun = self._begin(some)
             for prompt in some:
                 with suppress(OSError, ValueError):
-                    size = _num_bytes(self._entry(prompt, begun))
+                    size = _num_bytes(self._entry(prompt, "", begun))
                     if self._ahead and waiting + size > self._max_bytes:
                         for other in begun.values():
                             other.cancel()
@@ -115,12 +122,18 @@ class InputCache:
         missing = {prompt.key: prompt for prompt in prompts if prompt.key not in self._entries}
         return {k: self._threads.submit(self._processed, one) for k, one in missing.items()}
 
-    def _entry(self, prompt: _Prompt, begun: Mapping[bytes, Future[_Entry]]) -> _Entry:
+    def _entry(
+        self, prompt: _Prompt, prompt_id: str, begun: Mapping[bytes, Future[_Entry]]
+    ) -> _Entry:
         """What was ``begun`` or is there already."""
         entry = self._entries.get(prompt.key)
         if entry is None:
             # What was there may have been pushed out meanwhile.
-            entry = begun[prompt.key].result() if prompt.key in begun else self._processed(prompt)
+            try:
+                known = prompt.key in begun
+                entry = begun[prompt.key].result() if known else self._processed(prompt)
+            except ValueError as error:
+                raise ValueError(f"prompt {prompt_id}: {error}" if prompt_id else error) from error
             self._entries[prompt.key] = entry
             self._bytes += _num_bytes(entry)
             self._shrink()
@@ -246,18 +259,20 @@ class StepInputs:
     ) -> PromptBatch:
         """Inputs of these prompts, perhaps with a ``change`` of their encoded images.  Raises
         ValueError naming the prompt where the engine used other prompt ids."""
+        prompt_ids = [self._prompt_ids[i] for i in indices]
         images = [self._images[i] for i in indices]
         images = images if change is None else [change(image) for image in images]
         device, whole = self._model.device, None
         text = self._cache.texts(images, self._instruction)
         if text is None:
-            whole = self._cache.batch(images, self._instruction)
+            whole = self._cache.batch(images, self._instruction, prompt_ids)
             text = BatchFeature(without_pixels(whole))
         self._check(text, indices)
 
         def inputs() -> BatchFeature:
-            made = self._cache.batch(images, self._instruction) if whole is None else whole
-            return made.to(device)
+            if whole is None:
+                return self._cache.batch(images, self._instruction, prompt_ids).to(device)
+            return whole.to(device)
 
         return PromptBatch(text.to(device), [image_key(image) for image in images], inputs)
 

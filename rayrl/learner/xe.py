@@ -79,14 +79,19 @@ class XeTrainer:
         )
 
     def step(
-        self, images: Sequence[bytes], references: Sequence[Sequence[str]], progress: float
+        self,
+        images: Sequence[bytes],
+        references: Sequence[Sequence[str]],
+        progress: float,
+        prompt_ids: Sequence[str] = (),
     ) -> dict[str, float]:
         """One optimizer step on P images with ``captions_per_image`` of their references each;
-        the loss is the mean over caption tokens, of all workers together."""
+        the loss is the mean over caption tokens, of all workers together.  ``prompt_ids`` are for
+        messages."""
         for group in self._optimizer.param_groups:
             group["lr"] = xe_learning_rate(progress, self._config.lr)
         ids, mask = self._targets(references)
-        inputs = self._cache.batch(images, self._instruction).to(ids.device)
+        inputs = self._cache.batch(images, self._instruction, prompt_ids).to(ids.device)
         logprobs = prefix_shared_logprobs(
             self.captioner.model, inputs, ids, mask, banned_ids=self.captioner.banned_ids
         )

@@ -235,8 +235,10 @@ def test_the_training_data_is_loaded_by_nobody_who_is_given_it(
     monkeypatch.setattr(xe.ray, "get", {"of the data": data}.__getitem__)
     read = xe._Rows(config, ["of the data"], 0, 0, 4)({"item": np.array([2])})
     assert len(read["image"]) == 2 * config.xe.images_per_step
-    known = dict(zip([p.image for p in data], [list(p.references) for p in data], strict=True))
-    assert [known[image] for image in read["image"]] == read["captions"]
+    prompts = {prompt.prompt_id: prompt for prompt in data}
+    found = [prompts[name] for name in read["prompt_id"]]
+    assert read["image"] == [prompt.image for prompt in found]
+    assert read["captions"] == [list(prompt.references) for prompt in found]
 
 
 class Lost(Exception):

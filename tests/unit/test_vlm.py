@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from rayrl.config import TinyConfig
+from rayrl.learner import inputs
 from rayrl.learner.inputs import InputCache
+from rayrl.types import TrainBatch
 from rayrl.vlm import (
     build_tiny_captioner,
     caption_token_ids,
@@ -219,6 +221,38 @@ def noise(width, height):
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
+
+
+def test_a_picture_that_the_processor_refuses_is_named(captioner, monkeypatch):
+    def refuse(processor, images, instructions):
+        if images == [narrow]:
+            raise ValueError("absolute aspect ratio must be smaller than 200, got 400.0")
+        return prompt_inputs(processor, images, instructions)
+
+    narrow = noise(1, 400)
+    monkeypatch.setattr(inputs, "prompt_inputs", refuse)
+    cache = InputCache(captioner.processor)
+    images, ids = [noise(64, 64), narrow], ["coco/1", "coco/2"]
+    with pytest.raises(ValueError, match=r"^prompt coco/2: absolute aspect ratio must be smaller"):
+        cache.batch(images, INSTRUCTION, ids)
+    with pytest.raises(ValueError, match=r"^absolute aspect ratio must be smaller"):
+        cache.batch(images, INSTRUCTION)
+    # As the learner asks for it.
+    shape = np.ones((2, 1, 1))
+    batch = TrainBatch(
+        prompt_ids=tuple(ids),
+        images=tuple(images),
+        prompt_token_ids=(np.ones(1, np.int32),) * 2,
+        token_ids=shape.astype(np.int32),
+        mask=shape.astype(bool),
+        rollout_logprobs=shape.astype(np.float32),
+        rewards=np.ones((2, 1), np.float32),
+        weight_versions=np.zeros((2, 1), np.int32),
+        truncated=np.zeros((2, 1), bool),
+    )
+    step = inputs.StepInputs(cache, captioner.model, batch, INSTRUCTION)
+    with pytest.raises(ValueError, match=r"^prompt coco/2: absolute"):
+        step.select([1])
 
 
 def test_pictures_in_different_numbers_of_tiles_are_not_processed_again(captioner, processed):
