@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rayrl.config import Config
 from rayrl.data.config import DataConfig, Split
+from rayrl.data.parquet import find_shards
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -40,11 +41,16 @@ def check_model_folder(folder: Path, given: str) -> None:
 
 def _missing_data(data: DataConfig, split: Split) -> Iterator[str]:
     path, images = data.path_of(split), data.images_of(split)
-    if data.source == "parquet" and "://" not in path and not Path(path).exists():
-        yield f"data.path {data.path}: no such Parquet file or folder of shards: {path}"
+    held_out = split != "train" and data.val_path
+    named = f"data.val_path {data.val_path}" if held_out else f"data.path {data.path}"
+    if data.source == "parquet" and "://" not in path:
+        try:
+            find_shards(path)
+        except FileNotFoundError as error:
+            yield f"{named}: {error}"
     if data.source in ("coco", "karpathy"):
         if not Path(path).is_file():
-            yield f"data.path {data.path}: no such file of annotations: {path}"
+            yield f"{named}: no such file of annotations: {path}"
         if not Path(images).is_dir():
             yield f"data.images {data.images}: no such image folder: {images}"
 

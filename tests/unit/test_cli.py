@@ -347,7 +347,11 @@ MISSING = [
     ),
     (
         ["--data.source", "parquet", "--data.path", "no/{split}"],
-        "data.path no/{split}: no such Parquet file or folder of shards: no/train",
+        "data.path no/{split}: no/train: no such Parquet file or folder of shards",
+    ),
+    (
+        ["--data.source", "parquet", "--data.path", "{split}-*.parquet"],
+        "data.path {split}-*.parquet: train-*.parquet: no such Parquet file",
     ),
     (
         ["--model.path", "./mistyped", "--xe.steps", "0"],
@@ -355,6 +359,15 @@ MISSING = [
     ),
     (["--model.path", "no_model", "--xe.steps", "0"], "model.path no_model: no config.json or"),
 ]
+
+
+def test_held_out_shards_that_are_not_here_are_named_by_their_own_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train-0.parquet").touch()
+    flags = ["--data.source", "parquet", "--data.path", "train-*.parquet"]
+    flags += ["--data.val_path", "valid-*.parquet", "--dry-run"]
+    with pytest.raises(SystemExit, match=r"data\.val_path valid-\*\.parquet: .* no such Parquet"):
+        commands.grpo(flags)
 
 
 @pytest.fixture
