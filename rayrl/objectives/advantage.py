@@ -179,9 +179,13 @@ def local_and_global(
 
     A caption's outcome is its reward rounded down to multiples of ``outcome_width``.  The weight of
     the local one is sigmoid(slope * (H - blend_entropy)), H in bits, and 0 in flat groups.
+
+    Raises ValueError for groups of one caption.
     """
+    if rewards.shape[1] < 2:
+        raise ValueError("local_and_global: a group of 1 caption, want at least 2")
     seen = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
-    # A group of one has no entropy, whatever its scale.
+    # A group of which one caption is left has no entropy, whatever its scale.
     size = seen.sum(1, keepdim=True).clamp(min=2).to(rewards.dtype)
     entropy = _outcome_entropy(torch.floor(rewards / outcome_width), seen)
     local = stats.standardize(rewards, valid, eps, ddof=1)
