@@ -16,7 +16,7 @@ from rayrl.data.config import DataConfig, Split
 from rayrl.given import check_given
 from rayrl.objectives.config import plan_with
 from rayrl.objectives.plan import Phases
-from rayrl.own_modules import find_here
+from rayrl.own_modules import NotFoundError, find_here
 
 
 def grpo(argv: Sequence[str] | None = None) -> None:
@@ -116,7 +116,10 @@ def _speak_of_size(data: DataConfig, model: str) -> None:
 def _speak_of_phases(config: Config) -> None:
     """Warn of phases of the objective that begin after the run's last step."""
     preset, steps = config.objective.preset, config.train.steps
-    plan = plan_with(preset, config.objective.set)
+    try:
+        plan = plan_with(preset, config.objective.set)
+    except NotFoundError:
+        return  # which is said later
     if isinstance(plan, Phases) and steps <= (begins := sum(plan.steps[:-1])):
         lengths = "+".join(str(length) for length in plan.steps)
         print(

@@ -16,6 +16,29 @@ WHERE = (
 )
 """What a message says of a module that is not found."""
 
+_NOTHING = object()
+
+
+class NotFoundError(ValueError):
+    """There is no such module here: on another machine, or in another folder, there may be."""
+
+
+def load(path: str, wanted: str) -> Any:
+    """What lies at `module:name`.  NotFoundError where there is no such module, ValueError where it
+    has nothing of the name; both begin with what it is ``wanted`` for."""
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name, _NOTHING)
+    except ModuleNotFoundError as error:
+        raise NotFoundError(
+            f"{wanted}: cannot import {path!r}: no module {error.name!r}; {WHERE}"
+        ) from None
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{wanted}: cannot import {path!r}: {error}") from None
+    if found is _NOTHING:
+        raise ValueError(f"{wanted}: module {module!r} has no {name!r}")
+    return found
+
 
 def find_here() -> None:
     """Find modules in the current folder, as workers do: Python looks beside the script alone.

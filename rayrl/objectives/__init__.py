@@ -40,11 +40,12 @@ def build(config: ObjectiveConfig, *, max_tokens: int) -> Objective:
     """The objective that a configuration describes, for captions of at most ``max_tokens`` tokens:
     a parameter ``max_tokens`` is that number where the configuration sets none."""
     from rayrl.objectives.config import plan_with
+    from rayrl.objectives.override import parameters_of
     from rayrl.objectives.plan import Phases
 
     plan = plan_with(config.preset, config.set)
     plans = plan.plans if isinstance(plan, Phases) else (plan,)
     overrides = dict(config.set)
-    if any("max_tokens" in one.parameters() for one in plans):
+    if any("max_tokens" in parameters_of(one) for one in plans):
         overrides.setdefault("max_tokens", max_tokens)
     return preset(config.preset, **overrides)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
-from rayrl.objectives.plan import Phases, Plan, override, override_phases
-from rayrl.objectives.presets import named_parts, preset_of
+from rayrl.objectives.override import override, override_phases
+from rayrl.objectives.plan import Phases, Plan
+from rayrl.objectives.presets import preset_of
+from rayrl.own_modules import NotFoundError
 from rayrl.section import LocalPath, Section
 
 
@@ -47,7 +50,10 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _exists(self) -> ObjectiveConfig:
-        plan_with(self.preset, self.set)
+        # Who evaluates a run or looks at its folder needs none of its functions: that there is no
+        # such module is said where the objective is built.
+        with suppress(NotFoundError):
+            plan_with(self.preset, self.set)
         return self
 
 
@@ -59,7 +65,9 @@ def plan_with(preset: str, overrides: Mapping[str, Any]) -> Plan | Phases:
     plan = preset_of(preset).plan
     try:
         if isinstance(plan, Phases):
-            return override_phases(plan, overrides, named_parts())
-        return override(plan, overrides, named_parts())
+            return override_phases(plan, overrides)
+        return override(plan, overrides)
+    except NotFoundError as error:
+        raise NotFoundError(f"preset {preset}: {error}") from None
     except ValueError as error:
         raise ValueError(f"preset {preset}: {error}") from None

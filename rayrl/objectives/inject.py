@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayrl.objectives.plan import Part, near
+from rayrl.objectives.signature import REQUIRED, defaults
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,22 @@ def bind(slot: str, item: Part, function: Callable[..., Any]) -> BoundPart:
 
     Raises ValueError naming the parameter that does not exist or that has no value.
     """
-    inputs, optional, hyper = [], set(), {}
+    inputs, optional, hyper = [], set(), defaults(function)
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            hyper[parameter.name] = parameter.default
-        elif parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
             inputs.append(parameter.name)
             if parameter.default is not inspect.Parameter.empty:
                 optional.add(parameter.name)
     for name in item.params:
         if name not in hyper:
             raise ValueError(f"{slot} {item.name}: no parameter {name!r}{near(name, hyper)}")
-    for name, default in hyper.items():
-        if default is inspect.Parameter.empty and name not in item.params:
-            raise ValueError(f"{slot} {item.name}: parameter {name!r} has no value")
-    return BoundPart(
-        slot, item.name, function, dict(item.params), tuple(inputs), frozenset(optional)
-    )
+    params = {**hyper, **item.params}
+    for name, value in params.items():
+        if value is REQUIRED:
+            raise ValueError(
+                f"{slot} {item.name}: parameter {name!r} has no value; set it, {name}=..."
+            )
+    return BoundPart(slot, item.name, function, params, tuple(inputs), frozenset(optional))
 
 
 class Values(Mapping[str, Any]):

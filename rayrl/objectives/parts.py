@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -36,7 +35,7 @@ from rayrl.objectives import (
 )
 from rayrl.objectives.inject import BoundPart, bind
 from rayrl.objectives.plan import Part, near
-from rayrl.own_modules import WHERE
+from rayrl.objectives.signature import own_function
 
 MODULES: Mapping[str, tuple[ModuleType, ...]] = {
     "rollout": (sampling,),
@@ -77,29 +76,13 @@ def may_be_of_tokens(surrogate: BoundPart) -> bool:
     return getattr(surrogate.function, "__module__", "") != group_loss.__name__
 
 
-def _imported(slot: str, path: str) -> Callable[..., Any]:
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"slot {slot}: cannot import {path!r}: no module {error.name!r}; {WHERE}"
-        ) from None
-    except ImportError as error:
-        raise ValueError(f"slot {slot}: cannot import {path!r}: {error}") from None
-    if not callable(function):
-        raise ValueError(f"slot {slot}: module {module!r} has no function {name!r}")
-    return function
-
-
 def resolve(slot: str, item: Part) -> BoundPart:
     """The part's function with its parameters: one of the slot's by its name, any other as
     `module:function`, or the function itself.  ValueError where there is none of that name."""
-    if not isinstance(item.function, str):
-        return bind(slot, item, item.function)
-    if ":" in item.function:
-        return bind(slot, item, _imported(slot, item.function))
+    own = own_function(slot, item)
+    if own is not None:
+        return bind(slot, item, own)
     known = functions(slot)
-    if item.function not in known:
-        raise ValueError(f"unknown part {item.function!r} for slot {slot}{near(item.name, known)}")
-    return bind(slot, item, known[item.function])
+    if item.name not in known:
+        raise ValueError(f"unknown part {item.name!r} for slot {slot}{near(item.name, known)}")
+    return bind(slot, item, known[item.name])

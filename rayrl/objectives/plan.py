@@ -97,7 +97,7 @@ class Plan:
                     yield slot, item
 
     def parameters(self) -> dict[str, Any]:
-        """The parameters that the plan sets, by name; overrides may change these."""
+        """The parameters that the plan sets, by name; parts have others, at their defaults."""
         return {key: value for _, item in self.parts() for key, value in item.params.items()}
 
 
@@ -116,52 +116,9 @@ class Phases:
             )
 
 
-SEPARATOR = "+"
-"""Between the items of a list on the command line, where a comma ends a `key=value`."""
-
 SLOTS = tuple(f.name for f in dataclasses.fields(Plan) if f.name != "statistics_of")
-_MANY = frozenset(f.name for f in dataclasses.fields(Plan) if str(f.type).startswith("tuple"))
-
-
-def override(
-    plan: Plan, values: Mapping[str, Any], known: Mapping[str, Mapping[str, Part]]
-) -> Plan:
-    """``plan`` with single slots or parameters replaced.
-
-    values: a slot's name to the name of a part, a :class:`Part` or a function (several for slots
-        that hold several; "" empties a slot), or a parameter's name to its value
-    known: by slot, the parts that have a name
-
-    Raises ValueError on a slot, part or parameter that does not exist, with near matches.
-    """
-    slots = {key: value for key, value in values.items() if key in SLOTS}
-    for slot, names in slots.items():
-        plan = dataclasses.replace(plan, **{slot: _named(slot, names, known[slot])})
-    for key, value in values.items():
-        if key == "statistics_of":
-            plan = dataclasses.replace(plan, statistics_of=value)
-        elif key not in slots:
-            plan = _with_parameter(plan, key, value, known)
-    return plan
-
-
-def override_phases(
-    phases: Phases, values: Mapping[str, Any], known: Mapping[str, Mapping[str, Part]]
-) -> Phases:
-    """The same in every phase that has the parameter; ``phase_steps`` are the phases' lengths."""
-    plans = list(phases.plans)
-    steps = phases.steps
-    for key, value in values.items():
-        if key == "phase_steps":
-            steps = _typed(key, value, steps)
-            continue
-        fits = [i for i, plan in enumerate(plans) if key in plan.parameters()]
-        if not fits:
-            names = {name for plan in plans for name in plan.parameters()}
-            raise ValueError(f"unknown parameter {key!r}{near(key, {*names, 'phase_steps'})}")
-        for i in fits:
-            plans[i] = override(plans[i], {key: value}, known)
-    return Phases(tuple(plans), steps)
+MANY = frozenset(f.name for f in dataclasses.fields(Plan) if str(f.type).startswith("tuple"))
+"""Slots that hold several parts."""
 
 
 def near(given: str, known: Iterable[str]) -> str:
@@ -182,88 +139,3 @@ def near(given: str, known: Iterable[str]) -> str:
 
 _MANY_NAMES = 40
 """More are not read in an error message."""
-
-
-def _named(slot: str, given: Any, known: Mapping[str, Part]) -> Any:
-    listed = given.split(SEPARATOR) if isinstance(given, str) else given
-    listed = list(listed) if isinstance(listed, list | tuple) else [listed]
-    parts = [_part(slot, item, known) for item in listed if item != ""]
-    if slot in _MANY:
-        return tuple(parts)
-    if len(parts) > 1:
-        raise ValueError(f"slot {slot} holds one part, got {', '.join(str(p) for p in parts)}")
-    return parts[0] if parts else None
-
-
-def _part(slot: str, given: Any, known: Mapping[str, Part]) -> Part:
-    if isinstance(given, Part):
-        return given
-    if callable(given):
-        return Part(given)
-    name = str(given).strip()
-    if ":" in name:  # a function of the user's, `module:function`, looked up when it is needed
-        return Part(name)
-    if name not in known:
-        raise ValueError(f"unknown part {name!r} for slot {slot}{near(name, known)}")
-    return known[name]
-
-
-def _with_parameter(
-    plan: Plan, name: str, value: Any, known: Mapping[str, Mapping[str, Part]]
-) -> Plan:
-    current = plan.parameters()
-    if name not in current:
-        names = [*current, *SLOTS, "statistics_of"]
-        hint = _part_with(plan, name, value, known) or near(name, names)
-        raise ValueError(f"unknown slot or parameter {name!r}{hint}")
-    value = _typed(name, value, current[name])
-
-    def replaced(item: Part | None) -> Part | None:
-        if item is None or name not in item.params:
-            return item
-        return Part(item.function, {**item.params, name: value})
-
-    changes: dict[str, Any] = {}
-    for slot in SLOTS:
-        old = getattr(plan, slot)
-        changes[slot] = tuple(map(replaced, old)) if isinstance(old, tuple) else replaced(old)
-    return dataclasses.replace(plan, **changes)
-
-
-def _part_with(plan: Plan, name: str, value: Any, known: Mapping[str, Mapping[str, Part]]) -> str:
-    """How a plan gets a parameter that none of its parts has; "" where no part has it."""
-    for slot, parts in known.items():
-        if having := [part for part, item in parts.items() if name in item.params]:
-            there = [item.name for item in getattr(plan, slot)] if slot in _MANY else []
-            filled = SEPARATOR.join([*there, having[0]])
-            return (
-                f" here: it is one of {slot} {', '.join(having)}; to have it, "
-                f"{slot}={filled} {name}={value}"
-            )
-    return ""
-
-
-_BOOLS = {"true": True, "1": True, "false": False, "0": False}
-
-
-def _typed(name: str, given: Any, current: Any) -> Any:
-    """``given`` as the type of the parameter's value; the command line brings text."""
-    kind = type(current)
-    try:
-        if kind is bool:
-            return given if isinstance(given, bool) else _BOOLS[str(given).lower()]
-        if kind is tuple:
-            items = given.split(SEPARATOR) if isinstance(given, str) else list(given)
-            each = type(current[0]) if current else str
-            return tuple(each(item) for item in items if item != "")
-        if kind is dict:
-            if isinstance(given, str):
-                given = dict(item.split(":") for item in given.split(SEPARATOR) if item)
-            return {str(key).strip(): float(value) for key, value in given.items()}
-        if kind in (int, float) and isinstance(given, bool):
-            raise TypeError
-        if kind is int and float(given) != int(float(given)):
-            raise ValueError
-        return int(float(given)) if kind is int else kind(given)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{name}: got {given!r}, want {kind.__name__}") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rayrl.objectives.plan import SLOTS, Part, Phases, Plan, near, part
 from rayrl.objectives.preset_base import Preset
@@ -71,6 +72,17 @@ def named_parts() -> dict[str, dict[str, Part]]:
     known: dict[str, dict[str, Part]] = {slot: {} for slot in SLOTS}
     for slot, item in _uses():
         known[slot].setdefault(item.name, item)
+    return known
+
+
+@functools.cache
+def named_parameters() -> dict[str, dict[str, dict[str, Any]]]:
+    """By slot and part, every parameter that some preset sets, with the value of its first use:
+    all that the part has, as a test holds."""
+    known: dict[str, dict[str, dict[str, Any]]] = {slot: {} for slot in SLOTS}
+    for slot, item in _uses():
+        mine = known[slot].setdefault(item.name, {})
+        known[slot][item.name] = {**item.params, **mine}
     return known
 
 

@@ -64,7 +64,13 @@ ADVANTAGE: Mapping[str, Preset] = {
         plan=replace(
             CLIPPED,
             advantage=(
-                part("local_and_global", outcome_width=0.1, blend_slope=20.0, blend_entropy=0.5),
+                part(
+                    "local_and_global",
+                    outcome_width=0.1,
+                    blend_slope=20.0,
+                    blend_entropy=0.5,
+                    eps=1e-5,
+                ),
             ),
             regularizers=(part("kl_k3", kl_coef=0.001),),
         ),
@@ -132,7 +138,9 @@ ADVANTAGE: Mapping[str, Preset] = {
     "vgpo_value_anchor": Preset(
         title="VGPO: an absolute value term beside the group's (group half)",
         source="",
-        plan=replace(CLIPPED, advantage=(part("anchored", anchor_weight=0.1, anchor_reward=0.5),)),
+        plan=replace(
+            CLIPPED, advantage=(part("anchored", anchor_weight=0.1, anchor_reward=0.5, eps=1e-5),)
+        ),
         limit="anchor_weight 0: GRPO",
         basis="abstract",
         note="anchor_reward: the stage-1 model's mean reward; the temporal half is of flow models",

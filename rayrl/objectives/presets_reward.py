@@ -61,6 +61,7 @@ REWARD: Mapping[str, Preset] = {
                     multiplier_start=0.0,
                     multiplier_lr=0.1,
                     per_component=True,
+                    eps=1e-5,
                 ),
             ),
         ),

@@ -30,7 +30,15 @@ from rayrl.objectives.inject import bind
 from rayrl.objectives.objective import Objective
 from rayrl.objectives.parts import functions, resolve
 from rayrl.objectives.plan import SLOTS, Plan, part
-from rayrl.objectives.presets import ALTERNATIVES, PRESETS, named_parts, plans_of
+from rayrl.objectives.presets import (
+    ALTERNATIVES,
+    PRESETS,
+    named_parameters,
+    named_parts,
+    plans_of,
+)
+from rayrl.objectives.signature import defaults
+from rayrl.own_modules import NotFoundError
 
 
 def test_importing_and_configuring_needs_no_torch() -> None:
@@ -101,6 +109,74 @@ def test_a_slot_is_overridden_by_name_by_function_and_by_part() -> None:
     assert_close(advantages_of("grpo", toy_batch(), advantage=half), REWARDS - 0.5)
     assert_close(advantages_of("grpo", toy_batch(), advantage=half, middle="0.25"), REWARDS - 0.25)
     assert preset("grpo", regularizers="").needs == frozenset()
+
+
+def steep(
+    log_ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    *,
+    power: float,
+    both: bool = False,
+    eps: float = 1.0,
+    scale=None,
+) -> torch.Tensor:
+    weight = power * (scale or 1.0) + eps * both
+    return -advantages * log_ratio * weight
+
+
+OWN = {"surrogate": f"{__name__}:steep", "bounds": ""}
+
+
+def test_keyword_only_parameters_of_ones_own_part_are_set_in_any_order() -> None:
+    settings = {"power": "2", "both": "true", "scale": "0.5", "eps": "1e-1"}
+    for overrides in ({**OWN, **settings}, {**settings, **OWN}):
+        objective = preset("grpo", **overrides)
+        surrogate = objective.plan.surrogate
+        assert surrogate.params == {"power": 2.0, "both": True, "scale": 0.5, "eps": 0.1}
+        # One name, one value, also where two parts have it.
+        assert objective.plan.advantage[0].params["eps"] == 0.1
+        spelled = preset(
+            "grpo",
+            **{**OWN, "surrogate": lambda log_ratio, advantages: -1.1 * advantages * log_ratio},
+            eps=0.1,
+        )
+        assert loss_of(objective) == pytest.approx(loss_of(spelled))
+
+
+def test_a_parameter_without_a_value_is_refused_until_it_is_set() -> None:
+    with pytest.raises(ValueError, match="steep: parameter 'power' has no value; set it, power="):
+        preset("grpo", **OWN)
+    with pytest.raises(ValueError, match="power: got 'much', want float"):
+        preset("grpo", **OWN, power="much")
+    with pytest.raises(ValueError, match="unknown slot or parameter 'powr'; did you mean power"):
+        preset("grpo", **OWN, powr=1.0)
+
+
+def longest(rewards: torch.Tensor, *, max_tokens: int) -> torch.Tensor:
+    return rewards / max_tokens
+
+
+def test_the_longest_caption_of_the_run_is_that_of_ones_own_part_too() -> None:
+    config = ObjectiveConfig(preset="nsc", set={"aggregate": f"{__name__}:longest"})
+    assert build(config, max_tokens=60).plan.parameters()["max_tokens"] == 60
+
+
+def test_every_parameter_of_a_named_part_may_be_set() -> None:
+    """Also where the preset leaves it at its default; and it cannot be meant for another part."""
+    for slot in SLOTS:
+        for name, function in functions(slot).items():
+            if name in named_parts()[slot]:
+                assert set(named_parameters()[slot][name]) == set(defaults(function)), name
+    objective = preset("grpo", dual_clip="3", ratio_cap=4)
+    assert objective.plan.surrogate.params == {"dual_clip": 3.0, "ratio_cap": 4.0}
+    far = torch.where(MASK, OLD + 3, 0.0)
+    assert loss_of("grpo", policy=far, overrides={"dual_clip": 3.0}) < loss_of("grpo", policy=far)
+
+
+def test_a_run_whose_functions_are_not_here_can_be_looked_at() -> None:
+    config = ObjectiveConfig(set={"advantage": "no_such:thing", "q": 0.5})
+    with pytest.raises(NotFoundError, match="cannot import 'no_such:thing': no module 'no_such'"):
+        build(config, max_tokens=24)
 
 
 def test_values_from_the_command_line_take_the_type_of_the_default() -> None:

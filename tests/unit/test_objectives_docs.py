@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from objectives_toy import (
     toy_batch,
 )
 
-from rayrl.objectives import preset
+from rayrl import cli
+from rayrl.objectives import build, preset
 from rayrl.objectives.compile import CONFIGURED, PROVIDED
 from rayrl.objectives.parts import resolve
 from rayrl.objectives.plan import Phases
@@ -85,18 +87,21 @@ def test_the_example_of_ones_own_objective_trains(
     assert policy.out.weight.grad is not None
     assert policy.out.weight.grad.abs().max() > 0
 
-    named = preset(
-        "grpo",
-        advantage="my_objective:median_baseline",
-        surrogate="my_objective:cautious",
-        bounds="",
+    # The page's command, read as the job reads it.
+    (command,) = re.findall(
+        r"In a job .*?(    python jobs/grpo_coco.py .*?)\n\n", PAGE.read_text("utf-8"), re.DOTALL
     )
+    flags = shlex.split(command.replace("\\\n", ""))[2:]
+    config = cli.load(None, flags).objective
+    assert config.set["caution"] == "0.2"
+    named = build(config, max_tokens=24)
 
     def same(log_ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-        return -advantages * log_ratio + 0.5 * log_ratio.square()
+        return -advantages * log_ratio + 0.2 * log_ratio.square()
 
     spelled = {"advantage": objective.plan.advantage, "bounds": "", "surrogate": same}
-    assert loss_of(named) == pytest.approx(loss_of("grpo", overrides=spelled))
+    want = preset("grpo", **spelled, kl_coef=named.plan.parameters()["kl_coef"])
+    assert loss_of(named) == pytest.approx(loss_of(want))
 
 
 def test_a_function_that_cannot_be_imported_is_refused() -> None:
@@ -105,8 +110,13 @@ def test_a_function_that_cannot_be_imported_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=message):
         preset("grpo", advantage="no_such:thing")
-    with pytest.raises(ValueError, match="module 'math' has no function 'thing'"):
+    with pytest.raises(ValueError, match="slot advantage: module 'math' has no 'thing'"):
         preset("grpo", advantage="math:thing")
+
+
+def test_a_value_is_no_part() -> None:
+    with pytest.raises(ValueError, match="slot advantage: 'math:pi' is a float, want a function"):
+        preset("grpo", advantage="math:pi")
 
 
 def test_what_is_called_ready_needs_only_what_the_trainer_brings() -> None:

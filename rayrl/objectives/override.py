@@ -1,0 +1,165 @@
+"""A plan with single slots or parameters replaced, as the configuration asks; needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from rayrl.objectives.plan import MANY, SLOTS, Part, Phases, Plan, near
+from rayrl.objectives.presets import named_parameters, named_parts
+from rayrl.objectives.signature import examples, own_function
+
+SEPARATOR = "+"
+"""Between the items of a list on the command line, where a comma ends a `key=value`."""
+
+
+def override(plan: Plan, values: Mapping[str, Any]) -> Plan:
+    """``plan`` with single slots or parameters replaced, in whatever order they are given.
+
+    values: a slot's name to the name of a part, a :class:`Part` or a function (several for slots
+        that hold several; "" empties a slot), or a parameter's name to its value, in every part
+        that has one of the name
+
+    Raises ValueError on a slot, part or parameter that does not exist, with near matches.
+    """
+    slots = {key: value for key, value in values.items() if key in SLOTS}
+    for slot, names in slots.items():
+        plan = dataclasses.replace(plan, **{slot: _named(slot, names)})
+    for key, value in values.items():
+        if key == "statistics_of":
+            plan = dataclasses.replace(plan, statistics_of=value)
+        elif key not in slots:
+            plan = _with_parameter(plan, key, value)
+    return plan
+
+
+def override_phases(phases: Phases, values: Mapping[str, Any]) -> Phases:
+    """The same in every phase that has the parameter; ``phase_steps`` are the phases' lengths."""
+    plans = list(phases.plans)
+    steps = phases.steps
+    for key, value in values.items():
+        if key == "phase_steps":
+            steps = _typed(key, value, steps)
+            continue
+        fits = [i for i, plan in enumerate(plans) if key in parameters_of(plan)]
+        if not fits:
+            names = {name for plan in plans for name in parameters_of(plan)}
+            raise ValueError(f"unknown parameter {key!r}{near(key, {*names, 'phase_steps'})}")
+        for i in fits:
+            plans[i] = override(plans[i], {key: value})
+    return Phases(tuple(plans), steps)
+
+
+def parameters_of(plan: Plan) -> frozenset[str]:
+    """The names of all parameters that may be set: the keyword-only ones of its parts."""
+    return frozenset(name for slot, item in plan.parts() for name in _settable(slot, item))
+
+
+def _settable(slot: str, item: Part) -> dict[str, Any]:
+    """By parameter of a part a value of its type, or None where nothing says it.  Functions of the
+    user's own tell by their signature; of this package's parts the presets know it, which is
+    without importing torch."""
+    function = own_function(slot, item)
+    if function is None:
+        return {**named_parameters()[slot].get(item.name, {}), **item.params}
+    return examples(function)
+
+
+def _named(slot: str, given: Any) -> Any:
+    listed = given.split(SEPARATOR) if isinstance(given, str) else given
+    listed = list(listed) if isinstance(listed, list | tuple) else [listed]
+    parts = [_part(slot, item) for item in listed if item != ""]
+    if slot in MANY:
+        return tuple(parts)
+    if len(parts) > 1:
+        raise ValueError(f"slot {slot} holds one part, got {', '.join(str(p) for p in parts)}")
+    return parts[0] if parts else None
+
+
+def _part(slot: str, given: Any) -> Part:
+    if isinstance(given, Part):
+        return given
+    if callable(given):
+        return Part(given)
+    name, known = str(given).strip(), named_parts()[slot]
+    if ":" in name:  # a function of the user's, `module:function`, looked up when it is needed
+        return Part(name)
+    if name not in known:
+        raise ValueError(f"unknown part {name!r} for slot {slot}{near(name, known)}")
+    return known[name]
+
+
+def _with_parameter(plan: Plan, name: str, value: Any) -> Plan:
+    known = parameters_of(plan)
+    if name not in known:
+        names = [*known, *SLOTS, "statistics_of"]
+        hint = _part_with(plan, name, value) or near(name, names)
+        raise ValueError(f"unknown slot or parameter {name!r}{hint}")
+
+    def replaced(slot: str, item: Part) -> Part:
+        settable = _settable(slot, item)
+        if name not in settable:
+            return item
+        return Part(item.function, {**item.params, name: _typed(name, value, settable[name])})
+
+    changes: dict[str, Any] = {}
+    for slot in SLOTS:
+        old = getattr(plan, slot)
+        if isinstance(old, tuple):
+            changes[slot] = tuple(replaced(slot, item) for item in old)
+        elif old is not None:
+            changes[slot] = replaced(slot, old)
+    return dataclasses.replace(plan, **changes)
+
+
+def _part_with(plan: Plan, name: str, value: Any) -> str:
+    """How a plan gets a parameter that none of its parts has; "" where no part has it."""
+    for slot, parts in named_parameters().items():
+        if having := [part for part, parameters in parts.items() if name in parameters]:
+            there = [item.name for item in getattr(plan, slot)] if slot in MANY else []
+            filled = SEPARATOR.join([*there, having[0]])
+            return (
+                f" here: it is one of {slot} {', '.join(having)}; to have it, "
+                f"{slot}={filled} {name}={value}"
+            )
+    return ""
+
+
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _typed(name: str, given: Any, example: Any) -> Any:
+    """``given`` as the type of ``example``; the command line brings text.  Without an example, text
+    that is a number, or true or false, is read as that."""
+    if example is None:
+        return _read(given) if isinstance(given, str) else given
+    kind = type(example)
+    try:
+        if kind is bool:
+            return given if isinstance(given, bool) else _BOOLS[str(given).lower()]
+        if kind in (tuple, list):
+            items = given.split(SEPARATOR) if isinstance(given, str) else list(given)
+            each = type(example[0]) if example else str
+            return kind(each(item) for item in items if item != "")
+        if kind is dict:
+            if isinstance(given, str):
+                given = dict(item.split(":") for item in given.split(SEPARATOR) if item)
+            return {str(key).strip(): float(value) for key, value in given.items()}
+        if kind in (int, float) and isinstance(given, bool):
+            raise TypeError
+        if kind is int and float(given) != int(float(given)):
+            raise ValueError
+        return int(float(given)) if kind is int else kind(given)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{name}: got {given!r}, want {kind.__name__}") from None
+
+
+def _read(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
