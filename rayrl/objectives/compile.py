@@ -73,6 +73,9 @@ CONFIGURED: Mapping[str, str] = {
 }
 """Needs that are brought once something is configured, and what."""
 
+POLICY_LOSS = "policy"
+"""The name of the surrogate's loss among the losses of an update."""
+
 _ROOTS = frozenset(
     {"rollout", "select", "weights", "mismatch", "surrogate", "regularizers", "control"}
 )
@@ -125,6 +128,7 @@ def compile_plan(name: str, plan: Plan) -> Compiled:
             if not _switched_off(bound):
                 slots[slot] += (bound,)
         _check_first_advantage(slots["advantage"])
+        _check_regularizers(slots["regularizers"])
         used = _reachable(slots)
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None
@@ -194,6 +198,19 @@ def _check_first_advantage(parts: tuple[BoundPart, ...]) -> None:
             f"advantage {parts[0].name} changes the advantages of the part before it, "
             "and there is none"
         )
+
+
+def _check_regularizers(parts: tuple[BoundPart, ...]) -> None:
+    """Each is a loss of its own, added and reported by its name."""
+    names = [part.name for part in parts]
+    for name in names:
+        if name == POLICY_LOSS:
+            raise ValueError(f"regularizers {name}: that name is the policy loss's; want another")
+        if names.count(name) > 1:
+            raise ValueError(
+                f"regularizers {'+'.join(names)}: {name} is there {names.count(name)} times, want "
+                "once; a larger coefficient counts more, and two functions want two names"
+            )
 
 
 def _sources(bound: BoundPart) -> Iterable[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rayrl.objectives import diagnostics
 from rayrl.objectives.batch import GRAPH_FIELDS, GroupBatch
-from rayrl.objectives.compile import Compiled, compile_plan, missing
+from rayrl.objectives.compile import POLICY_LOSS, Compiled, compile_plan, missing
 from rayrl.objectives.inject import BoundPart, Values
 from rayrl.objectives.loss import LossTerms
 from rayrl.objectives.plan import Plan
@@ -187,7 +187,7 @@ class Objective:
             "total": total or (lambda x: x),
         }
         terms = LossTerms(self._compiled, given, prepared.coefficients)
-        parts = {"policy": terms.policy(), **terms.regularizers()}
+        parts = {POLICY_LOSS: terms.policy(), **terms.regularizers()}
         loss = torch.stack(list(parts.values())).sum()
         metrics = diagnostics.of_loss(terms.values)
         share = self._share(prepared, normalizer)

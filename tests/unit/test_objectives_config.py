@@ -244,6 +244,23 @@ def test_parts_that_do_not_fit_together_are_refused(
         preset("grpo", **overrides)
 
 
+def policy(policy_logprobs: torch.Tensor) -> torch.Tensor:
+    return policy_logprobs
+
+
+def test_losses_that_would_have_the_same_name_are_refused() -> None:
+    message = r"objective grpo: regularizers kl_k3\+kl_k3: kl_k3 is there 2 times, want once"
+    with pytest.raises(ValueError, match=message):
+        preset("grpo", regularizers="kl_k3+kl_k3")
+    with pytest.raises(ValueError, match="regularizers policy: that name is the policy loss's"):
+        preset("grpo", regularizers=policy)
+    # One that is switched off counts nothing and reports nothing.
+    twice = [part("kl_k3", kl_coef=0.0), part("kl_k3", kl_coef=0.1)]
+    assert loss_of("grpo", overrides={"regularizers": twice}) == pytest.approx(
+        loss_of("grpo", overrides={"kl_coef": 0.1})
+    )
+
+
 def test_a_pairwise_loss_behind_an_advantage_is_refused() -> None:
     with pytest.raises(ValueError, match="slot advantage is filled with group_center, but no"):
         preset("online_dpo", advantage="group_center")
