@@ -1,18 +1,46 @@
-"""Every objective in slots; ``rayrl.objectives.preset(name)`` builds one.
+"""Every objective in slots; ``rayrl.objectives.preset(name)`` builds one, and so does
+``Objective(name, Plan(...))``.
 
 Importing this package needs no torch; building an objective does.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from rayrl.objectives.batch import GroupBatch
 from rayrl.objectives.config import ObjectiveConfig
+from rayrl.objectives.plan import Part, Phases, Plan, part
+from rayrl.objectives.preset_base import Preset
 
 if TYPE_CHECKING:
     from rayrl.objectives.objective import Objective
+    from rayrl.objectives.rehearsal import rehearse
 
-__all__ = ["ObjectiveConfig", "build", "preset", "presets"]
+__all__ = [
+    "GroupBatch",
+    "Objective",
+    "ObjectiveConfig",
+    "Part",
+    "Phases",
+    "Plan",
+    "Preset",
+    "build",
+    "part",
+    "preset",
+    "presets",
+    "rehearse",
+]
+
+_WITH_TORCH = {"Objective": "objective", "rehearse": "rehearsal"}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch is imported when it is asked for."""
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)
 
 
 def presets() -> list[str]:
@@ -23,13 +51,13 @@ def presets() -> list[str]:
 
 
 def preset(name: str, **overrides: Any) -> Objective:
-    """The objective of a preset: ``preset("grpo", kl_coef=0.0, advantage="leave_one_out")``.
+    """The objective of a preset: ``preset("grpo", kl_coef=0.0, advantage="leave_one_out")``; or of
+    a plan of one's own, ``preset("my_module:my_plan")``.
 
     Raises ValueError with near matches where a preset, a slot or a parameter does not exist.
     """
     from rayrl.objectives.config import plan_with
     from rayrl.objectives.objective import Objective
-    from rayrl.objectives.plan import Phases
     from rayrl.objectives.schedule import Schedule
 
     plan = plan_with(name, overrides)
@@ -41,7 +69,6 @@ def build(config: ObjectiveConfig, *, max_tokens: int) -> Objective:
     a parameter ``max_tokens`` is that number where the configuration sets none."""
     from rayrl.objectives.config import plan_with
     from rayrl.objectives.override import parameters_of
-    from rayrl.objectives.plan import Phases
 
     plan = plan_with(config.preset, config.set)
     plans = plan.plans if isinstance(plan, Phases) else (plan,)

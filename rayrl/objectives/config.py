@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from rayrl.objectives.override import override, override_phases
 from rayrl.objectives.plan import Phases, Plan
-from rayrl.objectives.presets import preset_of
+from rayrl.objectives.presets import plan_of
 from rayrl.own_modules import NotFoundError
 from rayrl.section import LocalPath, Section
 
@@ -42,7 +42,8 @@ class ObjectiveConfig(Section):
     """What the learner minimises: a preset, and what to change in it."""
 
     preset: str = "grpo"
-    """One of rayrl.objectives.presets(), described in docs/objectives.md."""
+    """One of rayrl.objectives.presets(), described in docs/objectives.md, or a plan of one's own,
+    `module:name`."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Single slots or parameters to change, as `kl_coef=0` or `advantage=leave_one_out`; several
     parts of one slot are joined by `+`, and no name empties it."""
@@ -62,7 +63,7 @@ def plan_with(preset: str, overrides: Mapping[str, Any]) -> Plan | Phases:
 
     Raises ValueError with near matches where a preset, slot, part or parameter does not exist.
     """
-    plan = preset_of(preset).plan
+    plan = plan_of(preset)
     try:
         if isinstance(plan, Phases):
             return override_phases(plan, overrides)

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rayrl import own_modules
 from rayrl.objectives.plan import SLOTS, Part, Phases, Plan, near, part
 from rayrl.objectives.preset_base import Preset
 from rayrl.objectives.presets_advantage import ADVANTAGE
@@ -54,11 +55,23 @@ ALTERNATIVES: Mapping[str, tuple[Part, ...]] = {
 """Parts that no preset has; overrides may name them."""
 
 
-def preset_of(name: str) -> Preset:
-    """The preset; ValueError with near matches where there is none."""
+def plan_of(name: str) -> Plan | Phases:
+    """The plan of the preset of this name, or the user's own, named as `module:name`, be it a plan
+    or something that has one: a :class:`Preset`, an objective.
+
+    Raises ValueError, with near matches, where there is none; NotFoundError where there is no such
+    module."""
+    if ":" in name:
+        found = own_modules.load(name, "preset")
+        plan = getattr(found, "plan", found)
+        if not isinstance(plan, Plan | Phases):
+            raise ValueError(f"preset {name!r} is a {type(found).__name__}, want a Plan")
+        return plan
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}{near(name, PRESETS)}")
-    return PRESETS[name]
+        raise ValueError(
+            f"unknown preset {name!r}{near(name, PRESETS)}; a plan of one's own is module:name"
+        )
+    return PRESETS[name].plan
 
 
 def plans_of(preset: Preset) -> tuple[Plan, ...]:

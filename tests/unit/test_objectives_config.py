@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from rayrl.objectives.compile import ALWAYS, DERIVED, SERVICES
 from rayrl.objectives.inject import bind
 from rayrl.objectives.objective import Objective
 from rayrl.objectives.parts import functions, resolve
-from rayrl.objectives.plan import SLOTS, Plan, part
+from rayrl.objectives.plan import SLOTS, Phases, Plan, part
 from rayrl.objectives.presets import (
     ALTERNATIVES,
     PRESETS,
@@ -44,7 +45,8 @@ from rayrl.own_modules import NotFoundError
 def test_importing_and_configuring_needs_no_torch() -> None:
     code = (
         "import sys, rayrl.objectives as o; "
-        "o.presets(); o.ObjectiveConfig(preset='gspo', set={'clip_low': 1e-3}); "
+        "o.presets(); o.Plan(surrogate=o.part('nll')); o.GroupBatch; "
+        "o.ObjectiveConfig(preset='gspo', set={'clip_low': 1e-3}); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -177,6 +179,27 @@ def test_a_run_whose_functions_are_not_here_can_be_looked_at() -> None:
     config = ObjectiveConfig(set={"advantage": "no_such:thing", "q": 0.5})
     with pytest.raises(NotFoundError, match="cannot import 'no_such:thing': no module 'no_such'"):
         build(config, max_tokens=24)
+
+
+PLAN = Plan(advantage=(part("leave_one_out"),), surrogate=part("reinforce"))
+TURNS = Phases((PLAN, PLAN), (2, 1))
+NSC = replace(PRESETS["nsc"], plan=PLAN)
+
+
+def test_a_plan_of_ones_own_is_named_as_a_preset_is() -> None:
+    for name in ("PLAN", "NSC"):
+        objective = preset(f"{__name__}:{name}", reducer="sequence_mean_token_sum")
+        assert objective.plan == replace(PLAN, reducer=part("sequence_mean_token_sum"))
+    config = ObjectiveConfig(preset=f"{__name__}:TURNS", set={"phase_steps": "1+4"})
+    assert len(build(config, max_tokens=24).phases()) == 2
+    with pytest.raises(ValueError, match=r"preset 'math:pi' is a float, want a Plan"):
+        ObjectiveConfig(preset="math:pi")
+    with pytest.raises(ValueError, match="preset: module 'math' has no 'plan'"):
+        preset("math:plan")
+    # As with its functions: said where the objective is built.
+    elsewhere = ObjectiveConfig(preset="no_such:plan")
+    with pytest.raises(NotFoundError, match="preset: cannot import 'no_such:plan': no module"):
+        build(elsewhere, max_tokens=24)
 
 
 def test_values_from_the_command_line_take_the_type_of_the_default() -> None:

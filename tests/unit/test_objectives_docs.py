@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from objectives_toy import (
 )
 
 from rayrl import cli
-from rayrl.objectives import build, preset
+from rayrl.objectives import build, preset, rehearse
 from rayrl.objectives.compile import CONFIGURED, PROVIDED
 from rayrl.objectives.parts import resolve
 from rayrl.objectives.plan import Phases
@@ -70,7 +71,8 @@ def test_a_page_without_the_marker_is_refused() -> None:
 def test_the_example_of_ones_own_objective_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    page = PAGE.read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "my_objective.py").write_text(block, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_objective", raising=False)
@@ -87,21 +89,27 @@ def test_the_example_of_ones_own_objective_trains(
     assert policy.out.weight.grad is not None
     assert policy.out.weight.grad.abs().max() > 0
 
-    # The page's command, read as the job reads it.
-    (command,) = re.findall(
-        r"In a job .*?(    python jobs/grpo_coco.py .*?)\n\n", PAGE.read_text("utf-8"), re.DOTALL
+    rehearse(objective, ["cider_d"], group_size=5)
+
+    # The page's commands, read as the job reads them.
+    _, _, section = page.replace("\\\n", "").partition("## An objective of your own")
+    whole, parts = (
+        build(cli.load(None, shlex.split(flags)).objective, max_tokens=24)
+        for flags in re.findall("python jobs/grpo_coco.py (.*)", section)
     )
-    flags = shlex.split(command.replace("\\\n", ""))[2:]
-    config = cli.load(None, flags).objective
-    assert config.set["caution"] == "0.2"
-    named = build(config, max_tokens=24)
 
-    def same(log_ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-        return -advantages * log_ratio + 0.2 * log_ratio.square()
+    def same(caution: float) -> Any:
+        def moderate(log_ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+            return -advantages * log_ratio + caution * log_ratio.square()
 
-    spelled = {"advantage": objective.plan.advantage, "bounds": "", "surrogate": same}
-    want = preset("grpo", **spelled, kl_coef=named.plan.parameters()["kl_coef"])
-    assert loss_of(named) == pytest.approx(loss_of(want))
+        return moderate
+
+    spelled = {"advantage": objective.plan.advantage, "bounds": "", "kl_coef": 0.04}
+    want = preset("grpo", **spelled, surrogate=same(0.2))
+    assert loss_of(objective) == pytest.approx(loss_of(want))
+    assert loss_of(whole) == pytest.approx(loss_of(preset("grpo", **spelled, surrogate=same(0.5))))
+    want = preset("grpo", **{**spelled, "kl_coef": 0.001}, surrogate=same(0.2))
+    assert loss_of(parts) == pytest.approx(loss_of(want))
 
 
 def test_a_function_that_cannot_be_imported_is_refused() -> None:

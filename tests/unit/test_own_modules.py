@@ -47,15 +47,22 @@ def test_the_current_folder_comes_last_and_once(monkeypatch, tmp_path):
     assert sys.path == ["/a", str(tmp_path)]
 
 
-@pytest.mark.parametrize("place", ["started_from", "on_the_path"])
-def test_a_job_finds_an_objective_of_ones_own(tmp_path, place):
+@pytest.mark.parametrize(
+    ("place", "flags", "name"),
+    [
+        ("started_from", ["--objective.set", "advantage=my_part:doubled"], "grpo"),
+        ("on_the_path", ["--objective.preset", "my_part:plan"], "my_part:plan"),
+    ],
+)
+def test_a_job_finds_an_objective_of_ones_own(tmp_path, place, flags, name):
     folder = tmp_path / place
     folder.mkdir()
     (folder / "my_part.py").write_text(
+        "from rayrl.objectives import Plan, part\n"
         "def doubled(rewards, valid):\n    return 2 * (rewards - rewards.mean(1, keepdim=True))\n"
+        "plan = Plan(advantage=(part(doubled),), surrogate=part('reinforce'))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(folder) if place == "on_the_path" else ""}
-    flags = ["--objective.set", "advantage=my_part:doubled"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "jobs/grpo_coco.py"), "--dry-run", *flags],
         cwd=folder if place == "started_from" else tmp_path,
@@ -65,4 +72,4 @@ def test_a_job_finds_an_objective_of_ones_own(tmp_path, place):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert "objective: grpo" in done.stdout
+    assert f"objective: {name}\n" in done.stdout
