@@ -45,6 +45,11 @@ GRAPH_FIELDS = {
 """Tensors that come from the model's current weights, with gradient; arguments of the loss."""
 
 
+_FLOATS = ("rollout_logprobs", "old_logprobs", "rewards")
+_BOOLS = ("mask", "valid", "truncated", "forced", "judge_ok", "earlier")
+_DTYPES = {**dict.fromkeys(_FLOATS, "torch.float"), **dict.fromkeys(_BOOLS, "torch.bool")}
+"""By field, how the name of its dtype begins."""
+
 _SHOWN = 3
 
 
@@ -59,10 +64,21 @@ def listed(image_ids: Sequence[str]) -> str:
 class GroupBatch:
     """P groups of G captions.
 
-    ``rewards`` is the weighted sum of ``terms``, ``valid`` False where a group has fewer captions,
-    ``old_logprobs`` those of the policy at the start of the step.  ``reward_weights`` are the
-    weights of ``terms`` by name, 1 where it has none.  The other fields are None unless
-    :attr:`Objective.needs` names them; ``OPTIONAL_FIELDS`` says what they hold.
+    image_ids: P names, for messages and for what an objective remembers of an image
+    token_ids: [P,G,T] int
+    mask: [P,G,T] bool, the tokens that are there
+    rollout_logprobs, old_logprobs: [P,G,T] float, of the engine that sampled and of the policy at
+        the start of the step; 0 on padding
+    terms: by name, [P,G] float
+    rewards: [P,G] float, the weighted sum of ``terms``
+    valid: [P,G] bool, False where a group has fewer captions
+    truncated: [P,G] bool, captions that ran into the length limit
+    reward_weights: of ``terms`` by name, 1 where it has none
+
+    The other fields are None unless :attr:`Objective.needs` names them; ``OPTIONAL_FIELDS`` says
+    what they hold.
+
+    Raises ValueError on a field of another shape or dtype.
     """
 
     image_ids: tuple[str, ...]
@@ -107,6 +123,12 @@ class GroupBatch:
             got = tuple(getattr(self, name).shape)
             if got != want:
                 raise ValueError(f"group batch: {name} of shape {got}, want {want}")
+        for name, dtype in _DTYPES.items():
+            value = getattr(self, name)
+            if value is not None and not str(value.dtype).startswith(dtype):
+                raise ValueError(
+                    f"group batch: {name} of dtype {value.dtype}, want a tensor of {dtype}"
+                )
         for name in OPTIONAL_FIELDS:
             value = getattr(self, name)
             if value is not None and value.shape[0] != p:

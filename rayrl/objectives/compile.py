@@ -8,47 +8,9 @@ from dataclasses import dataclass
 
 from rayrl.objectives.batch import GRAPH_FIELDS, OPTIONAL_FIELDS
 from rayrl.objectives.inject import BoundPart
+from rayrl.objectives.inputs import BEFORE_LOSS, DERIVED, INPUTS, SERVICES, readable
 from rayrl.objectives.parts import may_be_of_tokens, resolve
 from rayrl.objectives.plan import DEFAULT_REDUCER, SLOTS, Plan, near
-
-ALWAYS = frozenset(
-    {
-        *("image_ids", "token_ids", "mask", "lengths", "valid", "truncated"),
-        *("rollout_logprobs", "old_logprobs", "policy_logprobs"),
-        *("rewards", "raw_rewards", "reward_weights", "caption_weights", "token_weights"),
-        *("losses", "normalizer", "generator", "state", "step", "metrics", "parameters"),
-    }
-)
-"""Names that any part may read (where they exist: policy_logprobs only in the loss)."""
-
-DERIVED: Mapping[str, str] = {
-    "labels": "labels",
-    "segments": "segments",
-    "advantages": "advantage",
-    "caption_advantages": "advantage",
-    "pair_weights": "pairs",
-    "active": "pairs",
-    "log_ratio": "ratio",
-    "ratio": "ratio",
-    "low": "bounds",
-    "high": "bounds",
-    "scores": "score",
-    "margins": "margin",
-    "pair_losses": "link",
-}
-"""Names that a slot produces."""
-
-SERVICES: Mapping[str, str] = {
-    "terms": "the reward terms by name, those of reward.terms",
-    "whole_minibatch": "statistics of one: micro-batches must be as large as minibatches",
-    "extrapolate": "a learner that carries out the decision to extrapolate its weights",
-    "old_logprobs": "the policy's log-probs before the first update of a step",
-}
-"""Needs that are no optional field of the batch."""
-
-_PLANNERS_READ = {"drawn", "take", "encode"}
-"""Names that a planner, a part in the slot rollout, may read (:mod:`rayrl.planning`), and no other.
-"""
 
 _NEED_OF = {"total": "whole_minibatch"}
 """Needs that go by another name than the input that shows them."""
@@ -92,10 +54,6 @@ _BEFORE_AGGREGATE = frozenset({"select", "labels", "segments", "aggregate"})
 _STATISTICS = ("labels", "segments", "aggregate", "advantage")
 """Slots whose parts see by `valid` the captions that statistics_of names."""
 
-_BEFORE_LOSS = frozenset(
-    {"select", "labels", "segments", "aggregate", "advantage", "mask", "pairs"}
-)
-
 
 @dataclass(frozen=True)
 class Compiled:
@@ -111,7 +69,7 @@ class Compiled:
     @property
     def read_before_loss(self) -> frozenset[str]:
         """Inputs of the parts that run once a step, those with a default included."""
-        parts = (part for slot in _BEFORE_LOSS for part in self.slots[slot])
+        parts = (part for slot in BEFORE_LOSS for part in self.slots[slot])
         return frozenset(name for part in parts for name in part.inputs)
 
     def one(self, slot: str) -> BoundPart | None:
@@ -215,18 +173,19 @@ def _check_regularizers(parts: tuple[BoundPart, ...]) -> None:
 
 def _sources(bound: BoundPart) -> Iterable[str]:
     """The slots that produce what ``bound`` reads; ValueError on what nothing produces."""
-    known = {*ALWAYS, *DERIVED, *OPTIONAL_FIELDS, *GRAPH_FIELDS, *SERVICES, *_NEED_OF}
-    if bound.slot == "rollout":
-        known = _PLANNERS_READ
-        if "drawn" not in bound.inputs:
-            raise ValueError(
-                f"rollout {bound.name} does not read 'drawn', what the step drew so far"
-            )
+    if bound.slot == "rollout" and "drawn" not in bound.inputs:
+        raise ValueError(f"rollout {bound.name} does not read 'drawn', what the step drew so far")
     for name in bound.inputs:
-        if name not in known:
+        if name not in INPUTS:
             raise ValueError(
                 f"{bound.slot} {bound.name} reads {name!r}, which nothing provides"
-                f"{near(name, known)}"
+                f"{near(name, INPUTS)}"
+            )
+        if bound.slot not in INPUTS[name].slots:
+            raise ValueError(
+                f"{bound.slot} {bound.name} reads {name!r}, which only "
+                f"{', '.join(INPUTS[name].slots)} can; beside its needs a part of {bound.slot} can "
+                f"read {', '.join(readable(bound.slot))}"
             )
         # An advantage part may change the advantages of the one before it.
         if name in DERIVED and name not in bound.optional and DERIVED[name] != bound.slot:
@@ -252,6 +211,6 @@ def _needs(bound: BoundPart) -> Iterable[str]:
         if name in bound.optional:
             continue
         need = _NEED_OF.get(name, name)
-        late = need == "old_logprobs" and bound.slot not in _BEFORE_LOSS
+        late = need == "old_logprobs" and bound.slot not in BEFORE_LOSS
         if not late and (need in OPTIONAL_FIELDS or need in GRAPH_FIELDS or need in SERVICES):
             yield need

@@ -16,6 +16,10 @@ from typing import Any
 from rayrl.objectives.plan import Part, near
 from rayrl.objectives.signature import REQUIRED, defaults
 
+TROUBLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What parts raise on groups that they cannot work with, or of which they expect something else;
+which part it was is the error's first note."""
+
 
 @dataclass(frozen=True)
 class BoundPart:
@@ -43,7 +47,11 @@ class BoundPart:
             for name in self.inputs
             if name not in self.optional or values.get(name) is not None
         }
-        return self.function(**given, **self.params)
+        try:
+            return self.function(**given, **self.params)
+        except TROUBLE as error:
+            error.add_note(f"{self.slot} {self.name}")
+            raise
 
 
 def bind(slot: str, item: Part, function: Callable[..., Any]) -> BoundPart:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rayrl.objectives.compile import Compiled
 from rayrl.objectives.inject import BoundPart, Values
+from rayrl.objectives.results import checked
 from rayrl.objectives.stats import safe_exp
 
 
@@ -58,7 +59,7 @@ class LossTerms:
             {**self._given, **({} if advantages is None else {"advantages": advantages})},
             {
                 "caption_advantages": _caption_advantages,
-                "lengths": lambda v: v["mask"].sum(-1),
+                "lengths": _lengths,
                 "log_ratio": lambda v: torch.where(v["mask"], self._fill("ratio", v), 0.0),
                 "ratio": lambda v: safe_exp(v["log_ratio"]),
                 "bounds": lambda v: self._fill("bounds", v),
@@ -76,20 +77,26 @@ class LossTerms:
 
     def _call(self, part: BoundPart, values: Mapping[str, Any]) -> Any:
         changed = {k: v for k, v in self._coefficients.items() if k in part.params}
-        return (part.with_params(**changed) if changed else part)(values)
+        result = (part.with_params(**changed) if changed else part)(values)
+        return checked(part, result, self._given["mask"])
 
     def _reduced(self, losses: Tensor) -> Tensor:
         """A scalar, by what the losses are of: tokens, captions, groups, or one already."""
         values = self.values
         by_rank: dict[int, Callable[[], Tensor]] = {
             3: lambda: self._call(
-                self._compiled.slots["reducer"][0], Values({**self._given, "losses": losses}, {})
+                self._compiled.slots["reducer"][0],
+                Values({**self._given, "losses": losses}, {"lengths": _lengths}),
             ),
             2: lambda: _mean(losses, values["caption_weights"], values["normalizer"].captions),
             1: lambda: _mean(losses, values["active"], values["normalizer"].groups),
             0: lambda: losses,
         }
         return by_rank[losses.ndim]()
+
+
+def _lengths(values: Mapping[str, Any]) -> Tensor:
+    return values["mask"].sum(-1)  # type: ignore[no-any-return]
 
 
 def _caption_advantages(values: Mapping[str, Any]) -> Tensor:

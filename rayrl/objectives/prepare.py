@@ -11,6 +11,7 @@ from rayrl.objectives import stats
 from rayrl.objectives.batch import GroupBatch, listed
 from rayrl.objectives.compile import Compiled
 from rayrl.objectives.inject import BoundPart
+from rayrl.objectives.results import checked, with_state
 
 
 class NotFiniteError(ValueError):
@@ -90,10 +91,11 @@ class Preparation:
 
     def _call(self, part: BoundPart) -> Tensor:
         if not part.stateful:
-            return part(self._values)
+            return checked(part, part(self._values), self._batch.mask)
         key = part.name
-        result, self.state[key] = part({**self._values, "state": self.state.get(key, {})})
-        return result
+        returned = part({**self._values, "state": self.state.get(key, {})})
+        result, self.state[key] = with_state(part, returned)
+        return checked(part, result, self._batch.mask)
 
     def _laid_out(self, advantages: Tensor) -> Tensor:
         """[P,N,G,T or 1] from [P,G], [P,G,T] or [N,P,G,T or 1]; NotFiniteError, naming the prompts,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rayrl.objectives.batch import OPTIONAL_FIELDS, GroupBatch
+from rayrl.objectives.inject import TROUBLE
 from rayrl.objectives.objective import LossOutput, Objective, State
 from rayrl.objectives.terms import NO_WEIGHTS, counted
 
@@ -24,10 +25,10 @@ def rehearse(
 ) -> None:
     """Take a step, without a model, on groups of ``group_size`` captions with these reward terms.
 
-    Raises ValueError, naming the objective, for what only shows there: a reward term that a part
-    names and the run does not have, groups of one caption where captions are compared, advantages
-    of tokens in front of a loss of captions, a loss or a gradient that is not finite, a metric that
-    a controller reads and nothing reports.
+    Raises ValueError, naming the objective and the part, for what only shows there: a reward term
+    that a part names and the run does not have, groups of one caption where captions are compared,
+    advantages of tokens in front of a loss of captions, a result that is not what its slot wants, a
+    loss or a gradient that is not finite, a metric that a controller reads and nothing reports.
     """
     for phase in objective.phases():
         try:
@@ -35,10 +36,10 @@ def rehearse(
             state, out, _ = _trial(phase, phase.initial_state(), batch, objective.needs)
             pairs = {name: (float(s), float(w)) for name, (s, w) in out.metrics.items()}
             phase.control(state, {name: s / w for name, (s, w) in pairs.items() if w})
-        except _TROUBLE as error:
+        except TROUBLE as error:
             raise ValueError(
                 f"objective {phase.name}, tried on groups of {group_size} with the reward terms "
-                f"{', '.join(terms)}: {error}"
+                f"{', '.join(terms)}: {_told(error)}"
             ) from error
 
 
@@ -57,7 +58,7 @@ def learns_from_one(
         try:
             state, *_ = _trial(phase, phase.initial_state(), batch, objective.needs)
             one, two = (_trial(phase, state, some, objective.needs)[2] for some in (batch, other))
-        except _TROUBLE:
+        except TROUBLE:
             return False
         if float((one - two).abs().max()) <= max(
             _ROUNDING, _ROUNDING_SHARE * float(one.abs().max())
@@ -69,8 +70,12 @@ def learns_from_one(
 _ROUNDING, _ROUNDING_SHARE = 1e-6, 1e-3
 """A change of the gradient, and as a share of it, that may come from rounding alone."""
 
-_TROUBLE = (ArithmeticError, LookupError, RuntimeError, ValueError)
-"""What parts raise on groups that they cannot work with."""
+
+def _told(error: BaseException) -> str:
+    """The error with the part that raised it; its kind too, where its text alone says little."""
+    part = list(getattr(error, "__notes__", ()))[:1]
+    kind = [] if isinstance(error, ValueError) else [type(error).__name__]
+    return ": ".join([*part, *kind, str(error)])
 
 
 def _trial(

@@ -6,15 +6,17 @@ python -m rayrl.objectives.table docs/objectives.md
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rayrl.objectives import preset
 from rayrl.objectives.batch import GRAPH_FIELDS, OPTIONAL_FIELDS
-from rayrl.objectives.compile import CONFIGURED, SERVICES
+from rayrl.objectives.compile import CONFIGURED
+from rayrl.objectives.inputs import INPUTS, SERVICES
 from rayrl.objectives.plan import SLOTS, Plan
 from rayrl.objectives.preset_base import CLIPPED, TRUNCATED_IS, Preset
 from rayrl.objectives.presets import ALTERNATIVES, FAMILIES, PRESETS, plans_of
+from rayrl.objectives.results import RESULTS
 
 MARKER = "<!-- from here on written by: python -m rayrl.objectives.table docs/objectives.md -->"
 
@@ -46,6 +48,7 @@ def tables() -> str:
         lines += [f"### {family}", "", *_table(members), ""]
     lines += ["## Parts that no preset has", "", *_alternatives(), ""]
     lines += ["## Needs", "", *_needs(), ""]
+    lines += ["## What a part reads and returns", "", *_inputs(), "", *_results(), ""]
     return "\n".join(lines)
 
 
@@ -113,6 +116,54 @@ def _needs() -> Iterator[str]:
     used = frozenset().union(*(preset(name).needs for name in PRESETS))
     for need in sorted(used):
         yield f"| `{need}` | {words[need]} |"
+
+
+def _inputs() -> Iterator[str]:
+    yield "Axes: P images, G captions of an image, T tokens; floats are float32 in a run.  Parts up"
+    yield "to `pairs` see a whole step, those after them a micro-batch of it.  Needs can be read in"
+    yield "select to reducer, but those with the policy's gradient in ratio to regularizers:"
+    yield f"{', '.join(f'`{name}`' for name in GRAPH_FIELDS)}."
+    yield ""
+    yield "| input | what it is | in the slots |"
+    yield "|---|---|---|"
+    for name, one in INPUTS.items():
+        if name not in {**OPTIONAL_FIELDS, **GRAPH_FIELDS}:
+            yield f"| `{name}` | {one.what} | {_ranges(one.slots)} |"
+
+
+def _ranges(slots: Sequence[str]) -> str:
+    """``a to d, f`` of slots that follow one another but for one."""
+    words = ""
+    for slot in slots:
+        at = SLOTS.index(slot)
+        follows = at > 0 and SLOTS[at - 1] in slots
+        if follows and at + 1 < len(SLOTS) and SLOTS[at + 1] in slots:
+            continue
+        words += (" to " if follows else ", ") + slot
+    return words.removeprefix(", ")
+
+
+def _results() -> Iterator[str]:
+    yield "| slot | returns |"
+    yield "|---|---|"
+    for slot in SLOTS:
+        yield f"| `{slot}` | {_OTHERS.get(slot) or ' or '.join(RESULTS[slot])} |"
+
+
+_OTHERS = {
+    "rollout": "a list of `rayrl.rounds.Request`",
+    "advantage": "[P,G] or [P,G,T]; [N,P,G,T] for N losses that are summed; T may be 1",
+    "aggregate": "[P,G], [P,G,K] for K terms, or [P,G,T]; each part maps the rewards so far",
+    "mask": "[P,G,T]; T may be 1",
+    "ratio": "[P,G,T], the log-ratio; T may be 1",
+    "bounds": "two, the low and the high bound: numbers, or broadcast to [P,G,T]",
+    "weights": "[P,G,T]; T may be 1",
+    "mismatch": "[P,G,T]; T may be 1",
+    "surrogate": "[P,G,T] of tokens, [P,G] of captions, [P] of groups, or a scalar",
+    "regularizers": "the same",
+    "reducer": "a scalar",
+    "control": "a mapping of decisions",
+}
 
 
 if __name__ == "__main__":

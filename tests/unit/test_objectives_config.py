@@ -25,9 +25,8 @@ from objectives_toy import (
 from pydantic import ValidationError
 
 from rayrl.objectives import ObjectiveConfig, build, preset, presets
-from rayrl.objectives.batch import GRAPH_FIELDS, OPTIONAL_FIELDS
-from rayrl.objectives.compile import ALWAYS, DERIVED, SERVICES
 from rayrl.objectives.inject import bind
+from rayrl.objectives.inputs import INPUTS
 from rayrl.objectives.objective import Objective
 from rayrl.objectives.parts import functions, resolve
 from rayrl.objectives.plan import SLOTS, Phases, Plan, part
@@ -452,6 +451,10 @@ def test_fields_of_wrong_shapes_are_refused() -> None:
         toy_batch(old_logprobs=torch.zeros(1, 4, 2))
     with pytest.raises(ValueError, match="greedy_rewards of 2 prompts, want 1"):
         toy_batch(greedy_rewards=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"mask of dtype torch.float64, want a tensor of torch.bo"):
+        toy_batch(mask=MASK.double())
+    with pytest.raises(ValueError, match=r"rewards of dtype float64, want a tensor of torch.float"):
+        toy_batch(rewards=REWARDS).__class__(**{**vars(toy_batch()), "rewards": REWARDS.numpy()})
     with pytest.raises(ValueError, match="2 image_ids, want 1"):
         toy_batch(image_ids=("a", "b"))
 
@@ -480,8 +483,8 @@ def test_every_part_is_reachable_by_name() -> None:
 
 
 def test_inputs_of_all_parts_have_known_names() -> None:
-    known = {*ALWAYS, *DERIVED, *OPTIONAL_FIELDS, *GRAPH_FIELDS, *SERVICES, "total"}
-    for slot in set(SLOTS) - {"rollout"}:
+    for slot in SLOTS:
+        known = {name for name, one in INPUTS.items() if slot in one.slots}
         for name, function in functions(slot).items():
             params = {
                 key: value.default

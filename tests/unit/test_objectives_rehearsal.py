@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from objectives_toy import prepared, toy_batch
 from torch import Tensor
 
 from rayrl.config import Config
@@ -139,6 +142,41 @@ def test_a_part_of_ones_own_is_rehearsed_too() -> None:
 
     with pytest.raises(ValueError, match=r"objective nsc, tried on groups of 5 .*: size mismatch"):
         rehearse(preset("nsc", advantage=wrong), TWO, 5)
+
+
+@pytest.mark.parametrize(
+    ("slot", "function", "message"),
+    [
+        ("advantage", lambda rewards: None, "returned None, want a tensor [P,G] or [P,G,T] or"),
+        ("advantage", lambda rewards: rewards.numpy(), "returned a numpy.ndarray, want a tensor"),
+        ("advantage", lambda rewards: rewards.mean(1), "returned a tensor of shape (3,), want [P"),
+        ("advantage", lambda rewards: rewards.T, "(4, 3), want [P,G] or [P,G,T] or [P,G,1] or"),
+        ("advantage", lambda rewards: rewards[..., None].expand(3, 4, 7), "P = 3, G = 4, T = 4"),
+        ("advantage", lambda rewards, state: rewards, "want (result, new state), for it reads st"),
+        ("advantage", lambda rewards: rewards.means(), "AttributeError: 'Tensor' object has no"),
+        ("advantage", lambda rewards: rewards + "a", "TypeError: "),
+        ("advantage", lambda rewards: rewards @ rewards, "RuntimeError: mat1 and mat2 shapes"),
+        ("surrogate", lambda policy_logprobs: policy_logprobs[:, :, :2], "shape (3, 4, 2), want"),
+        ("control", lambda metrics: metrics["kl"], "KeyError: 'kl'"),
+        ("bounds", lambda old_logprobs: old_logprobs, "want a pair (low, high)"),
+        ("reducer", lambda losses: losses.sum(-1), "shape (3, 4), want []"),
+    ],
+)
+def test_what_a_part_returns_is_checked_and_the_part_named(slot, function, message) -> None:
+    others = {"ratio": "", "bounds": "", "advantage": ""} if slot == "surrogate" else {}
+    said = rf"tried on .* cider_d: {slot} <lambda>.*{re.escape(message)}"
+    with pytest.raises(ValueError, match=said):
+        rehearse(preset("grpo", **{slot: function, **others}), ["cider_d"], 4)
+
+
+def test_a_failing_part_is_named_in_a_run_too() -> None:
+    def wrong(rewards: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    objective = preset("nsc", advantage=wrong)
+    with pytest.raises(RuntimeError, match="out of memory") as failed:
+        prepared(objective, toy_batch())
+    assert failed.value.__notes__ == ["advantage wrong"]
 
 
 def test_phases_are_rehearsed_each() -> None:

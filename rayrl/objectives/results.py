@@ -1,0 +1,82 @@
+"""What a part of each slot returns, and the check that it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from rayrl.objectives.inject import BoundPart
+
+_TOKENS = ("[P,G,T]", "[P,G,1]")
+_PAIRS = ("[P,G,G]",)
+_LOSSES = ("[P,G,T]", "[P,G]", "[P]", "[]")
+
+RESULTS: Mapping[str, tuple[str, ...]] = {
+    "select": ("[P,G]",),
+    "labels": ("[P,G]",),
+    "segments": ("[P,G,T]",),
+    "aggregate": ("[P,G]", "[P,G,K]", "[P,G,T]"),
+    "advantage": ("[P,G]", *_TOKENS, "[N,P,G,T]", "[N,P,G,1]"),
+    "mask": _TOKENS,
+    "pairs": _PAIRS,
+    "ratio": _TOKENS,
+    "weights": _TOKENS,
+    "mismatch": _TOKENS,
+    "score": ("[P,G]",),
+    "margin": _PAIRS,
+    "link": _PAIRS,
+    "surrogate": _LOSSES,
+    "regularizers": _LOSSES,
+    "reducer": ("[]",),
+}
+"""By slot, the shapes of the tensor that its parts return; K and N are any number, [] a scalar."""
+
+
+def checked(part: BoundPart, result: Any, mask: Tensor) -> Any:
+    """``result`` where it is what the slot of ``part`` wants for groups of this ``mask`` [P,G,T].
+
+    Raises ValueError, naming the part, with what it returned and what is wanted."""
+    if part.slot == "bounds":
+        if isinstance(result, tuple) and len(result) == 2:
+            return result
+        raise _wrong(part, _described(result), "a pair (low, high)")
+    shapes = RESULTS[part.slot]
+    if not isinstance(result, Tensor):
+        raise _wrong(part, _described(result), f"a tensor {' or '.join(shapes)}")
+    sizes: dict[str, int] = dict(zip("PGT", mask.shape, strict=True))
+    if any(_fits(tuple(result.shape), shape, sizes) for shape in shapes):
+        return result
+    here = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+    raise _wrong(part, _described(result), f"{' or '.join(shapes)} with {here}")
+
+
+def with_state(part: BoundPart, returned: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The result and the new state that a part with a memory ``returned``; ValueError, naming the
+    part, where it returned something else."""
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
+        return returned
+    raise _wrong(part, _described(returned), "(result, new state), for it reads state")
+
+
+def _fits(got: tuple[int, ...], shape: str, sizes: Mapping[str, int]) -> bool:
+    want = [name for name in shape.strip("[]").split(",") if name]
+    return len(got) == len(want) and all(
+        size == (1 if name == "1" else sizes.get(name, size))
+        for size, name in zip(got, want, strict=True)
+    )
+
+
+def _described(value: Any) -> str:
+    if value is None:
+        return "None"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return f"a {type(value).__module__}.{type(value).__name__}".replace("a builtins.", "a ")
+
+
+def _wrong(part: BoundPart, got: str, want: str) -> ValueError:
+    return ValueError(f"{part.slot} {part.name} returned {got}, want {want}")
