@@ -250,10 +250,13 @@ def split_state(
     """An objective's state as arrays, by names that begin with ``prefix``, and JSON values;
     mappings within it likewise.
 
-    Raises ValueError for an array whose name has a "/", which separates names."""
+    Raises ValueError, with the name, for what is neither an array or tensor, nor a JSON value, nor
+    a mapping of those by text; and for an array whose name has a "/", which separates names."""
     arrays: dict[str, np.ndarray] = {}
     values: dict[str, Any] = {}
     for name, value in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"state {prefix}{name!r}: a key of {type(name).__name__}, want str")
         if isinstance(value, Mapping):
             inner, values[name] = split_state(value, f"{prefix}{name}/")
             arrays |= inner
@@ -264,6 +267,12 @@ def split_state(
                 value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
             )
         else:
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise ValueError(
+                    f"state {prefix}{name}: {error}; want JSON values, arrays or tensors"
+                ) from None
             values[name] = value
     return arrays, values
 

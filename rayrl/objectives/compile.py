@@ -3,12 +3,13 @@ is provided and everything that is provided is read, and collects what the train
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rayrl.objectives.batch import GRAPH_FIELDS, OPTIONAL_FIELDS
 from rayrl.objectives.inject import BoundPart
-from rayrl.objectives.inputs import BEFORE_LOSS, DERIVED, INPUTS, SERVICES, readable
+from rayrl.objectives.inputs import BEFORE_LOSS, DERIVED, INPUTS, LOSS, SERVICES, readable
 from rayrl.objectives.parts import may_be_of_tokens, resolve
 from rayrl.objectives.plan import DEFAULT_REDUCER, SLOTS, Plan, near
 
@@ -72,6 +73,18 @@ class Compiled:
         parts = (part for slot in BEFORE_LOSS for part in self.slots[slot])
         return frozenset(name for part in parts for name in part.inputs)
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The values of all parameters, by name."""
+        return {
+            k: v for items in self.slots.values() for part in items for k, v in part.params.items()
+        }
+
+    @property
+    def coefficients(self) -> frozenset[str]:
+        """The parameters that controllers may change: those of the loss."""
+        return frozenset(key for slot in LOSS for part in self.slots[slot] for key in part.params)
+
     def one(self, slot: str) -> BoundPart | None:
         """The only part of a slot that holds at most one."""
         return self.slots[slot][0] if self.slots[slot] else None
@@ -87,6 +100,7 @@ def compile_plan(name: str, plan: Plan) -> Compiled:
                 slots[slot] += (bound,)
         _check_first_advantage(slots["advantage"])
         _check_regularizers(slots["regularizers"])
+        _check_memories([part for items in slots.values() for part in items if part.stateful])
         used = _reachable(slots)
     except ValueError as error:
         raise ValueError(f"objective {name}: {error}") from None
@@ -168,6 +182,16 @@ def _check_regularizers(parts: tuple[BoundPart, ...]) -> None:
             raise ValueError(
                 f"regularizers {'+'.join(names)}: {name} is there {names.count(name)} times, want "
                 "once; a larger coefficient counts more, and two functions want two names"
+            )
+
+
+def _check_memories(parts: Sequence[BoundPart]) -> None:
+    memories = [part.memory for part in parts]
+    for memory in memories:
+        if memories.count(memory) > 1:
+            raise ValueError(
+                f"{memory} is there {memories.count(memory)} times and remembers its state by its "
+                "name; want it once, or functions of other names"
             )
 
 

@@ -1,9 +1,10 @@
 """Controllers: decisions after an optimizer step, from the metrics of its minibatch.
 
-They return ``coefficients`` (parameters for the steps to come), ``stop_epoch`` (no further update
-in this step), ``scale_lr`` (the scheduled learning rate is multiplied by this until another
-decision) or ``extrapolate`` (weights move on by this factor of the step's change).
-``parameters`` holds the plan's, as controllers have changed them.
+They return ``coefficients`` (by name, parameters of the loss from the next step on), ``stop_epoch``
+(no further update in this step), ``scale_lr`` (the scheduled learning rate is multiplied by this
+until another decision) or ``extrapolate`` (weights move on by this factor of the step's change).
+``parameters`` holds the plan's, as controllers have changed them; one that reads ``state`` returns
+it anew beside its decisions.
 """
 
 from __future__ import annotations
@@ -30,14 +31,24 @@ def adaptive_kl(
 
 
 def adaptive_entropy(
-    metrics: Numbers, parameters: Numbers, *, entropy_target: float, entropy_step: float
-) -> dict[str, Any]:
+    metrics: Numbers,
+    parameters: Numbers,
+    state: Numbers,
+    *,
+    entropy_target: float,
+    entropy_step: float,
+) -> tuple[dict[str, Any], dict[str, float]]:
     """Raise the coefficient by a step while the entropy is at or below its target, lower it
-    otherwise, and apply it only while it is below (Skywork-OR1, 2505.22312)."""
+    otherwise, and apply it only while it is below (Skywork-OR1, 2505.22312).
+
+    state: the coefficient that is `held` while it is not applied; checkpoints used to have it among
+        the coefficients
+    """
     low = _metric(metrics, "objective/entropy") <= entropy_target
-    held = parameters.get("entropy_coef_held", parameters["entropy_coef"])
-    held = max(0.0, held + (entropy_step if low else -entropy_step))
-    return {"coefficients": {"entropy_coef": held if low else 0.0, "entropy_coef_held": held}}
+    before = parameters.get("entropy_coef_held", parameters["entropy_coef"])
+    held = state.get("held", before) + (entropy_step if low else -entropy_step)
+    held = max(0.0, held)
+    return {"coefficients": {"entropy_coef": held if low else 0.0}}, {"held": held}
 
 
 def momentum(extrapolate: bool, *, momentum_factor: float) -> dict[str, Any]:

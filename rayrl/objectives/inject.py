@@ -37,6 +37,11 @@ class BoundPart:
     def stateful(self) -> bool:
         return "state" in self.inputs
 
+    @property
+    def memory(self) -> str:
+        """Under what an objective's state holds that of this part."""
+        return f"{self.slot} {self.name}"
+
     def with_params(self, **changes: Any) -> BoundPart:
         """The same function with other hyper-parameters."""
         return replace(self, params={**self.params, **changes})

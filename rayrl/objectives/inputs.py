@@ -48,9 +48,10 @@ def _from(first: str, last: str) -> tuple[str, ...]:
 
 BEFORE_LOSS = _from("select", "pairs")
 """Slots whose parts run once a step, over all of its groups, without a gradient."""
+LOSS = _from("ratio", "reducer")
+"""Slots whose parts see a micro-batch, with the policy's gradient."""
+_GROUPS = (*BEFORE_LOSS, *LOSS)
 _LOSS = _from("ratio", "regularizers")
-_GROUPS = (*BEFORE_LOSS, *_LOSS, "reducer")
-_MADE = (*_LOSS, "reducer")
 
 _AFTER = {
     "labels": (*_from("segments", "pairs"), *_LOSS),
@@ -58,7 +59,7 @@ _AFTER = {
     "advantages": (*_from("advantage", "pairs"), *_LOSS),
     "caption_advantages": _LOSS,
     "pair_weights": _LOSS,
-    "active": _MADE,
+    "active": LOSS,
     "log_ratio": _from("bounds", "regularizers"),
     "ratio": _from("bounds", "regularizers"),
     "low": _from("weights", "regularizers"),
@@ -106,14 +107,15 @@ INPUTS: Mapping[str, Input] = {
     "step": Input("int, the step from 0 on", BEFORE_LOSS),
     "generator": Input("torch.Generator on the CPU, the same in a resumed run", BEFORE_LOSS),
     "state": Input(
-        "mapping, what the part returned the last time as `(result, state)`", BEFORE_LOSS
+        "mapping, what the part returned the last time as `(result, state)`",
+        (*BEFORE_LOSS, "control"),
     ),
     **{name: Input(_MEANING[name], slots) for name, slots in _AFTER.items()},
     "policy_logprobs": Input("[P,G,T] float, of the current weights, with gradient", _LOSS),
-    "token_weights": Input("[P,G,T] float, what `mask` made; 0 on padding", _MADE),
-    "normalizer": Input("`tokens`, `captions`, `groups` of the minibatch, weighted", _MADE),
+    "token_weights": Input("[P,G,T] float, what `mask` made; 0 on padding", LOSS),
+    "normalizer": Input("`tokens`, `captions`, `groups` of the minibatch, weighted", LOSS),
     "total": Input(
-        "function, sums a tensor over the ranks; the part needs the `whole_minibatch`", _MADE
+        "function, sums a tensor over the ranks; the part needs the `whole_minibatch`", LOSS
     ),
     "losses": Input("[P,G,T] float, of tokens", ("reducer",)),
     "metrics": Input("by name a number, of the update", ("control",)),

@@ -21,11 +21,12 @@ from torch import Tensor
 from rayrl.objectives import diagnostics
 from rayrl.objectives.batch import GRAPH_FIELDS, GroupBatch
 from rayrl.objectives.compile import POLICY_LOSS, Compiled, compile_plan, missing
-from rayrl.objectives.inject import BoundPart, Values
+from rayrl.objectives.inject import BoundPart
 from rayrl.objectives.loss import LossTerms
 from rayrl.objectives.plan import Plan
 from rayrl.objectives.prepare import Preparation
 from rayrl.objectives.reduce import Normalizer
+from rayrl.objectives.results import decisions_of, with_state
 from rayrl.objectives.stats import center, masked_mean
 
 State = Mapping[str, Any]
@@ -205,14 +206,22 @@ class Objective:
         self, state: State, metrics: Mapping[str, float]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Decisions after an optimizer step, from its metrics: ``stop_epoch`` (no further minibatch
-        in this step), ``scale_lr``, ``extrapolate`` (weights)."""
+        in this step), ``scale_lr``, ``extrapolate`` (weights).
+
+        Raises ValueError, naming the controller, on a decision or a coefficient that there is not.
+        """
         new = dict(state)
         decisions: dict[str, Any] = {}
         changed = dict(new.get("coefficients", {}))
         for controller in self._compiled.slots["control"]:
-            current = {**self.plan.parameters(), **changed}
+            current = {**self.plan.parameters(), **self._compiled.parameters, **changed}
             given = {"metrics": metrics, "parameters": current, "extrapolate": True}
-            decided = dict(controller(Values(given, {})))
+            if controller.stateful:
+                given["state"] = new.get(controller.memory, {})
+            decided: Any = controller(given)
+            if controller.stateful:
+                decided, new[controller.memory] = with_state(controller, decided)
+            decided = decisions_of(controller, decided, self._compiled.coefficients)
             # Several may each change one of their own.
             changed.update(decided.pop("coefficients", {}))
             decisions.update(decided)

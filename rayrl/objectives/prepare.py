@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from rayrl.objectives.batch import GroupBatch, listed
 from rayrl.objectives.compile import Compiled
 from rayrl.objectives.inject import BoundPart
 from rayrl.objectives.results import checked, with_state
+
+OWN_STATE = ("step", "coefficients")
+"""Names in an objective's state that are no part's."""
 
 
 class NotFiniteError(ValueError):
@@ -92,10 +96,14 @@ class Preparation:
     def _call(self, part: BoundPart) -> Tensor:
         if not part.stateful:
             return checked(part, part(self._values), self._batch.mask)
-        key = part.name
-        returned = part({**self._values, "state": self.state.get(key, {})})
-        result, self.state[key] = with_state(part, returned)
+        returned = part({**self._values, "state": self._memory(part)})
+        result, self.state[part.memory] = with_state(part, returned)
         return checked(part, result, self._batch.mask)
+
+    def _memory(self, part: BoundPart) -> Mapping[str, Any]:
+        """What the part remembers; checkpoints used to have it under the part's name alone."""
+        before = self.state.pop(part.name, {}) if part.name not in OWN_STATE else {}
+        return self.state.get(part.memory, before)  # type: ignore[no-any-return]
 
     def _laid_out(self, advantages: Tensor) -> Tensor:
         """[P,N,G,T or 1] from [P,G], [P,G,T] or [N,P,G,T or 1]; NotFiniteError, naming the prompts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayrl.checkpoint import join_state, split_state
 from rayrl.objectives.batch import OPTIONAL_FIELDS, GroupBatch
 from rayrl.objectives.inject import TROUBLE
 from rayrl.objectives.objective import LossOutput, Objective, State
@@ -23,19 +25,22 @@ def rehearse(
     group_size: int,
     reward_weights: Mapping[str, float] = NO_WEIGHTS,
 ) -> None:
-    """Take a step, without a model, on groups of ``group_size`` captions with these reward terms.
+    """Take a step, and one more from a checkpoint of it, without a model, on groups of
+    ``group_size`` captions with these reward terms.
 
     Raises ValueError, naming the objective and the part, for what only shows there: a reward term
     that a part names and the run does not have, groups of one caption where captions are compared,
     advantages of tokens in front of a loss of captions, a result that is not what its slot wants, a
-    loss or a gradient that is not finite, a metric that a controller reads and nothing reports.
+    state that no checkpoint can hold, a loss or a gradient that is not finite, a decision that
+    there is not, a metric that a controller reads and nothing reports.
     """
     for phase in objective.phases():
         try:
             batch = _groups(terms, group_size, reward_weights, objective.needs)
             state, out, _ = _trial(phase, phase.initial_state(), batch, objective.needs)
             pairs = {name: (float(s), float(w)) for name, (s, w) in out.metrics.items()}
-            phase.control(state, {name: s / w for name, (s, w) in pairs.items() if w})
+            state, _ = phase.control(state, {name: s / w for name, (s, w) in pairs.items() if w})
+            _trial(phase, _resumed(state), batch, objective.needs)
         except TROUBLE as error:
             raise ValueError(
                 f"objective {phase.name}, tried on groups of {group_size} with the reward terms "
@@ -69,6 +74,12 @@ def learns_from_one(
 
 _ROUNDING, _ROUNDING_SHARE = 1e-6, 1e-3
 """A change of the gradient, and as a share of it, that may come from rounding alone."""
+
+
+def _resumed(state: State) -> State:
+    """The state after a checkpoint; ValueError where it cannot be in one."""
+    arrays, values = split_state(state, "")
+    return join_state(json.loads(json.dumps(values)), arrays, "")
 
 
 def _told(error: BaseException) -> str:

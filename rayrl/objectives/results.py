@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from rayrl.objectives.inject import BoundPart
+from rayrl.objectives.plan import near
 
 _TOKENS = ("[P,G,T]", "[P,G,1]")
 _PAIRS = ("[P,G,G]",)
@@ -58,6 +60,39 @@ def with_state(part: BoundPart, returned: Any) -> tuple[Any, Mapping[str, Any]]:
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
         return returned
     raise _wrong(part, _described(returned), "(result, new state), for it reads state")
+
+
+DECISIONS = ("coefficients", "stop_epoch", "scale_lr", "extrapolate")
+"""What a controller may decide."""
+
+
+def decisions_of(part: BoundPart, decided: Any, coefficients: Collection[str]) -> dict[str, Any]:
+    """What a controller ``decided``, where all of it can be carried out, in an objective whose loss
+    has these ``coefficients``.
+
+    Raises ValueError, naming the controller, with what it decided."""
+    if not isinstance(decided, Mapping):
+        raise _wrong(part, _described(decided), f"a mapping of {', '.join(DECISIONS)}")
+    changed = decided.get("coefficients", {})
+    if not isinstance(changed, Mapping):
+        raise _wrong(part, f"coefficients {changed!r}", "numbers by name")
+    for name in decided:
+        if name not in DECISIONS:
+            raise ValueError(f"control {part.name} decides {name!r}{near(str(name), DECISIONS)}")
+    for name, value in changed.items():
+        if name not in coefficients:
+            known = f"{near(str(name), coefficients)}" if coefficients else ""
+            raise ValueError(
+                f"control {part.name} sets {name!r}, which no part of the loss has{known}"
+            )
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"control {part.name} sets {name} to {value!r}, want a number")
+    if "extrapolate" in decided and "extrapolate" not in part.inputs:
+        raise ValueError(
+            f"control {part.name} decides to extrapolate and does not read 'extrapolate', by which "
+            "the learner knows that it must remember weights"
+        )
+    return dict(decided)
 
 
 def _fits(got: tuple[int, ...], shape: str, sizes: Mapping[str, int]) -> bool:

@@ -162,7 +162,7 @@ _OTHERS = {
     "surrogate": "[P,G,T] of tokens, [P,G] of captions, [P] of groups, or a scalar",
     "regularizers": "the same",
     "reducer": "a scalar",
-    "control": "a mapping of decisions",
+    "control": "a mapping of decisions: `coefficients`, `stop_epoch`, `scale_lr`, `extrapolate`",
 }
 
 

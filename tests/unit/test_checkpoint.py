@@ -237,3 +237,16 @@ def test_arrays_within_an_objective_state_keep_their_place(tmp_path):
     assert back["phase_0"]["empty"] == {} and back["step"] == 4
     with pytest.raises(ValueError, match="an array of the name 'coco/1', want one without"):
         split_state({"part": {"coco/1": np.ones(1)}})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"seen": {1, 2}}, "state objective/part/seen: Object of type set is not JSON"),
+        ({"mean": np.float32(1)}, "part/mean: Object of type float32 .*; want JSON values, arrays"),
+        ({1: 2.0}, "state objective/part/1: a key of int, want str"),
+    ],
+)
+def test_a_state_that_no_checkpoint_can_hold_is_refused_by_name(value, message):
+    with pytest.raises(ValueError, match=message):
+        split_state({"part": value})

@@ -321,10 +321,25 @@ def test_entropy_bonus_and_its_controller() -> None:
     assert_close(entropy, 0.8018)
     assert_close(regularize.entropy_bonus(entropy, entropy_coef=0.01), -0.008018)
     choices = {"entropy_target": 1.0, "entropy_step": 0.005}
-    low = control.adaptive_entropy({"objective/entropy": 0.9}, {"entropy_coef": 0.01}, **choices)
-    assert low["coefficients"] == pytest.approx({"entropy_coef": 0.015, "entropy_coef_held": 0.015})
-    high = control.adaptive_entropy({"objective/entropy": 1.1}, low["coefficients"], **choices)
-    assert high["coefficients"] == pytest.approx({"entropy_coef": 0.0, "entropy_coef_held": 0.01})
+    given = {"entropy_coef": 0.01}
+    low, state = control.adaptive_entropy({"objective/entropy": 0.9}, given, {}, **choices)
+    assert low["coefficients"] == pytest.approx({"entropy_coef": 0.015})
+    assert state == pytest.approx({"held": 0.015})
+    off, state = control.adaptive_entropy(
+        {"objective/entropy": 1.1}, low["coefficients"], state, **choices
+    )
+    assert off["coefficients"] == {"entropy_coef": 0.0}
+    again, _ = control.adaptive_entropy(
+        {"objective/entropy": 0.9}, off["coefficients"], state, **choices
+    )
+    assert again["coefficients"] == pytest.approx({"entropy_coef": 0.015})
+
+
+def test_a_checkpoint_with_the_held_coefficient_among_the_others_goes_on() -> None:
+    objective = preset("grpo_adaptive_entropy")
+    before = {"step": 7, "coefficients": {"entropy_coef": 0.0, "entropy_coef_held": 0.02}}
+    state, _ = objective.control(before, {"objective/entropy": 0.9})
+    assert state["coefficients"]["entropy_coef"] == pytest.approx(0.025)
 
 
 def test_adaptive_kl_moves_by_a_fifth_at_most() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
-from objectives_toy import prepared, toy_batch
+from objectives_toy import REWARDS, assert_close, prepared, toy_batch
 from torch import Tensor
 
 from rayrl.config import Config
@@ -177,6 +178,102 @@ def test_a_failing_part_is_named_in_a_run_too() -> None:
     with pytest.raises(RuntimeError, match="out of memory") as failed:
         prepared(objective, toy_batch())
     assert failed.value.__notes__ == ["advantage wrong"]
+
+
+def counting(rewards: Tensor, state: dict) -> tuple[Tensor, dict]:
+    return rewards - state.get("n", 0), {"n": state.get("n", 0) + 1}
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        ({"seen": {1, 2}}, "state advantage remembering/seen: Object of type set is not JSON"),
+        (
+            {"mean": np.float32(3)},
+            "state advantage remembering/mean: .* want JSON values, arrays or ten",
+        ),
+        ({"by": {1: 2.0}}, "state advantage remembering/by/1: a key of int, want str"),
+    ],
+)
+def test_a_state_is_rehearsed_as_a_checkpoint_has_it(new, message) -> None:
+    def remembering(rewards: Tensor, state: dict) -> tuple[Tensor, dict]:
+        return rewards, new
+
+    with pytest.raises(ValueError, match=f"objective grpo, tried on .*: {message}"):
+        rehearse(preset("grpo", advantage=remembering), TWO, 4)
+
+
+def test_a_state_that_comes_back_as_something_else_is_refused() -> None:
+    def follows(rewards: Tensor, state: dict) -> tuple[Tensor, dict]:
+        mean = state.get("mean", rewards.mean())
+        return rewards, {"mean": mean.detach()}  # an array has none
+
+    with pytest.raises(ValueError, match=r"advantage follows: AttributeError: .*'detach'"):
+        rehearse(preset("grpo", advantage=follows), TWO, 4)
+
+
+def test_parts_of_one_name_remember_apart() -> None:
+    objective = preset("nsc", aggregate=counting, advantage=counting)
+    state, _ = objective.prepare(objective.initial_state(), toy_batch())
+    assert state == {"step": 1, "aggregate counting": {"n": 1}, "advantage counting": {"n": 1}}
+    with pytest.raises(ValueError, match="aggregate counting is there 2 times and remembers its"):
+        preset("nsc", aggregate=[counting, counting])
+
+
+def test_a_part_may_be_called_as_the_state_is() -> None:
+    def step(rewards: Tensor, state: dict) -> tuple[Tensor, dict]:
+        return counting(rewards, state)
+
+    objective = preset("nsc", advantage=step)
+    state, _ = objective.prepare(objective.initial_state(), toy_batch())
+    state, _ = objective.prepare(state, toy_batch())
+    assert state == {"step": 2, "advantage step": {"n": 2}}
+
+
+def test_a_checkpoint_that_has_states_by_the_names_of_parts_goes_on() -> None:
+    objective = preset("nsc", advantage=counting)
+    state, ready = objective.prepare({"step": 4, "counting": {"n": 4}}, toy_batch())
+    assert state == {"step": 5, "advantage counting": {"n": 5}}
+    assert_close(ready.fields["advantages"][:, 0, :, 0], REWARDS - 4)
+
+
+@pytest.mark.parametrize(
+    ("decided", "message"),
+    [
+        (None, "returned None, want a mapping of coefficients, stop_epoch, scale_lr, extrap"),
+        ({"stop": True}, "decides 'stop'; did you mean stop_epoch?"),
+        ({"lr": 0.1}, "decides 'lr'; did you mean scale_lr?"),
+        ({"coefficients": {"kl_coeff": 0}}, "sets 'kl_coeff', which no part of the loss has; did"),
+        ({"coefficients": {"eps": 0.0}}, "sets 'eps', which no part of the loss has"),
+        ({"coefficients": {"kl_coef": "0"}}, "sets kl_coef to '0', want a number"),
+        ({"coefficients": {"kl_coef": float("nan")}}, "sets kl_coef to nan, want a number"),
+        ({"coefficients": [0.1]}, "returned coefficients [0.1], want numbers by name"),
+        ({"extrapolate": 0.3}, "decides to extrapolate and does not read 'extrapolate'"),
+    ],
+)
+def test_a_decision_that_nothing_carries_out_is_refused(decided, message) -> None:
+    def controller(metrics: dict) -> object:
+        return decided
+
+    objective = preset("grpo", control=controller)
+    with pytest.raises(ValueError, match=f"control controller {re.escape(message)}"):
+        objective.control({"step": 1}, {"objective/kl_k3": 0.0})
+    with pytest.raises(ValueError, match=f"objective grpo, tried on .*{re.escape(message)}"):
+        rehearse(objective, TWO, 4)
+
+
+def test_a_controller_remembers() -> None:
+    def patient(metrics: dict, state: dict, *, patience: int = 2) -> tuple[dict, dict]:
+        count = state.get("count", 0) + 1
+        return {"stop_epoch": count >= patience}, {"count": count}
+
+    objective = preset("grpo", control=patient)
+    rehearse(objective, TWO, 4)
+    state, decisions = objective.control({"step": 1}, {})
+    assert decisions == {"stop_epoch": False}
+    state, decisions = objective.control(state, {})
+    assert decisions == {"stop_epoch": True}
+    assert state == {"step": 1, "control patient": {"count": 2}}
 
 
 def test_phases_are_rehearsed_each() -> None:

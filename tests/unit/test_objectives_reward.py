@@ -75,7 +75,7 @@ def test_constrained_grpo_in_both_readings_and_its_dual_step() -> None:
     objective = preset("constrained_grpo", **choices)
     state, ready = objective.prepare(objective.initial_state(), batch)
     assert_close(ready.fields["advantages"][:, 0, :, 0], [[-0.8131, -1.0252, 1.0252, 0.8131]], 1e-4)
-    assert state["lagrangian"] == pytest.approx({"too_long": 0.53})
+    assert state["advantage lagrangian"] == pytest.approx({"too_long": 0.53})
     combined = advantages_of("constrained_grpo", batch, **choices, per_component=False)
     assert_close(combined, [[-0.6868, -1.2362, 1.2362, 0.6868]], 1e-4)
 

@@ -15,7 +15,7 @@ from rayrl.checkpoint import join_state, split_state
 from rayrl.objectives import preset, scorer, shaping
 
 SIZES = {"scorer_passes": 100, "scorer_memory": 512}
-STATE = "self_trained_scorer"
+STATE = "aggregate self_trained_scorer"
 
 
 def groups(p: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +138,7 @@ def test_the_training_set_survives_a_checkpoint() -> None:
     batch = toy_batch(rewards, caption_features=features)
     state, _ = objective.prepare(objective.initial_state(), batch)
     arrays, values = split_state(state)
-    assert list(arrays) == ["objective/self_trained_scorer/pairs"]
+    assert list(arrays) == ["objective/aggregate self_trained_scorer/pairs"]
     other = replace(batch, rewards=-batch.rewards)
     one = objective.prepare(state, other)
     again = objective.prepare(join_state(values, arrays), other)
