@@ -66,6 +66,11 @@ def bind(slot: str, item: Part, function: Callable[..., Any]) -> BoundPart:
     """
     inputs, optional, hyper = [], set(), defaults(function)
     for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            raise ValueError(
+                f"{slot} {item.name}: {parameter.name!r} is positional-only, and inputs are given "
+                "by name; leave out the '/'"
+            )
         if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
             inputs.append(parameter.name)
             if parameter.default is not inspect.Parameter.empty:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from rayrl.objectives.plan import MANY, SLOTS, Part, Phases, Plan, near
+from rayrl.objectives.plan import DEFAULT_REDUCER, MANY, SLOTS, Part, Phases, Plan, near
 from rayrl.objectives.presets import named_parameters, named_parts
 from rayrl.objectives.signature import examples, own_function
 
@@ -20,13 +20,13 @@ def override(plan: Plan, values: Mapping[str, Any]) -> Plan:
 
     values: a slot's name to the name of a part, a :class:`Part` or a function (several for slots
         that hold several; "" empties a slot), or a parameter's name to its value, in every part
-        that has one of the name
+        that has one of the name.  A part that the plan has already keeps its parameters.
 
     Raises ValueError on a slot, part or parameter that does not exist, with near matches.
     """
     slots = {key: value for key, value in values.items() if key in SLOTS}
     for slot, names in slots.items():
-        plan = dataclasses.replace(plan, **{slot: _named(slot, names)})
+        plan = dataclasses.replace(plan, **{slot: _named(slot, names, plan)})
     for key, value in values.items():
         if key == "statistics_of":
             plan = dataclasses.replace(plan, statistics_of=value)
@@ -36,20 +36,29 @@ def override(plan: Plan, values: Mapping[str, Any]) -> Plan:
 
 
 def override_phases(phases: Phases, values: Mapping[str, Any]) -> Phases:
-    """The same in every phase that has the parameter; ``phase_steps`` are the phases' lengths."""
+    """The same in every phase that fills the slot, or in all where none does, and in every phase
+    that has the parameter; ``phase_steps`` are the phases' lengths."""
     plans = list(phases.plans)
     steps = phases.steps
-    for key, value in values.items():
+    for key in sorted(values, key=lambda name: name not in SLOTS):
         if key == "phase_steps":
-            steps = _typed(key, value, steps)
+            steps = _typed(key, values[key], steps)
             continue
-        fits = [i for i, plan in enumerate(plans) if key in parameters_of(plan)]
-        if not fits:
+        fits = [i for i, plan in enumerate(plans) if _concerns(plan, key)]
+        if not fits and key not in SLOTS:
             names = {name for plan in plans for name in parameters_of(plan)}
-            raise ValueError(f"unknown parameter {key!r}{near(key, {*names, 'phase_steps'})}")
-        for i in fits:
-            plans[i] = override(plans[i], {key: value})
+            known = {*names, *SLOTS, "phase_steps"}
+            raise ValueError(f"unknown slot or parameter {key!r}{near(key, known)}")
+        for i in fits or range(len(plans)):
+            plans[i] = override(plans[i], {key: values[key]})
     return Phases(tuple(plans), steps)
+
+
+def _concerns(plan: Plan, key: str) -> bool:
+    """Whether a plan has the parameter, or fills the slot with what it would not have anyhow."""
+    if key in SLOTS:
+        return getattr(plan, key) not in (None, (), DEFAULT_REDUCER)
+    return key in parameters_of(plan)
 
 
 def parameters_of(plan: Plan) -> frozenset[str]:
@@ -67,10 +76,11 @@ def _settable(slot: str, item: Part) -> dict[str, Any]:
     return examples(function)
 
 
-def _named(slot: str, given: Any) -> Any:
+def _named(slot: str, given: Any, plan: Plan) -> Any:
     listed = given.split(SEPARATOR) if isinstance(given, str) else given
     listed = list(listed) if isinstance(listed, list | tuple) else [listed]
-    parts = [_part(slot, item) for item in listed if item != ""]
+    there = {item.name: item for filled, item in plan.parts() if filled == slot}
+    parts = [_part(slot, item, there) for item in listed if item != ""]
     if slot in MANY:
         return tuple(parts)
     if len(parts) > 1:
@@ -78,16 +88,18 @@ def _named(slot: str, given: Any) -> Any:
     return parts[0] if parts else None
 
 
-def _part(slot: str, given: Any) -> Part:
+def _part(slot: str, given: Any, there: Mapping[str, Part]) -> Part:
     if isinstance(given, Part):
         return given
     if callable(given):
         return Part(given)
-    name, known = str(given).strip(), named_parts()[slot]
-    if ":" in name:  # a function of the user's, `module:function`, looked up when it is needed
-        return Part(name)
+    name, known = str(given).strip(), {**named_parts()[slot], **there}
+    if ":" in name and name not in known:
+        return Part(name)  # a function of the user's, looked up when it is needed
     if name not in known:
-        raise ValueError(f"unknown part {name!r} for slot {slot}{near(name, known)}")
+        module, _, function = name.rpartition(".")
+        hint = f"; want module:function, {module}:{function}" if module else near(name, known)
+        raise ValueError(f"unknown part {name!r} for slot {slot}{hint}")
     return known[name]
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,12 @@ class Part:
 
     @property
     def name(self) -> str:
-        return self.function if isinstance(self.function, str) else self.function.__name__
+        if isinstance(self.function, str):
+            return self.function
+        partial = isinstance(self.function, functools.partial)
+        named = self.function.func if partial else self.function  # type: ignore[attr-defined]
+        # An object that can be called is known by its class.
+        return str(getattr(named, "__name__", type(named).__name__))
 
     def __str__(self) -> str:
         values = ", ".join(f"{key}={value}" for key, value in self.params.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import subprocess
@@ -24,10 +25,12 @@ from objectives_toy import (
 )
 from pydantic import ValidationError
 
-from rayrl.objectives import ObjectiveConfig, build, preset, presets
+from rayrl.objectives import ObjectiveConfig, build, preset, presets, rehearse
+from rayrl.objectives.config import plan_with
 from rayrl.objectives.inject import bind
 from rayrl.objectives.inputs import INPUTS
 from rayrl.objectives.objective import Objective
+from rayrl.objectives.override import override
 from rayrl.objectives.parts import functions, resolve
 from rayrl.objectives.plan import SLOTS, Phases, Plan, part
 from rayrl.objectives.presets import (
@@ -201,6 +204,74 @@ def test_a_plan_of_ones_own_is_named_as_a_preset_is() -> None:
         build(elsewhere, max_tokens=24)
 
 
+def parts_of(name: str, slot: str, **overrides: Any) -> list[str]:
+    """What fills a slot in each of the phases."""
+    plan = plan_with(name, overrides)
+    plans = plan.plans if isinstance(plan, Phases) else (plan,)
+    return [", ".join(str(item) for s, item in one.parts() if s == slot) for one in plans]
+
+
+def test_a_slot_is_overridden_in_the_phases_that_fill_it_or_in_all() -> None:
+    def parts(slot: str, **overrides: Any) -> list[str]:
+        return parts_of("veripo_schedule", slot, **overrides)
+
+    refill = "refill(min_spread=0.1, refill_rounds=3)"
+    assert parts("rollout", min_spread="0.1", rollout="refill") == [refill, refill]
+    masked = "token_masked(is_low=0.6, is_high=2.0)"
+    assert parts("mismatch", is_low=0.6, mismatch="token_masked") == [masked, ""]
+    assert parts("mismatch", mismatch="") == ["", ""]
+    assert parts("reducer", reducer="sequence_mean_token_sum") == [
+        "sequence_mean_token_sum",
+        "token_mean",
+    ]
+    for overrides in (
+        {"rollout": "refill"},
+        {"mismatch": "token_masked"},
+        {"regularizers": "kl_k1"},
+    ):
+        rehearse(preset("veripo_schedule", **overrides), ["cider_d"], 4)
+
+
+def test_a_part_that_is_named_again_keeps_its_parameters() -> None:
+    assert preset("grpo_deepseekmath", advantage="group_normalize").plan == (
+        preset("grpo_deepseekmath").plan
+    )
+    more = parts_of("grpo_deepseekmath", "advantage", advantage="group_normalize+over_batch_std")
+    assert more == ["group_normalize(eps=0.0001, ddof=1), over_batch_std(eps=1e-06)"]
+    own = {"surrogate": part(f"{__name__}:steep", power=3.0), "bounds": ""}
+    plan = override(preset("grpo", **own).plan, OWN)
+    assert str(plan.surrogate) == f"{__name__}:steep(power=3.0)"
+
+
+class Baseline:
+    def __init__(self, baseline: float) -> None:
+        self.baseline = baseline
+
+    def __call__(self, rewards: torch.Tensor) -> torch.Tensor:
+        return rewards - self.baseline
+
+
+def minus(rewards: torch.Tensor, *, baseline: float) -> torch.Tensor:
+    return rewards - baseline
+
+
+def test_a_part_may_be_a_partial_function_or_an_object() -> None:
+    bound = preset("nsc", advantage=functools.partial(minus, baseline=0.5))
+    assert_close(prepared(bound, toy_batch()).fields["advantages"][0, 0, :, 0], REWARDS[0] - 0.5)
+    assert bound.plan.advantage[0].name == "minus"
+    other = preset("nsc", advantage=Baseline(0.25))
+    assert_close(prepared(other, toy_batch()).fields["advantages"][0, 0, :, 0], REWARDS[0] - 0.25)
+    assert other.plan.advantage[0].name == "Baseline"
+
+
+def test_inputs_that_cannot_be_given_by_name_are_refused() -> None:
+    def first(rewards: torch.Tensor, /) -> torch.Tensor:
+        return rewards
+
+    with pytest.raises(ValueError, match="advantage first: 'rewards' is positional-only, and inpu"):
+        preset("nsc", advantage=first)
+
+
 def test_values_from_the_command_line_take_the_type_of_the_default() -> None:
     def parameters(name: str, **overrides: Any) -> dict[str, Any]:
         return preset(name, **overrides).plan.parameters()
@@ -231,7 +302,9 @@ WRONG: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("grpo", {"ratio": "token+sequence"}, "slot ratio holds one part, got token, sequence"),
     ("grpo", {"surrogate": ""}, "slot surrogate is empty"),
     ("red_drop", {"statistics_of": "some"}, "statistics_of 'some': want 'all' or 'kept'"),
-    ("veripo_schedule", {"phase_step": "1+2"}, "unknown parameter 'phase_step'; .* phase_steps"),
+    ("grpo", {"advantage": "mine.mean"}, "part 'mine.mean' .*; want module:function, mine:mean"),
+    ("veripo_schedule", {"phase_step": "1+2"}, "slot or parameter 'phase_step'; .* phase_steps"),
+    ("veripo_schedule", {"mismach": ""}, "unknown slot or parameter 'mismach'; .* mismatch"),
     ("veripo_schedule", {"phase_steps": "1+0"}, "want one number a plan, each at least 1"),
     ("bapo_adaptive_clip", {"low_range": "a+b"}, r"low_range: got 'a\+b', want tuple"),
     ("constrained_grpo", {"limits": "truncated"}, "limits: got 'truncated', want dict"),
