@@ -25,7 +25,6 @@ OPTIONAL_FIELDS = {
     "reward_versions": "[P,G] version of the reward model that scored the caption",
     "similarity": "[P,G,G] CIDEr / 10 between the captions of a group, 0..1",
     "prefix_values": "[P,G,T+1] value of each prefix: the reward of its whole words",
-    "phrases": "[P,G,T] ids of the phrase that a token belongs to",
     "collision": "[P,G,T] sum over the vocabulary of squared probabilities",
     "auxiliary_logprobs": "[P,G,T,K] log-probs under one policy for each auxiliary reward",
     "augmented_ref_logprobs": "[P,G,T] reference log-probs of the captions after a changed image",
@@ -101,7 +100,6 @@ class GroupBatch:
     reward_versions: Tensor | None = None
     similarity: Tensor | None = None
     prefix_values: Tensor | None = None
-    phrases: Tensor | None = None
     collision: Tensor | None = None
     auxiliary_logprobs: Tensor | None = None
     augmented_ref_logprobs: Tensor | None = None

@@ -5,7 +5,7 @@ The slots, in the order in which they work, and what each produces:
 
     select        keep [P,G], weights of captions (0 drops); works on the raw rewards
     labels        labels [P,G] in [0,1]: which captions count as good
-    segments      segments [P,G,T], ids of phrases
+    segments      segments [P,G,T], ids of runs of tokens
     aggregate     rewards [P,G], [P,G,K] or [P,G,T]; each part maps the rewards so far
     advantage     advantages [P,G], [P,G,T] or, for losses that are summed, [N,P,G,T]
     mask          token weights [P,G,T] that also enter the denominator of a mean over tokens

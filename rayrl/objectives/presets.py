@@ -39,7 +39,6 @@ ALTERNATIVES: Mapping[str, tuple[Part, ...]] = {
         part("resample_extremes", other_weight=0.0),
         part("resample_best", best_weight=0.4),
     ),
-    "segments": (part("given"),),
     "mismatch": (part("sequence_masked", is_low=0.5, is_high=2.0),),
     "pairs": (part("all_pairs", min_gap=0.0),),
     "score": (part("forward_kl"), part("jensen_shannon")),

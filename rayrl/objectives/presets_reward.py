@@ -143,7 +143,8 @@ REWARD: Mapping[str, Preset] = {
         plan=replace(REINFORCE, advantage=(part("greedy_baseline"),)),
         limit="scst on other rewards",
         basis="code",
-        note="under reward.terms: clip_score with weight 2, grammar with weight 1",
+        note="under reward.terms: clip_score with weight 2, and with weight 1 a term of kind "
+        "function or http for the paper's grammar score, which is a trained model",
     ),
     "carl_product": Preset(
         title="CaRL: multiplicative penalties",
@@ -213,6 +214,7 @@ REWARD: Mapping[str, Preset] = {
         plan=replace(CLIPPED, aggregate=(part("only_term", main_term="word_accuracy"),)),
         limit="GRPO on another reward",
         basis="abstract",
+        note="the term may call rayrl.objectives.terms.word_accuracy",
     ),
     "otc_brevity": Preset(
         title="OTC-PO with tokens in place of tool calls",

@@ -164,7 +164,6 @@ def _groups(
         reward_versions=torch.zeros(p, g, dtype=torch.long),
         similarity=torch.eye(g).expand(p, g, g),
         prefix_values=uniform(p, g, t + 1),
-        phrases=torch.zeros(p, g, t, dtype=torch.long),
         collision=uniform(p, g, t) * mask,
         auxiliary_logprobs=logprobs[..., None].expand(p, g, t, _OTHERS),
         augmented_ref_logprobs=logprobs,

@@ -22,8 +22,3 @@ def at_improbable(
     count = choice.cumsum(-1)
     starts = choice & (count % cut_every == 0) & (mask.cumsum(-1) > 1)
     return torch.where(mask, starts.cumsum(-1), 0)
-
-
-def given(phrases: Tensor) -> Tensor:
-    """The phrases that came with the batch."""
-    return phrases

@@ -17,6 +17,7 @@ from rayrl.objectives.plan import SLOTS, Plan
 from rayrl.objectives.preset_base import CLIPPED, TRUNCATED_IS, Preset
 from rayrl.objectives.presets import ALTERNATIVES, FAMILIES, PRESETS, plans_of
 from rayrl.objectives.results import RESULTS
+from rayrl.rewards.config import KINDS
 
 MARKER = "<!-- from here on written by: python -m rayrl.objectives.table docs/objectives.md -->"
 
@@ -90,6 +91,10 @@ def _slots(plan: Plan) -> str:
 def _status(one: Preset, needs: frozenset[str]) -> str:
     state = "ready, whole" if "whole_minibatch" in needs else "ready"
     wants = sorted({CONFIGURED[need] for need in needs if need in CONFIGURED})
+    terms = {item.params.get("main_term") for plan in plans_of(one) for _, item in plan.parts()}
+    wants += [
+        f"a reward term {name} of kind function, http or chat" for name in terms - {None, *KINDS}
+    ]
     state += f" with {'; '.join(wants)}" if wants else ""
     return state + _BASES.get(one.basis, "")
 

@@ -223,7 +223,6 @@ def synthetic_batch(
         reward_versions=torch.ones(p, g, dtype=torch.long),
         similarity=similarity / scale[:, :, None] / scale[:, None],
         prefix_values=2 * uniform(p, g, t + 1),
-        phrases=torch.arange(t).expand(p, g, t) // 2,
         collision=0.3 * uniform(p, g, t),
         auxiliary_logprobs=near(0.4)[..., None],
         augmented_ref_logprobs=near(0.4),

@@ -28,6 +28,7 @@ from rayrl.objectives.plan import Phases
 from rayrl.objectives.presets import PRESETS, plans_of
 from rayrl.objectives.schedule import Schedule
 from rayrl.objectives.table import MARKER, with_tables
+from rayrl.rewards.config import KINDS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "objectives.md"
 
@@ -134,3 +135,11 @@ def test_what_is_called_ready_needs_only_what_the_trainer_brings() -> None:
         ready = row.rstrip(" |").rpartition(" | ")[2].startswith("ready")
         given = PROVIDED | CONFIGURED.keys() | {"whole_minibatch"}
         assert ready == (preset(name).needs <= given), name
+        # A term that no kind makes by itself is one that somebody writes.
+        terms = {
+            item.params.get("main_term") for p in plans_of(PRESETS[name]) for _, item in p.parts()
+        }
+        own = terms - {None, *KINDS}
+        assert all(
+            f"ready with a reward term {term} of kind function, http or chat" in row for term in own
+        )
