@@ -93,7 +93,9 @@ def _part(slot: str, given: Any, there: Mapping[str, Part]) -> Part:
         return given
     if callable(given):
         return Part(given)
-    name, known = str(given).strip(), {**named_parts()[slot], **there}
+    if not isinstance(given, str):
+        raise ValueError(f"slot {slot}: got {given!r}, want the name of a part")
+    name, known = given.strip(), {**named_parts()[slot], **there}
     if ":" in name and name not in known:
         return Part(name)  # a function of the user's, looked up when it is needed
     if name not in known:

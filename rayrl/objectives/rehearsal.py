@@ -35,16 +35,19 @@ def rehearse(
     there is not, a metric that a controller reads and nothing reports.
     """
     for phase in objective.phases():
+        when = ""
         try:
             batch = _groups(terms, group_size, reward_weights, objective.needs)
             state, out, _ = _trial(phase, phase.initial_state(), batch, objective.needs)
             pairs = {name: (float(s), float(w)) for name, (s, w) in out.metrics.items()}
             state, _ = phase.control(state, {name: s / w for name, (s, w) in pairs.items() if w})
-            _trial(phase, _resumed(state), batch, objective.needs)
+            state = _resumed(state)
+            when = "in the step after a checkpoint, from which tensors come back as arrays: "
+            _trial(phase, state, batch, objective.needs)
         except TROUBLE as error:
             raise ValueError(
                 f"objective {phase.name}, tried on groups of {group_size} with the reward terms "
-                f"{', '.join(terms)}: {_told(error)}"
+                f"{', '.join(terms)}: {when}{_told(error)}"
             ) from error
 
 

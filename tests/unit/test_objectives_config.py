@@ -302,6 +302,7 @@ WRONG: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("grpo", {"ratio": "token+sequence"}, "slot ratio holds one part, got token, sequence"),
     ("grpo", {"surrogate": ""}, "slot surrogate is empty"),
     ("red_drop", {"statistics_of": "some"}, "statistics_of 'some': want 'all' or 'kept'"),
+    ("grpo", {"advantage": {"a:b": {"q": 1}}}, "slot advantage: got {'a:b': .*, want the name of"),
     ("grpo", {"advantage": "mine.mean"}, "part 'mine.mean' .*; want module:function, mine:mean"),
     ("veripo_schedule", {"phase_step": "1+2"}, "slot or parameter 'phase_step'; .* phase_steps"),
     ("veripo_schedule", {"mismach": ""}, "unknown slot or parameter 'mismach'; .* mismatch"),
