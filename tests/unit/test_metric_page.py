@@ -40,8 +40,8 @@ def test_controllers_read_the_names_that_the_page_gives_for_them():
     pairs = dict(listed())
     assert short_names(dict.fromkeys(pairs.values(), 1.0)) == dict.fromkeys(pairs, 1.0)
     assert adaptive_kl({pairs["kl"]: 0.1}, {"kl_coef": 1.0}, kl_target=0.1, kl_horizon=1.0)
-    held = adaptive_entropy(
-        {pairs["entropy"]: 0.1}, {"entropy_coef": 1.0}, entropy_target=0.1, entropy_step=0.5
+    held, _ = adaptive_entropy(
+        {pairs["entropy"]: 0.1}, {"entropy_coef": 1.0}, {}, entropy_target=0.1, entropy_step=0.5
     )
     assert held["coefficients"]["entropy_coef"] == 1.5
 

@@ -120,6 +120,10 @@ def test_the_planner_of_the_guide_looks_again_at_poor_images(tmp_path, monkeypat
     assert subject.go_on(0, answer(third, lambda r: poor)) == ()
     groups = groups_of(subject.complete(0))
     assert [g.rewards.tolist() for g in groups] == [good, [*poor, *good], poor]
+    # With the flag that the page gives, good is not good enough.
+    strict = rounds(planners=preset("grpo", **overrides, wanted=0.8).planners)
+    again = strict.go_on(0, answer(strict.begin(0), lambda r: good))
+    assert [slot for slot, _, _ in asked(again)] == [0, 1, 2]
     with pytest.raises(ValueError, match="needs similarity, but rollout"):
         check_objective(config("self_cider_diversity", **overrides))
 
@@ -147,5 +151,5 @@ def test_a_planner_reads_what_there_is_for_planners():
     def of_the_update(drawn, rewards):
         return []
 
-    with pytest.raises(ValueError, match="rollout of_the_update reads 'rewards', which nothing"):
+    with pytest.raises(ValueError, match="rollout of_the_update reads 'rewards', which only"):
         preset("grpo", rollout=of_the_update)
