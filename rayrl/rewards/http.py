@@ -42,6 +42,9 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 _OPENER = urllib.request.build_opener(_NoRedirects)
 _MAX_ANSWER = 64 << 20
+_MISFITS = (ValueError, LookupError, TypeError, ArithmeticError, RecursionError)
+"""What an answer raises that is not of the form wanted: a number that is infinite or a list nested
+a hundred thousand deep too."""
 
 
 class RequestFailed(RuntimeError):
@@ -73,20 +76,20 @@ class Client:
             return list(pool.map(function, jobs))
 
     def post(self, body: object, read: Callable[[Any], T]) -> T:
-        """What ``read`` makes of the answer.  An answer that it refuses with ValueError, KeyError,
-        TypeError or IndexError is retried like a failed request.  RequestFailed in the end."""
+        """What ``read`` makes of the answer.  An answer that it refuses with one of ``_MISFITS`` is
+        retried like a failed request.  RequestFailed in the end."""
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(self.first_pause_s * 2 ** (attempt - 1))
             try:
                 return read(self._post(body))
             except urllib.error.HTTPError as error:
-                reason = f"status {error.code}: {error.read(200).decode(errors='replace')}"
+                reason = f"status {error.code}: {_said_beside(error)}"
                 if error.code < 500 and error.code not in _RETRIED_STATUS:
                     break
             except (OSError, HTTPException) as error:
                 reason = f"{type(error).__name__}: {error}"
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+            except _MISFITS as error:
                 reason = f"answer not understood, {type(error).__name__}: {error}"
         raise RequestFailed(f"{self.url} after {attempt + 1} attempt(s): {self._hidden(reason)}")
 
@@ -105,6 +108,14 @@ class Client:
         if len(answer) > _MAX_ANSWER:
             raise ValueError(f"more than {_MAX_ANSWER} bytes")
         return json.loads(answer)
+
+
+def _said_beside(error: urllib.error.HTTPError) -> str:
+    """The beginning of what a server says beside its status; "" where it does not come."""
+    try:
+        return error.read(200).decode(errors="replace")
+    except (OSError, HTTPException):
+        return ""
 
 
 class HttpTerm:

@@ -6,7 +6,9 @@ import base64
 import contextlib
 import io
 import json
+import math
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -123,6 +125,8 @@ def test_a_busy_server_is_asked_again(server: Server) -> None:
         (200, {"score": []}, 3, "answer not understood, KeyError: 'scores'"),
         (200, {"scores": [[1.0]]}, 3, "scores of shapes [(1,)], want [(2,)]"),
         (200, {"scores": [["good", "bad"]]}, 3, "answer not understood, ValueError"),
+        (200, {"scores": [[1, 2]], "versions": [[math.inf, 1]]}, 3, "understood, OverflowError"),
+        (200, b"[" * 200_000 + b"]" * 200_000, 3, "not understood, RecursionError"),
     ],
 )  # fmt: skip
 def test_what_fails_for_good_is_a_failure_with_the_reason(
@@ -133,6 +137,36 @@ def test_what_fails_for_good_is_a_failure_with_the_reason(
     assert isinstance(result, Failure)
     assert reason in result.reason and server.url in result.reason
     assert len(server.bodies) == requests
+
+
+@pytest.mark.parametrize("how", ["stalls", "breaks off"])
+def test_a_status_whose_words_do_not_come_is_a_failure(how: str) -> None:
+    """The body of an error is read with the same errors as that of an answer."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    over = threading.Event()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                while b"\r\n\r\n" not in connection.recv(1 << 16):
+                    pass
+                connection.sendall(b"HTTP/1.1 502 Bad Gateway\r\n")
+                if how == "stalls":
+                    connection.sendall(b"Content-Length: 9\r\n\r\n")
+                    over.wait(5)
+                else:
+                    connection.sendall(b"Transfer-Encoding: chunked\r\n\r\nno size\r\n")
+                connection.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    asked = Client(url, timeout_s=0.2, retries=0, in_flight=1)
+    (result,) = HttpTerm(asked, 8).score([item(0, "a")])
+    over.set()
+    listening.close()
+    assert isinstance(result, Failure)
+    assert "after 1 attempt(s): status 502" in result.reason
 
 
 def test_one_failing_request_does_not_take_the_others_with_it(server: Server) -> None:
