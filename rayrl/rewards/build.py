@@ -32,7 +32,7 @@ def build_terms(config: c.RewardConfig, statistics: Statistics) -> dict[str, Ter
 def _cider(config: c.RewardConfig, statistics: Statistics) -> Term:
     """The one CIDEr-D that all terms share."""
     if config.df == "batch":
-        return BatchCiderTerm(config.eos)
+        return BatchCiderTerm()
     df = statistics.df
     if df is None:
         raise ValueError(

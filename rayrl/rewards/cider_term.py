@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rayrl.rewards.cider import CiderD, DocumentFrequency, ReferenceIndex
-from rayrl.rewards.statistics import batch_document_frequency
 from rayrl.rewards.term import Failure, Item, Scores, split_scores
 
 
@@ -20,25 +19,18 @@ class CiderTerm:
 
 
 class BatchCiderTerm:
-    """CIDEr-D against the document frequencies of the images of a step: those that the items
-    bring, or without any those of the items.
+    """CIDEr-D against the document frequencies of the images of a step, which the items bring.
 
     The reward of a caption then depends on what else is in the batch: on Flickr8k with batches of
     32 the best caption of a group is another one in a tenth of the groups.  It is how the paper of
     GRPO for captioning (arXiv:2503.01333) and several codes do it, for comparison with them.
     """
 
-    def __init__(self, eos: bool) -> None:
-        self._eos = eos
-
     def score(self, items: Sequence[Item]) -> list[Scores | Failure]:
-        """ValueError for a step of fewer than two images, whose scores would all be 0."""
         if not items:
             return []
         df = items[0].step_df
-        if df is None:
-            references = {item.prompt.prompt_id: item.prompt.references for item in items}
-            df = batch_document_frequency(references, eos=self._eos)
+        assert df is not None, "df: batch without the frequencies of the step"
         return _score(CiderD(df), items)
 
 

@@ -109,6 +109,15 @@ class LengthConfig(TermConfig):
     max_words: PositiveInt = 20
     """Longer captions are punished."""
 
+    @model_validator(mode="after")
+    def _some_length_is_right(self) -> LengthConfig:
+        if self.min_words > self.max_words:
+            raise ValueError(
+                f"min_words {self.min_words} with max_words {self.max_words}: every caption would "
+                "be punished, want max_words at least as large"
+            )
+        return self
+
 
 class RepetitionConfig(TermConfig):
     """Minus the share of repeated n-grams."""
@@ -175,6 +184,17 @@ class ChatConfig(ServerConfig):
     """What to ask; {caption} and {references} are filled in."""
     scale: PositiveFloat = 10.0
     """The highest answer, by which the number is divided; one beyond it drops the image."""
+    max_tokens: PositiveInt = 256
+    """Longest answer; one that is cut there drops the image, as its number may be yet to come."""
+
+    @field_validator("question")
+    @classmethod
+    def _asks_about_the_caption(cls, question: str) -> str:
+        if "{caption}" not in question:
+            raise ValueError(
+                f"question {question!r:.80} says nothing of the caption, want {{caption}} in it"
+            )
+        return question
 
 
 class EnsembleConfig(TermConfig):
@@ -182,7 +202,7 @@ class EnsembleConfig(TermConfig):
     apart, all run in one actor, which asks for the sum of their CPUs and GPUs."""
 
     kind: Literal["ensemble"] = "ensemble"
-    members: dict[str, AnyTermConfig]
+    members: dict[str, AnyTermConfig] = Field(min_length=1)
     """The members by name."""
     rule: Literal["worst_case", "uncertainty"] = "worst_case"
     """The least of the members, or their mean minus the penalty times their variance."""

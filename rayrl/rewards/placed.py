@@ -1,10 +1,10 @@
-"""What every reward term's configuration has, and where the term runs."""
+"""What the configurations of all reward terms have: a weight, and where the term runs."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, FiniteFloat, field_validator
 
 from rayrl.section import Section
 
@@ -19,7 +19,7 @@ class Asks(NamedTuple):
 class TermConfig(Section):
     """One reward term."""
 
-    weight: float = 1.0
+    weight: FiniteFloat = 1.0
     """Its factor in the sum; 0 only logs it."""
 
     @property

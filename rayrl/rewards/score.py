@@ -17,7 +17,7 @@ from rayrl.rewards.cider import DocumentFrequency
 from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.extras import extra_items, group_similarity
 from rayrl.rewards.judgements import judgements, satisfied
-from rayrl.rewards.statistics import Statistics
+from rayrl.rewards.statistics import Statistics, step_document_frequency
 from rayrl.rewards.term import Failure, Item, Judged, Scores, scores_of
 from rayrl.types import Completion, FloatArray, RolloutGroup, ScoredGroup
 
@@ -86,7 +86,10 @@ class Scorer:
     ) -> dict[str, TermScores]:
         """The scores of each term by name, for ``combine``; different terms may come from
         different scorers.  ``step_df`` counts the step that the groups are a part of, under
-        ``df: batch``; without it they are taken for the whole."""
+        ``df: batch``; without it they are taken for the whole, and one alone is a ValueError."""
+        if step_df is None and groups:
+            references = {g.prompt.prompt_id: g.prompt.references for g in groups}
+            step_df = step_document_frequency(references, self.config)
         items = [_item(group, group.completions, step_df) for group in groups]
         greedy = [_item(group, (group.greedy,), step_df) for group in groups if group.greedy]
         extras = [extra_items(item, self._needs) for item in items]

@@ -52,15 +52,8 @@ def step_document_frequency(
     """
     if config.df != "batch" or not config.counts_ngrams:
         return None
-    return batch_document_frequency(references, eos=config.eos)
-
-
-def batch_document_frequency(
-    references: Mapping[str, tuple[str, ...]], *, eos: bool
-) -> DocumentFrequency:
-    """Document frequencies of images that are scored together, by prompt id; raw captions."""
     tokenized = [tokenized_references(some) for some in references.values()]
-    return DocumentFrequency.from_references(tokenized, eos=eos, source="batch")
+    return DocumentFrequency.from_references(tokenized, eos=config.eos, source="batch")
 
 
 def check_eos(df: DocumentFrequency, config: RewardConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from pydantic import ValidationError
 from rayrl.rewards import model_terms, ptb
 from rayrl.rewards.build import build_terms
 from rayrl.rewards.cider import CiderD, DocumentFrequency, ReferenceIndex
-from rayrl.rewards.cider_term import BatchCiderTerm
 from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.ensemble import EnsembleTerm, uncertainty_weighted, worst_case
 from rayrl.rewards.function import FunctionTerm, load_function
@@ -158,6 +158,15 @@ def test_the_frequencies_of_a_step_do_not_depend_on_how_it_is_split() -> None:
     assert step_df is not None and (step_df.num_documents, step_df.eos) == (3, True)
     with pytest.raises(ValueError, match=r"batch: document frequencies over 1 image"):
         step_document_frequency({"p0": REFERENCES[0]}, config)
+
+
+def test_what_else_is_scored_does_not_change_the_frequencies_of_a_step() -> None:
+    config, groups = RewardConfig(df="batch"), GROUPS[:2]
+    alone = only_scored(Scorer(config, Statistics()).score(groups))
+    beside = only_scored(Scorer(config, Statistics(), {"reference_rewards"}).score(groups))
+    assert "reference_rewards" in beside[0].fields
+    for mine, theirs in zip(alone, beside, strict=True):
+        assert mine.rewards.tolist() == theirs.rewards.tolist()
 
 
 def test_a_term_apart_asks_for_the_cpus_and_gpus_it_is_given() -> None:
@@ -412,12 +421,6 @@ def test_meteor_is_started_again_once_and_then_fails(monkeypatch: pytest.MonkeyP
     assert FlakyMeteor.started == 5, "two in place of those that failed"
 
 
-def test_batch_cider_wants_two_images() -> None:
-    assert len(BatchCiderTerm(eos=True).score([item("x"), item("y", i=1)])) == 2
-    with pytest.raises(ValueError, match="over 1 image"):
-        BatchCiderTerm(eos=True).score([item("x"), item("y")])
-
-
 def test_nothing_to_score_is_nothing() -> None:
     assert scorer(terms={"cider_d": 1.0, "rouge_l": 1.0}).score([]) == []
 
@@ -457,6 +460,14 @@ def test_every_kind_can_be_built_or_says_what_is_missing(monkeypatch: pytest.Mon
         ({"terms": {"bleu": {"n": 5}}}, "less than or equal to 4"),
         ({"terms": {"bleu": {"m": 1}}}, "Extra inputs are not permitted"),
         ({"terms": {"clip_score": {"folder": "x", "gpus": 1.5}}}, "1.5 GPUs, want a fraction of"),
+        ({"terms": {"cider_d": math.nan}}, "finite number"),
+        ({"terms": {"cider_d": "inf"}}, "finite number"),
+        ({"terms": {"length": {"min_words": 30}}}, "min_words 30 with max_words 20: every caption"),
+        (
+            {"terms": {"chat": {"url": "http://x", "model": "m", "question": "Is it good?"}}},
+            "question 'Is it good.' says nothing of the caption, want {caption} in it",
+        ),
+        ({"terms": {"ensemble": {"members": {}}}}, "at least 1 item after validation, not 0"),
         ({"terms": {"meteor": {"cpus": -1}}}, "greater than or equal to 0"),
         ({"terms": {"cider_d": {"gpus": 1}}}, "Extra inputs are not permitted"),
         (
