@@ -93,7 +93,7 @@ _BUILDERS: Mapping[type[c.TermConfig], Callable[[Any, Any], Term]] = {
     c.FunctionConfig: lambda config, _: FunctionTerm(config.path, config.retries),
     c.HttpConfig: lambda config, _: HttpTerm(_client(config), config.items_per_request),
     c.ChatConfig: lambda config, _: ChatTerm(
-        _client(config), config.model, config.question, config.scale
+        _client(config), config.model, config.question, config.scale, config.max_tokens
     ),
     c.EnsembleConfig: _ensemble,
 }

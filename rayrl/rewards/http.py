@@ -32,6 +32,14 @@ _SAID = re.compile(
 )
 """A number, and of how many it is where that is said: 7, 7/10, **7** out of 10."""
 
+_SCALE = re.compile(
+    r"""\bscale\s+(?:of|from)\s+(?:\d+\s*(?:to|-|–)\s*)?(\d+)
+    | \b(?:from|between)\s+\d+\s*(?:to|and|-|–)\s*(\d+)
+    | \b\d+\s*(?:to|-|–)\s*(\d+)\s+scale\b""",
+    flags=re.IGNORECASE | re.VERBOSE,
+)
+"""Words that name a scale, and its end: on a scale of 0 to 10, from 0 to 10, on a 0-10 scale."""
+
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Refuses to follow: the images and the key are for the server that was named."""
@@ -147,51 +155,60 @@ class ChatTerm:
     with its image; the number of its answer (:func:`rating`), divided by ``scale``, is the
     score."""
 
-    def __init__(self, client: Client, model: str, question: str, scale: float) -> None:
+    def __init__(
+        self, client: Client, model: str, question: str, scale: float, max_tokens: int
+    ) -> None:
         self._client = client
         self._model = model
         self._question = question
         self._scale = scale
+        self._max_tokens = max_tokens
 
     def score(self, items: Sequence[Item]) -> list[Scores | Failure]:
-        jobs = [(item, caption) for item in items for caption in dict.fromkeys(item.captions)]
-        answers = dict(
-            zip(
-                ((item.prompt.prompt_id, caption) for item, caption in jobs),
-                self._client.map(self._ask, jobs),
-                strict=True,
-            )
-        )
-        return [
-            _collect([answers[item.prompt.prompt_id, caption] for caption in item.captions])
-            for item in items
-        ]
+        """What is asked twice is asked once: the same of an image."""
+        asked = [[(i.prompt.prompt_id, self._text(i, c)) for c in i.captions] for i in items]
+        images = {item.prompt.prompt_id: item.prompt.image for item in items}
+        questions = list(dict.fromkeys(question for some in asked for question in some))
+        jobs = [(images[prompt_id], text) for prompt_id, text in questions]
+        answers = dict(zip(questions, self._client.map(self._ask, jobs), strict=True))
+        return [_collect([answers[question] for question in some]) for some in asked]
 
-    def _ask(self, job: tuple[Item, str]) -> Any:
-        item, caption = job
-        text = self._question.replace("{caption}", caption)
-        text = text.replace("{references}", "\n".join(item.prompt.references))
+    def _text(self, item: Item, caption: str) -> str:
+        text = self._question.replace("{references}", "\n".join(item.prompt.references))
+        return text.replace("{caption}", caption)
+
+    def _ask(self, job: tuple[bytes, str]) -> Any:
+        image, text = job
         content = [
-            {"type": "image_url", "image_url": {"url": _data_url(item.prompt.image)}},
+            {"type": "image_url", "image_url": {"url": _data_url(image)}},
             {"type": "text", "text": text},
         ]
         messages = [{"role": "user", "content": content}]
-        body = {"model": self._model, "messages": messages, "temperature": 0, "max_tokens": 256}
+        body = {
+            "model": self._model,
+            "messages": messages,
+            "temperature": 0,
+            "max_tokens": self._max_tokens,
+        }
         try:
             return self._client.post(body, self._read)
         except RequestFailed as error:
             return Failure(str(error))
 
     def _read(self, answer: Any) -> float:
-        text = answer["choices"][0]["message"]["content"]
+        choice = answer["choices"][0]
+        text = choice["message"]["content"]
+        if choice.get("finish_reason") == "length":
+            raise ValueError(f"cut at max_tokens {self._max_tokens}: {text!r:.100}")
         return rating(text, self._scale) / self._scale
 
 
 def rating(text: str, scale: float) -> float:
     """What a judge's answer gives, from 0 to ``scale``: the last number that is said to be out of
-    ``scale`` ("8/10", "7 out of 10"), else the last number.  ValueError where there is none, or it
-    is on another scale: a clipped guess would be learned from like an answer."""
-    said = _SAID.findall(text)
+    ``scale`` ("8/10", "7 out of 10"), else the last number that does not just name the scale ("7 on
+    a scale of 0 to 10").  ValueError where there is none, or it is on another scale: a clipped
+    guess would be learned from like an answer."""
+    said = _SAID.findall(_SCALE.sub(lambda named: _without_scale(named, scale), text))
     if not said:
         raise ValueError(f"no number in {text[:100]!r}")
     number, of = next(
@@ -201,6 +218,15 @@ def rating(text: str, scale: float) -> float:
         shown = f"{number}/{of}" if of else number
         raise ValueError(f"{shown} in {text[:100]!r}, want a number from 0 to {scale:g} (scale)")
     return float(number)
+
+
+def _without_scale(named: re.Match[str], scale: float) -> str:
+    """Nothing in place of the words that name the scale; ValueError where it is another one."""
+    if float(named[1] or named[2] or named[3]) == scale:
+        return ""
+    if "scale" in named[0].lower():
+        raise ValueError(f"{named[0]!r}, want a number from 0 to {scale:g} (scale)")
+    return named[0]
 
 
 _KINDS = {b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
@@ -227,17 +253,17 @@ def _read_scores(answer: Any, items: Sequence[Item]) -> list[Scores | Judged]:
     got, want = [row.shape for row in scores], [(len(item.captions),) for item in items]
     if got != want:
         raise ValueError(f"scores of shapes {got}, want {want}")
-    # null, as a model with optional fields writes what it has none of, says no more than no key.
-    versions, spans = answer.get("versions"), answer.get("wrong_spans")
-    if versions is None and spans is None:
-        return list(scores)
+    for item, row in zip(items, scores, strict=True):
+        if not np.isfinite(row).all():
+            who = item.prompt.prompt_id
+            raise ValueError(f"scores {row.tolist()} of {who}, want finite numbers")
     none = [None] * len(items)
-    rows = zip(
-        scores,
-        none if versions is None else versions,
-        none if spans is None else spans,
-        strict=True,
+    versions, spans = (
+        none if answer.get(name) is None else answer[name] for name in ("versions", "wrong_spans")
     )
+    if versions is spans is none:
+        return list(scores)
+    rows = zip(scores, versions, spans, strict=True)
     return [
         Judged(
             some,

@@ -125,6 +125,8 @@ def test_a_busy_server_is_asked_again(server: Server) -> None:
         (200, {"score": []}, 3, "answer not understood, KeyError: 'scores'"),
         (200, {"scores": [[1.0]]}, 3, "scores of shapes [(1,)], want [(2,)]"),
         (200, {"scores": [["good", "bad"]]}, 3, "answer not understood, ValueError"),
+        (200, {"scores": [[1, math.nan]]}, 3, "scores [1.0, nan] of p0, want finite numbers"),
+        (200, {"scores": [[1, None]]}, 3, "scores [1.0, nan] of p0, want finite numbers"),
         (200, {"scores": [[1, 2]], "versions": [[math.inf, 1]]}, 3, "understood, OverflowError"),
         (200, b"[" * 200_000 + b"]" * 200_000, 3, "not understood, RecursionError"),
     ],
@@ -169,6 +171,12 @@ def test_a_status_whose_words_do_not_come_is_a_failure(how: str) -> None:
     assert "after 1 attempt(s): status 502" in result.reason
 
 
+def test_what_a_server_leaves_open_is_not_there(server: Server) -> None:
+    server.answer = lambda body: (200, {"scores": [[1]], "versions": None, "wrong_spans": None})
+    (scores,) = HttpTerm(client(server), 8).score([item(0, "a")])
+    assert isinstance(scores, np.ndarray) and scores.tolist() == [1.0]
+
+
 def test_one_failing_request_does_not_take_the_others_with_it(server: Server) -> None:
     server.answer = lambda body: (
         (500, "") if body["items"][0]["prompt_id"] == "p1" else lengths(body)
@@ -210,7 +218,7 @@ def chat(server: Server, answer: Callable[[str], str], **fields: Any) -> ChatTer
 
     server.answer = reply
     question = "Rate: {caption}\nRight are: {references}"
-    return ChatTerm(client(server, **fields), "judge", question, scale=10.0)
+    return ChatTerm(client(server, **fields), "judge", question, scale=10.0, max_tokens=99)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -247,7 +255,26 @@ def test_a_judge_is_asked_about_each_distinct_caption(server: Server) -> None:
     image, text = body["messages"][0]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
     assert text["text"] == "Rate: a dog\nRight are: a dog\ndogs"
-    assert (body["model"], body["temperature"]) == ("judge", 0)
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0, 99)
+
+
+def test_a_judge_is_asked_about_a_caption_against_other_references_too(server: Server) -> None:
+    term = chat(server, lambda text: "9" if "Right are: a bird" in text else "3")
+    one = item(0, "a cat", "{references}")
+    other = replace(one, prompt=replace(one.prompt, references=("a bird",)))
+    assert [list(scores) for scores in term.score([one, other])] == [[0.3, 0.3], [0.9, 0.9]]
+    asked = sorted(body["messages"][0]["content"][1]["text"] for body in server.bodies)
+    # What a caption says is not filled in.
+    assert asked[-1] == "Rate: {references}\nRight are: a dog\ndogs"
+
+
+def test_a_judge_who_is_cut_off_drops_the_image(server: Server) -> None:
+    term = chat(server, lambda text: "", retries=0)
+    choice = {"message": {"content": "There are 3 dogs, which"}, "finish_reason": "length"}
+    server.answer = lambda body: (200, {"choices": [choice]})
+    (result,) = term.score([item(0, "a cat")])
+    assert isinstance(result, Failure)
+    assert "cut at max_tokens 99: 'There are 3 dogs, which'" in result.reason
 
 
 def test_a_judge_who_will_not_say_drops_the_image(server: Server) -> None:
@@ -267,6 +294,14 @@ def test_a_judge_who_will_not_say_drops_the_image(server: Server) -> None:
         ("7 out of 10.", 7),
         ("I give 8 of 10", 8),
         ("**7**/10", 7),
+        ("I would rate it 7 on a scale of 0 to 10", 7),
+        ("7, on a scale from 1-10", 7),
+        ("From 0 to 10: 6", 6),
+        ("A 4 on the 0-10 scale", 4),
+        ("It is a 5 on a scale of 10.", 5),
+        ("A 4 on a scale of 1 to 5", "'scale of 1 to 5', want a number from 0 to 10"),
+        ("On a scale of 0 to 10, the caption is vague", "no number in"),
+        ("from 2 to 3 dogs", 3),
         ("**Rating: 9 / 10**", 9),
         ("10/10, for it names 2 dogs", 10),
         ("1/2 of it is wrong: 3", 3),
