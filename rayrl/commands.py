@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from math import ceil
 
 from rayrl import cli
 from rayrl.config import Config
@@ -17,6 +18,7 @@ from rayrl.given import check_given
 from rayrl.objectives.config import plan_with
 from rayrl.objectives.plan import Phases
 from rayrl.own_modules import NotFoundError, find_here
+from rayrl.rewards.deadline import call_limit_s
 
 
 def grpo(argv: Sequence[str] | None = None) -> None:
@@ -30,6 +32,7 @@ def grpo(argv: Sequence[str] | None = None) -> None:
     )
     _speak_of_defaults(invocation.config)
     _speak_of_phases(invocation.config)
+    _speak_of_waits(invocation.config)
     if invocation.dry_run:
         from rayrl.actors.cluster import failing_in_one_line
         from rayrl.learner.provided import check_objective
@@ -111,6 +114,20 @@ def _speak_of_size(data: DataConfig, model: str) -> None:
             "--data.image_size 512",
             file=sys.stderr,
         )
+
+
+def _speak_of_waits(config: Config) -> None:
+    """Warn of reward terms that would still wait when their time for a batch is over."""
+    limit_s = config.train.reward_timeout_s
+    for name, term in config.reward.terms.items():
+        if term.longest_wait_s > (call_s := call_limit_s(limit_s)):
+            print(
+                f"reward term {name} can wait {term.longest_wait_s:g} s for an answer, but under "
+                f"train.reward_timeout_s {limit_s:g} it has {call_s:g} s for a batch, and what is "
+                "late is dropped; want a shorter timeout_s, fewer retries, or "
+                f"--train.reward_timeout_s {ceil(term.longest_wait_s * limit_s / call_s)}",
+                file=sys.stderr,
+            )
 
 
 def _speak_of_phases(config: Config) -> None:

@@ -183,8 +183,9 @@ class TrainConfig(Section):
     """Reward actors."""
     reward_cpus: PositiveFloat = 0.25
     """CPUs of a reward actor."""
-    reward_timeout_s: PositiveFloat = 120.0
-    """Longest wait for a batch of rewards."""
+    reward_timeout_s: PositiveFloat = 300.0
+    """Longest wait for a batch of rewards; a term with an actor of its own has a third of it, and
+    what it has not got by then is dropped."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
 

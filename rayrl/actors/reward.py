@@ -19,6 +19,13 @@ from rayrl.actors.pool import SAY_EVERY_S
 from rayrl.config import Config
 from rayrl.rewards.cider import DocumentFrequency
 from rayrl.rewards.config import RewardConfig
+from rayrl.rewards.deadline import (
+    ATTEMPTS,
+    Deadline,
+    attempt_limit_s,
+    call_limit_s,
+    near_limit_s,
+)
 from rayrl.rewards.score import SIMILARITY_GROUPS, Dropped, Scorer, TermScores, combine
 from rayrl.rewards.statistics import Statistics, step_document_frequency
 from rayrl.rewards.term import Failure
@@ -30,7 +37,6 @@ from rayrl.types import Prompt, RolloutGroup, ScoredGroup
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 2
 _MARGIN_S = 10.0
 
 
@@ -123,8 +129,8 @@ class RewardActor(Traced):
 
     ``statistics`` holds the one reference to what the driver counted (Ray would resolve a bare
     one), to be handed on to the terms apart as it is: a node holds it once.  ``timeout_s`` bounds
-    a batch: a term apart that has not answered after 0.4 of it is started again and has as long
-    once more.
+    a batch: a term drops what it has not got after a share of it (``rayrl.rewards.deadline``), and
+    one apart that has not answered at all is started again and has as long once more.
     """
 
     def __init__(
@@ -135,14 +141,15 @@ class RewardActor(Traced):
         needs: Collection[str] = (),
     ) -> None:
         self._config = config
-        # The rest is for the other terms and the way.
-        self._limit_s = 0.8 * timeout_s / ATTEMPTS
+        self._limit_s = attempt_limit_s(timeout_s)
         apart = placements(config)
         near = [name for name in config.terms if name not in apart]
         (shared,) = statistics
-        self._near = Scorer(_part(config, near), ray.get(shared), needs)
+        limit_s = near_limit_s(timeout_s)
+        self._near = Scorer(_part(config, near), ray.get(shared), needs, Deadline(limit_s))
+        limit_s = call_limit_s(timeout_s)
         self._apart = {
-            name: _TermApart(name, _part(config, [name]), shared, asked, needs)
+            name: _TermApart(name, _part(config, [name]), shared, asked, needs, limit_s)
             for name, asked in apart.items()
         }
 
@@ -184,11 +191,12 @@ class RewardActor(Traced):
                 "reward.df batch: no document frequencies of the step, of which these groups may "
                 "be a part; count them with step_document_frequency"
             )
+        started = time.monotonic()
         shared = (ray.put(groups), ray.put(step_df)) if self._apart else ()
         for term in self._apart.values():
             term.submit(shared)
         scores = self._near.score_terms(groups, step_df)
-        return scores | self._collect(groups, shared)
+        return scores | self._collect(groups, shared, started)
 
     def _combine(
         self,
@@ -208,14 +216,14 @@ class RewardActor(Traced):
             term.check(deadline)
 
     def _collect(
-        self, groups: Sequence[RolloutGroup], shared: Sequence[Any]
+        self, groups: Sequence[RolloutGroup], shared: Sequence[Any], started: float
     ) -> dict[str, TermScores]:
-        """What the terms apart answer; they are waited for at the same time."""
-        started = time.monotonic()
+        """What the terms apart answer that were asked at ``started``; they are waited for at the
+        same time."""
         scores: dict[str, TermScores] = {}
         waiting, failures = dict(self._apart), dict[str, Failure]()
-        for left in reversed(range(ATTEMPTS)):
-            deadline = time.monotonic() + self._limit_s
+        for attempt in range(1, ATTEMPTS + 1):
+            deadline = started + attempt * self._limit_s
             for name, term in waiting.items():
                 answer = term.answer(deadline)
                 if isinstance(answer, Failure):
@@ -226,7 +234,7 @@ class RewardActor(Traced):
             for term in waiting.values():
                 # After the last attempt too: the next batch must not queue behind this one.
                 term.restart()
-                if left:
+                if attempt < ATTEMPTS:
                     term.submit(shared)
         seconds = time.monotonic() - started
         return scores | {name: _failed(groups, failures[name], seconds) for name in waiting}
@@ -242,9 +250,10 @@ class _TermApart:
         statistics: Any,
         asked: Mapping[str, float],
         needs: Collection[str],
+        limit_s: float,
     ) -> None:
         self._name, self._asked = name, asked
-        self._arguments = (config, statistics, needs)
+        self._arguments = (config, statistics, needs, limit_s)
         self._actor = self._start()
         self._answer: Any = None
 
@@ -287,9 +296,13 @@ class TermActor:
     """One term of ``config``."""
 
     def __init__(
-        self, config: RewardConfig, statistics: Statistics, needs: Collection[str]
+        self,
+        config: RewardConfig,
+        statistics: Statistics,
+        needs: Collection[str],
+        limit_s: float,
     ) -> None:
-        self._scorer = Scorer(config, statistics, needs)
+        self._scorer = Scorer(config, statistics, needs, Deadline(limit_s))
 
     def ready(self) -> None:
         """Answers once the term has started."""

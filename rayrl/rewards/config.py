@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from rayrl.credentials import server_address, variable_name
+from rayrl.rewards.deadline import longest_wait_s
 from rayrl.rewards.placed import Asks, PlacedConfig, TermConfig, whole_or_fraction
 from rayrl.section import LocalPath, Section
 
@@ -78,16 +79,24 @@ class MeteorConfig(JavaConfig):
     """METEOR, 0..1; about 1 ms a caption."""
 
     kind: Literal["meteor"] = "meteor"
-    timeout_s: PositiveFloat = 60.0
-    """Longest wait for an answer."""
+    timeout_s: PositiveFloat = 45.0
+    """Longest wait for an answer, of which there are two attempts."""
+
+    @property
+    def longest_wait_s(self) -> float:
+        return 2 * self.timeout_s
 
 
 class SpiceConfig(JavaConfig):
     """SPICE, 0..1; slow."""
 
     kind: Literal["spice"] = "spice"
-    timeout_s: PositiveFloat = 600.0
+    timeout_s: PositiveFloat = 90.0
     """Longest wait for a batch."""
+
+    @property
+    def longest_wait_s(self) -> float:
+        return self.timeout_s
 
 
 class ClipScoreConfig(PlacedConfig):
@@ -162,6 +171,10 @@ class ServerConfig(PlacedConfig):
     def asks(self) -> Asks:
         return Asks(self.cpus, self.gpus)
 
+    @property
+    def longest_wait_s(self) -> float:
+        return longest_wait_s(self.timeout_s, self.retries)
+
 
 class HttpConfig(ServerConfig):
     """A reward server; ``rayrl.rewards.http.HttpTerm`` says what is posted."""
@@ -215,6 +228,10 @@ class EnsembleConfig(TermConfig):
         if not asked:
             return None
         return Asks(sum(one.cpus for one in asked), sum(one.gpus for one in asked))
+
+    @property
+    def longest_wait_s(self) -> float:
+        return sum(member.longest_wait_s for member in self.members.values())
 
     @model_validator(mode="after")
     def _placeable(self) -> EnsembleConfig:

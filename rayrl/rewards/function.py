@@ -10,6 +10,7 @@ import numpy as np
 
 from rayrl.own_modules import imported
 from rayrl.rewards.config import EnsembleConfig, FunctionConfig
+from rayrl.rewards.deadline import UNLIMITED, Deadline
 from rayrl.rewards.placed import TermConfig
 from rayrl.rewards.term import Failure, Item, Judged, Scores
 from rayrl.types import Prompt
@@ -25,19 +26,22 @@ _FAILURES = (ValueError, ArithmeticError, LookupError, OSError, RuntimeError)
 
 class FunctionTerm:
     """Scores with ``package.module:function``, an image at a time; a group for which it raises is
-    tried again ``retries`` times and then dropped."""
+    tried again ``retries`` times and then dropped, as is one that is not begun at ``deadline``."""
 
-    def __init__(self, path: str, retries: int) -> None:
+    def __init__(self, path: str, retries: int, deadline: Deadline = UNLIMITED) -> None:
         self._path = path
         self._function = load_function(path)
         self._retries = retries
+        self._deadline = deadline
 
     def score(self, items: Sequence[Item]) -> list[Scores | Judged | Failure]:
         return [self._score(item) for item in items]
 
     def _score(self, item: Item) -> Scores | Judged | Failure:
-        reason = ""
+        reason = f"{self._path} had no time left of {self._deadline.limit_s:g} s for the batch"
         for _ in range(self._retries + 1):
+            if not self._deadline.left:
+                break
             try:
                 values = self._function(list(item.captions), item.prompt)
             except _FAILURES as error:

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rayrl.credentials import redacted
+from rayrl.rewards.deadline import FIRST_PAUSE_S, UNLIMITED, Deadline
 from rayrl.rewards.term import Failure, Item, Judged, Scores
 
 T = TypeVar("T")
@@ -69,8 +70,10 @@ class Client:
     retries: int
     in_flight: int
     api_key_variable: str = ""
-    first_pause_s: float = 0.5
+    first_pause_s: float = FIRST_PAUSE_S
     """The pause before the first retry; it doubles with each further one."""
+    deadline: Deadline = UNLIMITED
+    """Bounds all requests of a call together, their retries included."""
 
     def __post_init__(self) -> None:
         if self.api_key_variable and self.api_key_variable not in os.environ:
@@ -78,19 +81,32 @@ class Client:
                 f"{self.url}: no environment variable {self.api_key_variable} with the key"
             )
 
-    def map(self, function: Callable[[T], Scores | Failure], jobs: Iterable[T]) -> list[Any]:
-        """``function`` of each job, at most ``in_flight`` at a time."""
-        with ThreadPoolExecutor(max_workers=self.in_flight) as pool:
-            return list(pool.map(function, jobs))
+    def map(self, function: Callable[[T], Any], jobs: Iterable[T]) -> list[Any]:
+        """``function`` of each job, at most ``in_flight`` at a time; a failure for each one that
+        has not come at the deadline."""
+        pool = ThreadPoolExecutor(max_workers=self.in_flight)
+        calls = [pool.submit(function, job) for job in jobs]
+        done, _ = wait(calls, timeout=self.deadline.left)
+        # A timeout bounds the wait for the next byte: one that goes on is left to itself.
+        pool.shutdown(wait=False, cancel_futures=True)
+        late = Failure(f"{self.url}: not answered within {self.deadline.limit_s:g} s for the batch")
+        return [call.result() if call in done else late for call in calls]
 
     def post(self, body: object, read: Callable[[Any], T]) -> T:
         """What ``read`` makes of the answer.  An answer that it refuses with one of ``_MISFITS`` is
-        retried like a failed request.  RequestFailed in the end."""
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.first_pause_s * 2 ** (attempt - 1))
+        retried like a failed request.  RequestFailed in the end, or when the time is over."""
+        # Not that of a later call, should this one outlast its own.
+        due = self.deadline.due
+        attempts, reason = 0, "no time left for it"
+        while attempts <= self.retries:
+            pause = self.first_pause_s * 2 ** (attempts - 1) if attempts else 0.0
+            if time.monotonic() + pause >= due:
+                break
+            time.sleep(pause)
+            attempts += 1
             try:
-                return read(self._post(body))
+                left = max(0.001, due - time.monotonic())
+                return read(self._post(body, min(self.timeout_s, left)))
             except urllib.error.HTTPError as error:
                 reason = f"status {error.code}: {_said_beside(error)}"
                 if error.code < 500 and error.code not in _RETRIED_STATUS:
@@ -99,19 +115,19 @@ class Client:
                 reason = f"{type(error).__name__}: {error}"
             except _MISFITS as error:
                 reason = f"answer not understood, {type(error).__name__}: {error}"
-        raise RequestFailed(f"{self.url} after {attempt + 1} attempt(s): {self._hidden(reason)}")
+        raise RequestFailed(f"{self.url} after {attempts} attempt(s): {self._hidden(reason)}")
 
     def _hidden(self, text: str) -> str:
         """A text without the key, which a server may repeat in its answer."""
         key = os.environ.get(self.api_key_variable, "") if self.api_key_variable else ""
         return redacted(text.replace(key, "***") if key else text)
 
-    def _post(self, body: object) -> Any:
+    def _post(self, body: object, timeout_s: float) -> Any:
         headers = {"Content-Type": "application/json"}
         if self.api_key_variable:
             headers["Authorization"] = f"Bearer {os.environ[self.api_key_variable]}"
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        with _OPENER.open(request, timeout=self.timeout_s) as response:
+        with _OPENER.open(request, timeout=timeout_s) as response:
             answer = response.read(_MAX_ANSWER + 1)
         if len(answer) > _MAX_ANSWER:
             raise ValueError(f"more than {_MAX_ANSWER} bytes")
@@ -140,14 +156,19 @@ class HttpTerm:
     def score(self, items: Sequence[Item]) -> list[Scores | Judged | Failure]:
         size = self._items_per_request
         batches = [items[i : i + size] for i in range(0, len(items), size)]
-        return [result for batch in self._client.map(self._score, batches) for result in batch]
+        answers = zip(batches, self._client.map(self._score, batches), strict=True)
+        return [
+            result
+            for batch, answer in answers
+            for result in ([answer] * len(batch) if isinstance(answer, Failure) else answer)
+        ]
 
     def _score(self, items: Sequence[Item]) -> Any:
         body = {"items": [_as_json(item) for item in items]}
         try:
             return self._client.post(body, lambda answer: _read_scores(answer, items))
         except RequestFailed as error:
-            return [Failure(str(error))] * len(items)
+            return Failure(str(error))
 
 
 class ChatTerm:

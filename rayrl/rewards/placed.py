@@ -32,6 +32,11 @@ class TermConfig(Section):
         """What an actor of its own asks Ray for; None if it runs in the reward worker."""
         return None
 
+    @property
+    def longest_wait_s(self) -> float:
+        """How long it waits for one answer that never comes, all attempts together."""
+        return 0.0
+
 
 class PlacedConfig(TermConfig):
     """A term that can have an actor of its own."""

@@ -15,6 +15,7 @@ import numpy as np
 from rayrl.rewards.build import build_terms
 from rayrl.rewards.cider import DocumentFrequency
 from rayrl.rewards.config import RewardConfig
+from rayrl.rewards.deadline import UNLIMITED, Deadline
 from rayrl.rewards.extras import extra_items, group_similarity
 from rayrl.rewards.judgements import judgements, satisfied
 from rayrl.rewards.statistics import Statistics, step_document_frequency
@@ -49,16 +50,22 @@ class TermScores:
 
 class Scorer:
     """Scores rollout groups with the terms of ``config``; ``needs`` are the objective's, some of
-    which want more to be scored (``rayrl.rewards.extras``)."""
+    which want more to be scored (``rayrl.rewards.extras``).  What terms that wait for others have
+    not got from them within ``deadline`` of a batch is dropped."""
 
     def __init__(
-        self, config: RewardConfig, statistics: Statistics, needs: Collection[str] = ()
+        self,
+        config: RewardConfig,
+        statistics: Statistics,
+        needs: Collection[str] = (),
+        deadline: Deadline = UNLIMITED,
     ) -> None:
         """See ``rayrl.rewards.build.build_terms`` for what is refused."""
         self.config = config
         self._df = statistics.df
         self._needs = needs
-        self._terms = build_terms(config, statistics)
+        self._deadline = deadline
+        self._terms = build_terms(config, statistics, deadline)
 
     def score(
         self, groups: Sequence[RolloutGroup], step_df: DocumentFrequency | None = None
@@ -90,24 +97,46 @@ class Scorer:
         if step_df is None and groups:
             references = {g.prompt.prompt_id: g.prompt.references for g in groups}
             step_df = step_document_frequency(references, self.config)
+        self._deadline.start()
         items = [_item(group, group.completions, step_df) for group in groups]
-        greedy = [_item(group, (group.greedy,), step_df) for group in groups if group.greedy]
         extras = [extra_items(item, self._needs) for item in items]
-        more = [i for made in extras for some in made.values() for i in _unless_failed(some)]
+        # All of a group together: what a term has no time for are then the last groups.
+        asked: list[Item] = []
+        for group, item, made in zip(groups, items, extras, strict=True):
+            asked.append(item)
+            if group.greedy:
+                asked.append(_item(group, (group.greedy,), step_df))
+            asked += [i for some in made.values() for i in _unless_failed(some)]
         scores = {}
         for name, term in self._terms.items():
             start = time.perf_counter()
-            results = iter(term.score([*items, *greedy, *more]))
+            results = iter(term.score(asked))
+            parts = [
+                _next_group(group, made, results)
+                for group, made in zip(groups, extras, strict=True)
+            ]
             scores[name] = TermScores(
-                groups=tuple(next(results) for _ in groups),
-                greedy=tuple(scores_of(next(results)) if g.greedy else None for g in groups),
-                extras=tuple(
-                    {need: _together(some, results) for need, some in made.items()}
-                    for made in extras
-                ),
+                groups=tuple(own for own, _, _ in parts),
+                greedy=tuple(greedy for _, greedy, _ in parts),
+                extras=tuple(more for _, _, more in parts),
                 seconds=time.perf_counter() - start,
             )
         return scores
+
+
+def _next_group(
+    group: RolloutGroup,
+    made: Mapping[str, tuple[Item, ...] | Failure],
+    results: Iterator[Scores | Judged | Failure],
+) -> tuple[
+    Scores | Judged | Failure,
+    Scores | Failure | None,
+    dict[str, tuple[Scores, ...] | Failure],
+]:
+    """The next results, those of a group: of its captions, of its greedy one, and of its extras."""
+    own = next(results)
+    greedy = scores_of(next(results)) if group.greedy else None
+    return own, greedy, {need: _together(some, results) for need, some in made.items()}
 
 
 def _unless_failed(items: tuple[Item, ...] | Failure) -> tuple[Item, ...]:

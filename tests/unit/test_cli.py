@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -399,6 +400,29 @@ def test_what_may_lie_elsewhere_is_left_to_who_reads_it(place, capsys):
     commands.grpo([*flags, "--model.path", "who/what", "--xe.steps", "0"])
     # A run that goes on has its model.
     commands.grpo([*flags, "--model.path", "/gone", "--xe.steps", "0", "--resume"])
+
+
+WAITING = {
+    "http": {"url": "http://judge"},
+    "chat": {"url": "http://judge", "model": "m"},
+    "meteor": 1.0,
+    "spice": 1.0,
+}
+
+
+@pytest.mark.parametrize("kind", WAITING)
+def test_a_term_that_can_wait_longer_than_it_has_is_spoken_of(kind, capsys):
+    flags = ["--reward.terms", json.dumps({"cider_d": 1.0, kind: WAITING[kind]}), "--dry-run"]
+    commands.grpo(flags)
+    assert capsys.readouterr().err == ""
+    commands.grpo([*flags, "--train.reward_timeout_s", "120"])
+    told = capsys.readouterr().err
+    assert f"reward term {kind} can wait 9" in told
+    assert "under train.reward_timeout_s 120 it has 38.4 s for a batch" in told
+    want = told.split()[-1]
+    assert int(want) in (282, 286)
+    commands.grpo([*flags, "--train.reward_timeout_s", want])
+    assert capsys.readouterr().err == ""
 
 
 def test_a_single_caption_is_enough_where_the_baseline_is_not_the_group():

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from rayrl.data.images import FORMATS
+from rayrl.rewards.deadline import Deadline
 from rayrl.rewards.http import ChatTerm, Client, HttpTerm, rating
 from rayrl.rewards.term import Failure, Item, Judged
 from rayrl.types import Prompt
@@ -192,6 +193,53 @@ def test_a_slow_server_times_out(server: Server) -> None:
     done.set()
     assert isinstance(result, Failure)
     assert "after 2 attempt(s): TimeoutError" in result.reason
+
+
+def test_at_the_deadline_of_a_call_what_is_there_is_kept(server: Server) -> None:
+    done = threading.Event()
+
+    def hangs_for_one(body: dict[str, Any]) -> tuple[int, object]:
+        if body["items"][0]["prompt_id"] == "p1":
+            done.wait(10)
+        return lengths(body)
+
+    server.answer = hangs_for_one
+    deadline = Deadline(0.5)
+    patient = client(server, timeout_s=60.0, in_flight=1, deadline=deadline)
+    deadline.start()
+    results = HttpTerm(patient, 1).score([item(i, "ab") for i in range(4)])
+    assert [isinstance(result, Failure) for result in results] == [False, True, True, True]
+    assert isinstance(results[1], Failure) and isinstance(results[3], Failure)
+    assert re.search(r"not answered within 0.5 s|after 1 attempt\(s\)", results[1].reason)
+    # One at a time: the others were never asked.
+    assert re.search(r"not answered within 0.5 s|after 0 attempt\(s\)", results[3].reason)
+    done.set()
+    server.answer = lengths
+    # A later call has its own time.
+    deadline.start()
+    assert [list(scores) for scores in HttpTerm(patient, 1).score([item(1, "ab")])] == [[2.0]]
+
+
+def test_an_answer_that_trickles_in_is_not_waited_for(server: Server) -> None:
+    """Every byte ends the wait of a socket, and begins the next."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    over = threading.Event()
+
+    def serve() -> None:
+        connection, _ = listening.accept()
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        with contextlib.suppress(OSError):
+            while not over.wait(0.05):
+                connection.sendall(b" ")
+        connection.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    asked = Client(url, timeout_s=1.0, retries=0, in_flight=1, deadline=Deadline(0.3))
+    (result,) = HttpTerm(asked, 8).score([item(0, "a")])
+    over.set()
+    listening.close()
+    assert result == Failure(f"{url}: not answered within 0.3 s for the batch")
 
 
 def test_no_server_is_a_failure() -> None:

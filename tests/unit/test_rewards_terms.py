@@ -15,6 +15,7 @@ from rayrl.rewards import model_terms, ptb
 from rayrl.rewards.build import build_terms
 from rayrl.rewards.cider import CiderD, DocumentFrequency, ReferenceIndex
 from rayrl.rewards.config import RewardConfig
+from rayrl.rewards.deadline import Deadline
 from rayrl.rewards.ensemble import EnsembleTerm, uncertainty_weighted, worst_case
 from rayrl.rewards.function import FunctionTerm, load_function
 from rayrl.rewards.penalties import bad_ending_penalty, length_penalty, repetition_penalty
@@ -309,6 +310,9 @@ def broken(captions: list[str], prompt: Prompt) -> list[float]:
     return captions.no_such_attribute  # type: ignore[attr-defined]
 
 
+BROKEN = f"{__name__}:broken"
+
+
 def path_of(function: object) -> str:
     return f"{__name__}:{function.__name__}"  # type: ignore[attr-defined]
 
@@ -336,6 +340,27 @@ def test_a_users_function_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> Non
     (scores,) = FunctionTerm(f"{__name__}:broken", retries=2).score([item("x")])
     assert isinstance(scores, np.ndarray) and scores.tolist() == [1.0]
     assert len(calls) == 3
+
+
+def test_what_a_function_has_no_time_for_is_dropped_and_the_rest_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("rayrl.rewards.deadline.time.monotonic", lambda: now[0])
+
+    def takes_a_minute(captions: list[str], prompt: Prompt) -> list[float]:
+        now[0] += 60
+        return [1.0 for _ in captions]
+
+    monkeypatch.setattr(sys.modules[__name__], "broken", takes_a_minute)
+    config = RewardConfig.model_validate({"terms": {"mine": {"kind": "function", "path": BROKEN}}})
+    subject = Scorer(config, Statistics(), deadline=Deadline(200.0))
+    for _ in range(2):
+        # Two calls for each group, whose greedy caption is scored too; there is time for four.
+        first, second, third = subject.score(GROUPS)
+        assert isinstance(first, ScoredGroup) and isinstance(second, ScoredGroup)
+        assert third == Dropped("p2", f"mine: {BROKEN} had no time left of 200 s for the batch")
+        now[0] += 1000
 
 
 def test_wrong_scores_of_a_users_function_drop_the_group_and_mistakes_stop() -> None:
