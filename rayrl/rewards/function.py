@@ -19,9 +19,16 @@ RewardFunction = Callable[[list[str], Prompt], Sequence[float] | Judged]
 """Raw captions of one image [G] and its prompt (image bytes, text, references) to scores [G], or
 to scores with the judge's version and wrong spans of each caption."""
 
-# What a function may raise to say that it cannot score a group.  Other exceptions (a wrong name or
-# type) are mistakes in the function and end the run.
-_FAILURES = (ValueError, ArithmeticError, LookupError, OSError, RuntimeError)
+_MISTAKES = (
+    TypeError,
+    AttributeError,
+    NameError,
+    AssertionError,
+    NotImplementedError,
+    ImportError,
+    SyntaxError,
+)
+"""What a function raises that is wrong itself: it would for every group, and ends the run."""
 
 
 class FunctionTerm:
@@ -44,18 +51,30 @@ class FunctionTerm:
                 break
             try:
                 values = self._function(list(item.captions), item.prompt)
-            except _FAILURES as error:
+            except _MISTAKES:
+                raise
+            # It is the user's code, and calls code of others: what clients of servers raise for a
+            # timeout or a busy server often derives from Exception itself.
+            except Exception as error:
                 reason = f"{self._path} raised {type(error).__name__}: {error}"
-                continue
-            judged = values if isinstance(values, Judged) else None
-            scores = np.asarray(judged.scores if judged else values, dtype=np.float64)
-            if scores.shape == (len(item.captions),):
-                return replace(judged, scores=scores) if judged else scores
-            return Failure(
-                f"{self._path} gave scores of shape {scores.shape} for "
-                f"{len(item.captions)} captions"
-            )
+            else:
+                return self._checked(values, len(item.captions))
         return Failure(reason)
+
+    def _checked(self, values: Any, num_captions: int) -> Scores | Judged | Failure:
+        """What the function returned, as scores, or why it is none."""
+        judged = values if isinstance(values, Judged) else None
+        try:
+            scores = np.asarray(judged.scores if judged else values, dtype=np.float64)
+        # Of a tensor that is not one of numpy's.
+        except (ValueError, TypeError, RuntimeError) as error:
+            kind = type(values).__name__
+            return Failure(f"{self._path} gave {kind} that is no row of numbers: {error}")
+        if scores.shape != (num_captions,):
+            return Failure(
+                f"{self._path} gave scores of shape {scores.shape} for {num_captions} captions"
+            )
+        return replace(judged, scores=scores) if judged else scores
 
 
 def check_functions(terms: Mapping[str, TermConfig]) -> None:

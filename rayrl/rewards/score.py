@@ -25,6 +25,8 @@ from rayrl.types import Completion, FloatArray, RolloutGroup, ScoredGroup
 SIMILARITY_GROUPS = 32
 """Groups of a step whose Self-CIDEr is reported: as much as their scores' own time."""
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
@@ -186,7 +188,11 @@ def _combine_one(
     if isinstance(judged, Failure):
         return Dropped(who, judged.reason)
     fields, spans = judged
+    rewards = _weighted(weights, terms)
     greedy = _weighted(weights, {name: scores[name].greedy[i] for name in weights})
+    for name, values in (("rewards", rewards), ("greedy reward", greedy)):
+        if not np.isfinite(values).all():
+            return Dropped(who, f"{name} {values.tolist()}: the weighted sum is beyond float32")
     extras = _extras(weights, scores, i)
     if "reference_rewards" in extras:
         fields["reference_rewards"] = np.concatenate(extras["reference_rewards"])
@@ -195,7 +201,7 @@ def _combine_one(
     return ScoredGroup(
         group=group,
         terms={name: values.astype(np.float32) for name, values in terms.items()},
-        rewards=_weighted(weights, terms),
+        rewards=rewards,
         greedy_reward=None if group.greedy is None else float(greedy[0]),
         fields=fields,
         wrong_spans=spans,
@@ -228,8 +234,9 @@ def _problem(term: TermScores, i: int) -> str:
             return answer.reason
         for values in answer if isinstance(answer, tuple) else (answer,):
             scores = values.scores if isinstance(values, Judged) else values
-            if scores is not None and not np.isfinite(scores).all():
-                return f"scores {scores.tolist()}, want finite ones"
+            # NaN is not within it either.
+            if scores is not None and not (np.abs(scores) <= _LARGEST).all():
+                return f"scores {scores.tolist()}, want finite ones that are within float32"
     return ""
 
 
@@ -238,7 +245,8 @@ def _weighted(weights: Mapping[str, float], scores: Mapping[str, Any]) -> FloatA
     total = sum(
         weights[name] * np.asarray(scores[name]) for name in weights if scores[name] is not None
     )
-    return np.asarray(total, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        return np.asarray(total, dtype=np.float32)
 
 
 def _item(

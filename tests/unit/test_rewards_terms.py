@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from rayrl.rewards import model_terms, ptb
@@ -361,6 +362,48 @@ def test_what_a_function_has_no_time_for_is_dropped_and_the_rest_is_kept(
         assert isinstance(first, ScoredGroup) and isinstance(second, ScoredGroup)
         assert third == Dropped("p2", f"mine: {BROKEN} had no time left of 200 s for the batch")
         now[0] += 1000
+
+
+class ServiceError(Exception):
+    """As those of openai and httpx: derived from Exception itself."""
+
+
+def test_errors_of_a_service_are_tried_again_and_then_drop_the_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def busy(captions: list[str], prompt: Prompt) -> list[float]:
+        calls.append(prompt.prompt_id)
+        if len(calls) < 3:
+            raise ServiceError("rate limit")
+        return [1.0 for _ in captions]
+
+    monkeypatch.setattr(sys.modules[__name__], "broken", busy)
+    first, second = FunctionTerm(BROKEN, retries=1).score([item("x"), item("y", i=1)])
+    assert first == Failure(f"{BROKEN} raised ServiceError: rate limit")
+    assert isinstance(second, np.ndarray) and second.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (["good", "bad"], "gave list that is no row of numbers: could not convert string"),
+        ([[1.0], [1.0, 2.0]], "gave list that is no row of numbers: setting an array"),
+        ((score for score in (1.0, 2.0)), "gave generator that is no row of numbers"),
+        (torch.ones(2, requires_grad=True), "gave Tensor that is no row of numbers: Can't call"),
+        (torch.ones(2, dtype=torch.bfloat16), "gave Tensor that is no row of numbers"),
+        ([1e39, 1.0], "scores [1e+39, 1.0], want finite ones that are within float32"),
+        ([2e38, 1.0], "rewards [inf, 2.0]: the weighted sum is beyond float32"),
+    ],
+)
+def test_what_is_no_score_drops_the_group(
+    values: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "broken", lambda captions, prompt: values)
+    terms = {"mine": {"kind": "function", "path": BROKEN, "weight": 2.0}}
+    (result,) = scorer(terms=terms).score([group(0, "a man", "a horse")])
+    assert isinstance(result, Dropped) and reason in result.reason
 
 
 def test_wrong_scores_of_a_users_function_drop_the_group_and_mistakes_stop() -> None:
