@@ -75,6 +75,7 @@ def _picked(old: ScoredGroup, new: ScoredGroup, picks: Sequence[tuple[int, int]]
         group=replace(old.group, completions=tuple(captions), group_size=len(picks)),
         rewards=np.array(rows(old.rewards, new.rewards)),
         terms={name: np.array(rows(old.terms[name], new.terms[name])) for name in old.terms},
+        logged={name: np.array(rows(old.logged[name], new.logged[name])) for name in old.logged},
         fields=fields,
         wrong_spans=optional(old.wrong_spans, new.wrong_spans),
         prefix_rewards=optional(old.prefix_rewards, new.prefix_rewards),

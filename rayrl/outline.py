@@ -19,7 +19,8 @@ from rayrl.types import BoolArray, FloatArray, IntArray, ScoredGroup
 class Outline:
     """P groups of N captions in all, in order, and the groups that were ``dropped`` beside them.
 
-    By caption [N]: ``rewards``, ``terms`` by name, ``lengths`` in tokens, of which ``forced`` were
+    By caption [N]: ``rewards``, ``terms`` by name (with NaN where one that is only logged has no
+    score), ``lengths`` in tokens, of which ``forced`` were
     given, ``truncated`` at the length limit, ``weight_versions``.  By group [P]: ``sizes``, mean,
     spread and best of the rewards, the share of ``unique`` captions.  By those groups that have
     them: ``greedy_rewards``, and ``self_cider``, the diversity of a group's captions.
@@ -81,12 +82,13 @@ def outline(results: Sequence[ScoredGroup | Dropped]) -> Outline:
     """Groups in numbers."""
     groups = whole(results)
     completions = [c for group in groups for c in group.group.completions]
+    terms = [{**group.terms, **group.logged} for group in groups]
     kernels = [g.fields["similarity"] for g in groups if "similarity" in g.fields]
     greedy = [g.greedy_reward for g in groups if g.greedy_reward is not None]
     return Outline(
         sizes=np.array([group.group.group_size for group in groups], np.int32),
         rewards=_joined([group.rewards for group in groups]),
-        terms={name: _joined([g.terms[name] for g in groups]) for name in _terms(groups)},
+        terms={name: _joined([some[name] for some in terms]) for name in (terms or [{}])[0]},
         lengths=np.array([len(c.token_ids) for c in completions], np.int32),
         forced=np.array([c.num_forced for c in completions], np.int32),
         truncated=np.array([c.finish_reason == "length" for c in completions], np.bool_),
@@ -115,10 +117,6 @@ def together(parts: Sequence[Outline]) -> Outline:
         dropped=tuple(dropped for part in parts for dropped in part.dropped),
         **columns,
     )
-
-
-def _terms(groups: Sequence[ScoredGroup]) -> Sequence[str]:
-    return list(groups[0].terms) if groups else []
 
 
 def _joined(rows: Sequence[FloatArray]) -> FloatArray:

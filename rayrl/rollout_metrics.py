@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from rayrl.config import Config
 from rayrl.metrics import scores_of
 from rayrl.outline import Outline
@@ -30,7 +32,11 @@ def group_metrics(outline: Outline, version: int) -> dict[str, float]:
     if forced := int(outline.forced.sum()):
         metrics["length/forced"] = forced / len(outline.forced)
     for name, values in outline.terms.items():
-        metrics[f"reward/{name}"] = float(values.mean())
+        missing = np.isnan(values)
+        if not missing.all():
+            metrics[f"reward/{name}"] = float(values[~missing].mean())
+        if missing.any():
+            metrics[f"reward_missing/{name}"] = int(missing.sum())
     if len(outline.greedy_rewards):
         metrics["reward/greedy"] = float(outline.greedy_rewards.mean())
     if len(outline.self_cider):
@@ -52,7 +58,11 @@ def sample_records(
                 {
                     "text": completion.text,
                     "reward": float(group.rewards[g]),
-                    "terms": {name: float(values[g]) for name, values in group.terms.items()},
+                    "terms": {
+                        name: float(values[g])
+                        for name, values in {**group.terms, **group.logged}.items()
+                        if np.isfinite(values[g])
+                    },
                     "advantage": float(advantages[p, g]),
                     "weight_version": completion.weight_version,
                 }

@@ -121,7 +121,8 @@ def _unpacked_group(rest: dict[str, Any], completions: dict[str, Any]) -> Rollou
 class ScoredGroup:
     """A group with its reward terms (each [G]) and their weighted sum ``rewards`` [G].
 
-    ``greedy_reward`` is the reward of ``group.greedy`` where there is one, else None.  Some
+    ``greedy_reward`` is the reward of ``group.greedy`` where there is one, else None; ``logged``
+    are terms that nothing but the log reads, each [G] with NaN where it has no score.  Some
     objectives want more:
 
     fields: by the objective's name for them, arrays whose first axis is G, or N for
@@ -134,6 +135,7 @@ class ScoredGroup:
     terms: Mapping[str, FloatArray]
     rewards: FloatArray
     greedy_reward: float | None = None
+    logged: Mapping[str, FloatArray] = field(default_factory=dict)
     fields: Mapping[str, np.ndarray] = field(default_factory=dict)
     wrong_spans: tuple[tuple[tuple[int, int], ...], ...] | None = None
     prefix_rewards: tuple[FloatArray, ...] | None = None

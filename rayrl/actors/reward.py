@@ -26,7 +26,7 @@ from rayrl.rewards.deadline import (
     call_limit_s,
     near_limit_s,
 )
-from rayrl.rewards.score import SIMILARITY_GROUPS, Dropped, Scorer, TermScores, combine
+from rayrl.rewards.score import SIMILARITY_GROUPS, Dropped, Scorer, TermScores, combine, problem
 from rayrl.rewards.statistics import Statistics, step_document_frequency
 from rayrl.rewards.term import Failure
 from rayrl.rewards.trial import trial_group
@@ -130,7 +130,8 @@ class RewardActor(Traced):
     ``statistics`` holds the one reference to what the driver counted (Ray would resolve a bare
     one), to be handed on to the terms apart as it is: a node holds it once.  ``timeout_s`` bounds
     a batch: a term drops what it has not got after a share of it (``rayrl.rewards.deadline``), and
-    one apart that has not answered at all is started again and has as long once more.
+    one apart that has not answered at all is started again and has as long once more.  The terms
+    ``only_logged`` drop no group.
     """
 
     def __init__(
@@ -139,8 +140,11 @@ class RewardActor(Traced):
         statistics: tuple[Any],
         timeout_s: float = 120.0,
         needs: Collection[str] = (),
+        only_logged: Collection[str] = (),
     ) -> None:
         self._config = config
+        self._only_logged = only_logged
+        self._said = set[str]()
         self._limit_s = attempt_limit_s(timeout_s)
         apart = placements(config)
         near = [name for name in config.terms if name not in apart]
@@ -206,7 +210,12 @@ class RewardActor(Traced):
         similar: int,
     ) -> list[ScoredGroup | Dropped]:
         kernels = self._near.similarity(groups, step_df, similar)
-        return combine(groups, scores, self._config, kernels)
+        for name in set(self._only_logged) - self._said:
+            problems = (problem(scores[name], i) for i in range(len(groups)))
+            if reason := next(filter(None, problems), ""):
+                self._said.add(name)
+                log.warning("reward term %s, only logged, lacks scores: %s", name, reason)
+        return combine(groups, scores, self._config, kernels, self._only_logged)
 
     def ready(self, limit_s: float) -> None:
         """Wait until every term apart has started; RuntimeError for one that does not, or not in

@@ -15,6 +15,7 @@ from rayrl.actors.reward import RewardActor
 from rayrl.actors.rollout import RolloutActor
 from rayrl.config import Config
 from rayrl.objectives import build
+from rayrl.only_logged import only_logged
 from rayrl.reference_rewards import scored_needs
 
 
@@ -60,15 +61,14 @@ def reward_pool(
     group, where it has room: on one of a rollout worker they would keep it from leaving once that
     is let go.  So where that machine is still to come they start when they are needed."""
     train = config.train
-    needs = scored_needs(
-        build(config.objective, max_tokens=config.sampling.max_tokens).needs,
-        config.objective.sources,
-    )
+    needs = build(config.objective, max_tokens=config.sampling.max_tokens).needs
+    scored = scored_needs(needs, config.objective.sources)
+    logged = only_logged(config, needs)
 
     def start() -> Any:
         return RewardActor.options(  # type: ignore[attr-defined]
             num_cpus=train.reward_cpus, scheduling_strategy=_beside(_node_of(learner))
-        ).remote(config.reward, statistics, train.reward_timeout_s, needs)
+        ).remote(config.reward, statistics, train.reward_timeout_s, scored, logged)
 
     size = PoolSize(
         wanted=train.reward_workers,

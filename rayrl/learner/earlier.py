@@ -88,7 +88,7 @@ class EarlierCaptions:
         if not self._captions:
             return {}
         captions = list(self._captions.values())
-        names = sorted(captions[0].terms)
+        names = sorted(set.intersection(*(set(c.terms) for c in captions)))
         numbers = [(c.reward, c.version, c.truncated, len(c.token_ids)) for c in captions]
         return {
             f"{_PREFIX}images": np.frombuffer("\n".join(self._captions).encode(), np.uint8),

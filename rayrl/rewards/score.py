@@ -161,10 +161,13 @@ def combine(
     scores: Mapping[str, TermScores],
     config: RewardConfig,
     similarity: Sequence[FloatArray] = (),
+    only_logged: Collection[str] = (),
 ) -> list[ScoredGroup | Dropped]:
     """Weighted sums of the scores of all terms of ``config``; ``similarity`` [G, G] of the first
-    groups' captions goes with them."""
-    results = [_combine_one(group, i, scores, config) for i, group in enumerate(groups)]
+    groups' captions goes with them.  The terms ``only_logged``, of weight 0, drop no group."""
+    results = [
+        _combine_one(group, i, scores, config, only_logged) for i, group in enumerate(groups)
+    ]
     first = [
         replace(result, fields={**result.fields, "similarity": kernel})
         if isinstance(result, ScoredGroup)
@@ -175,13 +178,17 @@ def combine(
 
 
 def _combine_one(
-    group: RolloutGroup, i: int, scores: Mapping[str, TermScores], config: RewardConfig
+    group: RolloutGroup,
+    i: int,
+    scores: Mapping[str, TermScores],
+    config: RewardConfig,
+    only_logged: Collection[str],
 ) -> ScoredGroup | Dropped:
     who = group.prompt.prompt_id
-    for name in config.terms:
-        if reason := _problem(scores[name], i):
+    weights = {name: weight for name, weight in config.weights.items() if name not in only_logged}
+    for name in weights:
+        if reason := problem(scores[name], i):
             return Dropped(who, f"{name}: {reason}")
-    weights = config.weights
     answers = {name: scores[name].groups[i] for name in weights}
     terms = {name: np.asarray(scores_of(answer)) for name, answer in answers.items()}
     judged = judgements(answers)
@@ -203,6 +210,7 @@ def _combine_one(
         terms={name: values.astype(np.float32) for name, values in terms.items()},
         rewards=rewards,
         greedy_reward=None if group.greedy is None else float(greedy[0]),
+        logged={name: _logged(scores[name].groups[i], group) for name in only_logged},
         fields=fields,
         wrong_spans=spans,
         prefix_rewards=tuple(extras["prefix_values"]) if "prefix_values" in extras else None,
@@ -226,7 +234,15 @@ def _extras(
     }
 
 
-def _problem(term: TermScores, i: int) -> str:
+def _logged(answer: Scores | Judged | Failure, group: RolloutGroup) -> FloatArray:
+    """The scores [G] of a term that is only logged, NaN where there is none."""
+    scores = scores_of(answer)
+    if isinstance(scores, Failure):
+        return np.full(group.group_size, np.nan, np.float32)
+    return np.where(np.abs(scores) <= _LARGEST, scores, np.nan).astype(np.float32)
+
+
+def problem(term: TermScores, i: int) -> str:
     """Why a term's answers for group i cannot be used, if so."""
     extras = term.extras[i].values() if term.extras else ()
     for answer in (term.groups[i], term.greedy[i], *extras):

@@ -12,6 +12,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from rayrl.config import Config
+from rayrl.joins import extended
+from rayrl.objectives import preset
+from rayrl.only_logged import only_logged
+from rayrl.outline import outline
 from rayrl.rewards import model_terms, ptb
 from rayrl.rewards.build import build_terms
 from rayrl.rewards.cider import CiderD, DocumentFrequency, ReferenceIndex
@@ -32,6 +37,7 @@ from rayrl.rewards.statistics import (
     step_document_frequency,
 )
 from rayrl.rewards.term import Failure, Item, Scores
+from rayrl.rollout_metrics import group_metrics, sample_records
 from rayrl.types import Completion, Prompt, RolloutGroup, ScoredGroup
 
 REFERENCES = [
@@ -433,6 +439,53 @@ def test_wrong_scores_of_a_users_function_drop_the_group_and_mistakes_stop() -> 
 def test_a_path_to_no_function_says_which_part_is_wrong(path: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_function(path)
+
+
+def test_a_term_that_is_only_logged_drops_no_group() -> None:
+    words = {"kind": "function", "path": path_of(count_words), "weight": 0}
+    config = RewardConfig.model_validate({"terms": {"cider_d": 1.0, "words": words}})
+    scores = Scorer(config, Statistics(training_df(config))).score_terms(GROUPS)
+    assert isinstance(combine(GROUPS, scores, config)[1], Dropped)
+    results = only_scored(combine(GROUPS, scores, config, only_logged=("words",)))
+    alone = only_scored(scorer().score(GROUPS))
+    assert [result.terms.keys() for result in results] == [{"cider_d"}] * 3
+    for mine, theirs in zip(results, alone, strict=True):
+        assert mine.rewards.tolist() == theirs.rewards.tolist()
+        assert mine.greedy_reward == theirs.greedy_reward
+    assert results[0].logged["words"].tolist() == [5.0, 4.0]
+    assert np.isnan(results[1].logged["words"]).tolist() == [True, True]
+    metrics = group_metrics(outline(results), version=0)
+    captions = [results[i].logged["words"] for i in (0, 2)]
+    assert metrics["reward/words"] == pytest.approx(np.mean(captions))
+    assert metrics["reward_missing/words"] == 2 and "reward_missing/cider_d" not in metrics
+    shown = sample_records(results, np.zeros((3, 2), np.float32), step=1)
+    terms = [[list(caption["terms"]) for caption in record["captions"]] for record in shown]
+    assert terms[0] == [["cider_d", "words"]] * 2 and terms[1] == [["cider_d"]] * 2
+    only_failed = group_metrics(outline(results[1:2]), version=0)
+    assert "reward/words" not in only_failed and only_failed["reward_missing/words"] == 2
+    longer = extended(results[0], results[1])
+    np.testing.assert_array_equal(longer.logged["words"], [5.0, 4.0, np.nan, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("objective", "reward", "names"),
+    [
+        ({}, {}, ("judge", "length")),
+        ({}, {"constraints": {"length": ">= 0"}}, ("judge",)),
+        ({"preset": "mo_grpo", "set": {"term_weights": {"length": 0.1}}}, {}, ("judge",)),
+        ({"preset": "carl_product", "set": {"main_term": "judge"}}, {}, ("length",)),
+        ({"preset": "capo_wrong_spans"}, {}, ("length",)),
+        ({"set": {"advantage": "my_module:mine"}}, {}, ()),
+    ],
+)
+def test_terms_that_something_else_reads_are_not_only_logged(
+    objective: dict, reward: dict, names: tuple[str, ...]
+) -> None:
+    judge = {"kind": "http", "url": "http://judge", "weight": 0}
+    terms = {"cider_d": 1.0, "judge": judge, "length": 0.0}
+    config = Config.model_validate({"objective": objective, "reward": {"terms": terms, **reward}})
+    needs = preset(config.objective.preset).needs
+    assert only_logged(config, needs) == names
 
 
 def test_a_greedy_caption_that_fails_drops_the_group() -> None:
