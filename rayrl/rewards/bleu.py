@@ -39,11 +39,14 @@ def bleu_counts(captions: Sequence[Caption], references: Sequence[Sequence[Capti
     """What BLEU is made of, [N, 10]: for n = 1..4 the matching n-grams, for n = 1..4 all n-grams,
     and the lengths of the caption and of its closest reference.  The corpus has their sums."""
     cooked: dict[int, tuple[list[int], Counter[tuple[str, ...]]]] = {}
+    # An array makes its rows as they are asked for: what is let go leaves its id to another one.
+    held = []
     matches = np.zeros((len(captions), ORDER))
     lengths = np.zeros((len(captions), 2))
     for i, (caption, some) in enumerate(zip(captions, references, strict=True)):
         if id(some) not in cooked:
             cooked[id(some)] = _largest_counts(i, some)
+            held.append(some)
         reference_lengths, largest = cooked[id(some)]
         words = split(caption)
         closest = min(reference_lengths, key=lambda length: (abs(length - len(words)), length))

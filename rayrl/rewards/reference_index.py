@@ -188,6 +188,8 @@ class ReferenceIndex:
 def digests_of(references: Sequence[References]) -> list[bytes]:
     """16 bytes for each item that identify its references."""
     seen: dict[int, bytes] = {}
+    # An array makes its rows as they are asked for: what is let go leaves its id to another one.
+    held = []
     digests = []
     for i, item in enumerate(references):
         if id(item) not in seen:
@@ -198,5 +200,6 @@ def digests_of(references: Sequence[References]) -> list[bytes]:
                 text if isinstance(text, str) else " ".join(map(str, split(text))) for text in item
             )
             seen[id(item)] = blake2b(joined.encode(), digest_size=16).digest()
+            held.append(item)
         digests.append(seen[id(item)])
     return digests

@@ -15,7 +15,7 @@ from pycocoevalcap.rouge.rouge import Rouge as ReferenceRouge
 from rayrl.rewards import diversity
 from rayrl.rewards.bleu import bleu
 from rayrl.rewards.bootstrap import compare, paired_bootstrap
-from rayrl.rewards.cider import DocumentFrequency
+from rayrl.rewards.cider import CiderD, DocumentFrequency
 from rayrl.rewards.java import MetricUnavailable
 from rayrl.rewards.results import match, read_results, write_results
 from rayrl.rewards.rouge import longest_common_subsequence, rouge_l
@@ -42,6 +42,22 @@ def test_bleu_equals_pycocoevalcap() -> None:
         result = bleu(captions, references)
         np.testing.assert_allclose(result.corpus, corpus, rtol=1e-12)
         np.testing.assert_allclose(result.captions, np.array(each).T, rtol=1e-12)
+
+
+def test_references_may_be_rows_of_an_array() -> None:
+    """Whose rows are other objects each time, that come to lie where others did."""
+    words = [f"w{i}" for i in range(15)]
+    rng = np.random.default_rng(0)
+    references = [[" ".join(rng.choice(words, 6)) for _ in range(3)] for _ in range(40)]
+    captions = [some[0] for some in references]
+    rows, cider = np.array(references), CiderD(DocumentFrequency.from_references(references))
+    want = cider.score(captions, references)
+    # Not those that are known by now.
+    other = CiderD(DocumentFrequency.from_references(references))
+    assert other.score(captions, rows).tolist() == want.tolist()
+    got = bleu(captions, rows).captions
+    assert got.tolist() == bleu(captions, references).captions.tolist()
+    assert rouge_l(captions, rows).tolist() == rouge_l(captions, references).tolist()
 
 
 def test_bleu_by_hand() -> None:
