@@ -7,9 +7,10 @@ Everything is float32: the original computes in float16 on a GPU, which moves th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,13 +46,21 @@ class ClipScore:
         """MetricUnavailable where the folder is not a CLIP model, or one that cannot be read."""
         check_clip_folder(folder)
         try:
-            model = CLIPModel.from_pretrained(folder, use_safetensors=True)
+            loaded: Any = CLIPModel.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True
+            )
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise MetricUnavailable(
-                f"the CLIP model at {folder} cannot be read: {reason}"
-            ) from error
+        # RuntimeError: weights of other shapes.
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise _unreadable(folder, error) from error
+        model, found = loaded
+        # They would be random.  Older checkpoints have position_ids, newer ones do not.
+        lacking = sorted(
+            name for name in found["missing_keys"] if not name.endswith("position_ids")
+        )
+        if lacking:
+            shown = ", ".join(lacking[:3])
+            raise _unreadable(folder, f"{len(lacking)} weights are not in it, such as {shown}")
         self._model = model.float().eval().to(device)
         self._device = device
         self._batch_size = batch_size
@@ -116,8 +125,8 @@ class ClipScore:
 
 
 def check_clip_folder(folder: str | Path) -> None:
-    """MetricUnavailable, with what is not there, unless a folder has the files of a CLIP model:
-    before work whose score it is for.  None of them is opened."""
+    """MetricUnavailable, with what is not there, unless a folder has the files of a CLIP model and
+    its configuration says that it is one: before work whose score it is for."""
     for wanted in _FILES:
         if not any(Path(folder, name).is_file() for name in wanted):
             raise MetricUnavailable(
@@ -125,6 +134,20 @@ def check_clip_folder(folder: str | Path) -> None:
                 "config.json, weights as safetensors and tokenizer, such as "
                 "openai/clip-vit-base-patch32"
             )
+    try:
+        config = json.loads(Path(folder, "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, f"config.json: {error}") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "clip":
+        raise MetricUnavailable(
+            f"no CLIP model at {folder}: its config.json has model_type {kind!r}, want 'clip'"
+        )
+
+
+def _unreadable(folder: str | Path, reason: object) -> MetricUnavailable:
+    text = " ".join(str(reason).split())
+    return MetricUnavailable(f"the CLIP model at {folder} cannot be read: {text}")
 
 
 def preprocess(image: bytes, size: int) -> npt.NDArray[np.float32]:

@@ -202,7 +202,8 @@ def evaluate(data: CaptionSet, metrics: Collection[str] = tuple(METRICS)) -> Eva
     for name, function in functions.items():
         try:
             found = function(data)
-        except (MetricUnavailable, OSError) as reason:
+        # RuntimeError: what it needs is missing, or a GPU's memory.
+        except (RuntimeError, OSError) as reason:
             left_out[name] = " ".join(str(reason).split())
             continue
         if twice := sorted(found.keys() & results.keys()):

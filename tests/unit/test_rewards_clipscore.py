@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -174,6 +177,61 @@ def test_a_model_that_cannot_be_read_is_left_out(folder: Path, tmp_path: Path, b
     left_out = evaluate(data, ("clip_score", "bleu")).left_out
     assert left_out["clip_score"].startswith(f"the CLIP model at {damaged} cannot be read: ")
     assert "\n" not in left_out["clip_score"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "siglip", None])
+def test_a_model_that_is_no_clip_is_refused(folder: Path, tmp_path: Path, kind: object) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(MetricUnavailable, match=f"model_type {kind!r}, want 'clip'"):
+        check_clip_folder(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("visual_projection.weight"), "1 weights are not in it, such"),
+        (lambda weights: weights.update({"logit_scale": torch.zeros(1)}), "size"),
+    ],
+)
+def test_weights_that_are_not_all_of_a_clip_are_left_out_and_other_metrics_kept(
+    folder: Path, tmp_path: Path, change: Callable[[dict], object], message: str
+) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    ClipScore(other)  # what older versions wrote
+    change(weights)
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    data = CaptionSet(
+        ["a dog", "a cat"],
+        [["a dog"], ["cat"]],
+        images=[picture(0), picture(1)],
+        clip_folder=str(other),
+    )
+    evaluation = evaluate(data, ("clip_score", "bleu"))
+    assert set(evaluation.scores) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4"}
+    reason = evaluation.left_out["clip_score"]
+    assert reason.startswith(f"the CLIP model at {other} cannot be read: ") and message in reason
+
+
+def test_a_gpu_without_room_loses_no_other_metric(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ClipScore, "score", full)
+    data = CaptionSet(
+        ["a dog", "a cat"],
+        [["a dog"], ["cat"]],
+        images=[picture(0), picture(1)],
+        clip_folder=str(folder),
+    )
+    evaluation = evaluate(data, ("clip_score", "bleu"))
+    assert evaluation.left_out == {"clip_score": "CUDA out of memory"}
+    assert "bleu_4" in evaluation.scores
 
 
 def test_long_captions_are_cut(folder: Path) -> None:
