@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 from rayrl.actors.cluster import READER_CPUS, SPARE_CPUS, connect, failing_in_one_line
 from rayrl.config import Config
 from rayrl.data import Dataset, load_split
+from rayrl.data.images import decode
 from rayrl.data.references import load_captions, load_references, only
 from rayrl.decoding import Captions, Decoding
 from rayrl.engine.base import chosen_backend
@@ -242,7 +243,7 @@ def _caption_set(
     return CaptionSet(
         captions,
         data.references(),
-        images=[prompt.image for prompt in data] if wants_images else None,
+        images=data.pictures() if wants_images else None,
         training=training,
         clip_folder=options.clip,
         device=_device() if wants_images else "cpu",
@@ -256,9 +257,18 @@ def _described_data(options: Options, config: Config, data: Dataset) -> dict[str
         "split": options.split,
         **source,
         "num_images": len(data),
+        **({"clip_images": _seen_by_clip(data)} if options.clip else {}),
         "rejected": dict(data.rejected),
         "fingerprint": data.fingerprint(),
     }
+
+
+def _seen_by_clip(data: Dataset) -> str:
+    """What CLIP is given: "original", or the size of the first image where that is all there is."""
+    if data.read_original is not None:
+        return "original"
+    width, height = decode(data.read_image(0)).size
+    return f"{width}x{height}"
 
 
 def _references(options: Options, config: Config, file: Path) -> tuple[Dataset, dict[str, Any]]:

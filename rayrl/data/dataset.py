@@ -17,6 +17,7 @@ class Dataset(Sequence[Prompt]):
     """Prompts of one split.
 
     ``read_image`` gives the encoded image of an index; ids and captions are held, images are not.
+    ``read_original`` gives the file that this was made of, where there is one still.
     ``image_digest`` stands for the content of all images.  ``rejected`` counts what the source
     held and the data set does not, by reason, and ``rejected_names`` names some of it.
     """
@@ -26,6 +27,7 @@ class Dataset(Sequence[Prompt]):
     instruction: str
     read_image: ReadImage
     image_digest: str
+    read_original: ReadImage | None = None
     rejected: Mapping[str, int] = field(default_factory=dict)
     rejected_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
@@ -57,6 +59,11 @@ class Dataset(Sequence[Prompt]):
         """The reference captions of each prompt, without reading an image."""
         return [list(captions) for captions in self.captions]
 
+    def pictures(self) -> Sequence[bytes]:
+        """The encoded image of each prompt, read when asked for: the original file where there is
+        one, else what the prompt has."""
+        return Pictures(self.read_original or self.read_image, len(self))
+
     def fingerprint(self) -> str:
         """A hash of ids, captions, instruction and images, in order: 32 hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=16)
@@ -68,6 +75,24 @@ class Dataset(Sequence[Prompt]):
                 _update(digest, caption)
             _update(digest, "")
         return digest.hexdigest()
+
+
+class Pictures(Sequence[bytes]):
+    """Encoded images that are read when asked for, each time."""
+
+    def __init__(self, read: ReadImage, count: int) -> None:
+        self._read, self._count = read, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        chosen = range(self._count)[index]
+        return self._read(chosen) if isinstance(chosen, int) else [self._read(i) for i in chosen]
 
 
 def _update(digest: hashlib.blake2b, text: str) -> None:

@@ -77,6 +77,7 @@ def _load(
         captions=[record.captions for record in kept],
         instruction=config.instruction,
         read_image=images,
+        read_original=images.original,
         image_digest=digest.hexdigest(),
         rejected=rejections.counts(),
         rejected_names=rejections.names(),
@@ -98,6 +99,10 @@ class FolderImages:
 
     def __call__(self, index: int) -> bytes:
         return self._cache.get(index, lambda: self.convert(self._records[index]))
+
+    def original(self, index: int) -> bytes:
+        """The file of an index as it lies there.  Raises BadImage."""
+        return read_file(self._folder / self._records[index].file, self._bounds)
 
     def add(self, record: Record, data: bytes) -> None:
         """Make ``record`` the next index; ``data`` is its converted image."""

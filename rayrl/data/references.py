@@ -60,11 +60,13 @@ def only(data: Dataset, images: Collection[object]) -> Dataset:
     """The part of a data set whose ids, as text, are among ``images``; in its order."""
     wanted = {str(image) for image in images}
     kept = [i for i, image in enumerate(data.ids) if image in wanted]
+    original = data.read_original
     return replace(
         data,
         ids=[data.ids[i] for i in kept],
         captions=[data.captions[i] for i in kept],
         read_image=lambda index: data.read_image(kept[index]),
+        read_original=None if original is None else lambda index: original(kept[index]),
     )
 
 

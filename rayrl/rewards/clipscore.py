@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,15 +75,32 @@ class ClipScore:
         """CLIPScore of raw captions, float64 [N]; RefCLIPScore if ``references`` are given: the
         harmonic mean with the largest cosine between the caption and a reference.
 
-        ``images`` are encoded files.  An image or caption that occurs many times is embedded once.
+        ``images`` are encoded files, of which a batch is held at a time.  An image or caption that
+        occurs many times is embedded once.
         """
+        scores, textual = self._scores(images, captions)
+        return scores if references is None else self._with(references, scores, textual)
+
+    def both(
+        self,
+        images: Sequence[bytes],
+        captions: Sequence[str],
+        references: Sequence[Sequence[str]],
+    ) -> tuple[Scores, Scores]:
+        """CLIPScore and RefCLIPScore, as :meth:`score` gives them, of images that are read once."""
+        scores, textual = self._scores(images, captions)
+        return scores, self._with(references, scores, textual)
+
+    def _scores(self, images: Sequence[bytes], captions: Sequence[str]) -> tuple[Scores, Scores]:
+        """CLIPScore [N], and the captions' vectors [N, D]."""
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images but {len(captions)} captions, want as many")
         visual = self._once(images, self._embed_images)
         textual = self._once(captions, self._embed_texts)
-        scores = SCALE * np.maximum(0.0, (visual * textual).sum(axis=1))
-        if references is None:
-            return scores
+        return SCALE * np.maximum(0.0, (visual * textual).sum(axis=1)), textual
+
+    def _with(self, references: Sequence[Sequence[str]], scores: Scores, textual: Scores) -> Scores:
+        """RefCLIPScore [N] from CLIPScore and the captions' vectors."""
         closest = np.array(
             [
                 max(0.0, float((self._once(some, self._embed_texts) @ text).max()))
@@ -94,15 +112,24 @@ class ClipScore:
 
     def _once(self, items: Sequence[Item], embed: Callable[[list[Item]], torch.Tensor]) -> Scores:
         """Unit vectors [N, D] of items, each distinct one embedded once, in batches."""
-        distinct = list(dict.fromkeys(items))
-        batches = [
-            embed(distinct[i : i + self._batch_size])
-            for i in range(0, len(distinct), self._batch_size)
-        ]
+        row: dict[object, int] = {}
+        rows: list[int] = []
+        batches: list[torch.Tensor] = []
+        waiting: list[Item] = []
+        for item in items:
+            key = blake2b(item).digest() if isinstance(item, bytes) else item
+            if key not in row:
+                row[key] = len(row)
+                waiting.append(item)
+            rows.append(row[key])
+            if len(waiting) == self._batch_size:
+                batches.append(embed(waiting))
+                waiting = []
+        if waiting:
+            batches.append(embed(waiting))
         vectors = torch.cat(batches).double().cpu().numpy()
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        row = {item: i for i, item in enumerate(distinct)}
-        return vectors[[row[item] for item in items]]
+        return vectors[rows]
 
     @torch.inference_mode()
     def _embed_images(self, images: list[bytes]) -> torch.Tensor:

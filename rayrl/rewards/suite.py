@@ -95,9 +95,8 @@ def _clip_score(data: CaptionSet) -> dict[str, Result]:
     from rayrl.rewards.clipscore import ClipScore
 
     clip = ClipScore(data.clip_folder, data.device)
-    return _mean("clip_score", clip.score(data.images, data.captions)) | _mean(
-        "ref_clip_score", clip.score(data.images, data.captions, data.references)
-    )
+    plain, with_references = clip.both(data.images, data.captions, data.references)
+    return _mean("clip_score", plain) | _mean("ref_clip_score", with_references)
 
 
 def _health(data: CaptionSet) -> dict[str, Result]:

@@ -6,13 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from rayrl import commands, evaluate
-from rayrl.data.references import load_captions, load_references
+from rayrl.config import Config
+from rayrl.data import load_split
+from rayrl.data.references import load_captions, load_references, only
 from rayrl.eval_cli import load_config, parse
 
 REFERENCES = {
@@ -212,14 +215,47 @@ def test_a_comparison_of_a_part_is_of_the_images_of_its_first_file(folder, capsy
 
 
 def test_the_pictures_of_a_part_are_its_own():
-    from rayrl.config import Config
-    from rayrl.data import load_split
-    from rayrl.data.references import only
-
     data = load_split(Config.model_validate({"data": {"scenes": {"num_val": 9}}}).data, "val")
     for one, other in zip(only(data, [data.ids[5], data.ids[2]]), [data[2], data[5]], strict=True):
         assert (one.prompt_id, one.image) == (other.prompt_id, other.image)
         assert one.references == other.references
+
+
+@pytest.mark.parametrize("subset", [False, True])
+def test_clip_sees_the_original_files_of_a_folder(folder, monkeypatch, subset):
+    from PIL import Image
+
+    Path("photos").mkdir()
+    for i, image in enumerate(REFERENCES):
+        Image.new("RGB", (64, 40), (80 * i, 0, 0)).save(f"photos/{image}.jpg")
+    seen = []
+
+    class Clip:
+        def __init__(self, *_):
+            pass
+
+        def both(self, images, captions, references):
+            seen.extend(images)
+            return np.ones(len(captions)), np.ones(len(captions))
+
+    monkeypatch.setattr("rayrl.rewards.clipscore.ClipScore", Clip)
+    monkeypatch.setattr("rayrl.rewards.clipscore.check_clip_folder", lambda _: None)
+    captions = {image: text for image, text in CAPTIONS.items() if image != 7 or not subset}
+    write("results.json", results(captions))
+    data = ("--data.source", "coco", "--data.path", "references.json", "--data.images", "photos")
+    flags = ("--results", "results.json", "--metrics", "clip_score", "--clip", "clip", *data)
+    assert run(*flags, *["--subset"][: int(subset)]) == 0
+    assert seen == [Path(f"photos/{image}.jpg").read_bytes() for image in captions]
+    metrics = json.loads(Path("results_eval_val/metrics.json").read_text())
+    assert metrics["data"]["clip_images"] == "original"
+
+
+def test_clip_sees_what_other_sources_have(folder):
+    config = Config.model_validate({"data": {"scenes": {"num_val": 9}}})
+    data = load_split(config.data, "val")
+    assert list(data.pictures()) == [prompt.image for prompt in data]
+    assert data.pictures()[7:] == [data[7].image, data[8].image]
+    assert evaluate._seen_by_clip(data) == f"{config.data.image_size}x{config.data.image_size}"
 
 
 def test_what_is_scored_is_said(folder, capsys, monkeypatch):

@@ -222,7 +222,7 @@ def test_a_gpu_without_room_loses_no_other_metric(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(ClipScore, "score", full)
+    monkeypatch.setattr(ClipScore, "both", full)
     data = CaptionSet(
         ["a dog", "a cat"],
         [["a dog"], ["cat"]],
