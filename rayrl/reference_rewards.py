@@ -72,15 +72,14 @@ class ReferenceRewards:
     ) -> None:
         """Sample and score what is missing for ``prompts`` with the model in the folder ``stage1``,
         which the fleet then holds; ``say`` tells a person what is done."""
-        missing = (prompt for prompt in prompts if prompt.prompt_id not in self._rewards)
-        first = next(missing, None) if self.size else None
+        batches = self._batches(prompts, config)
+        first = next(batches, None) if self.size else None
         if first is None:
             return
         say(f"sampling {self.size} captions of the stage-1 model for each image, to compare with")
         fleet.show(0, _weights(stage1, config.model))
-        everything = itertools.chain([first], missing)
         waiting: deque[Any] = deque()
-        while batch := list(itertools.islice(everything, config.train.images_per_step)):
+        for batch in itertools.chain([first], batches):
             waiting.append(fleet.submit(_BEFORE, 0, [self.request(prompt) for prompt in batch]))
             if len(waiting) > 1:
                 self._collect(fleet, waiting.popleft())
@@ -88,18 +87,43 @@ class ReferenceRewards:
             self._collect(fleet, waiting.popleft())
         say(f"sampled for {len(self._rewards)} images; {len(self._dropped)} could not be scored")
 
+    def _batches(self, prompts: Iterator[Prompt], config: Config) -> Iterator[list[Prompt]]:
+        """What is missing, as many images at a time as a step has.
+
+        Where these are the documents of its rewards (``reward.df: batch``), few would give other
+        rewards, and one none at all.  A last batch of less than half as many then goes with the
+        one before, or without one takes along images whose rewards are there."""
+        size = config.train.images_per_step
+        documents = config.reward.df == "batch" and config.reward.counts_ngrams
+        known: list[Prompt] = []
+        before: list[Prompt] = []
+        batch: list[Prompt] = []
+        for prompt in prompts:
+            if prompt.prompt_id not in self._rewards:
+                batch.append(prompt)
+            elif documents and len(known) < size:
+                known.append(prompt)
+            if len(batch) == size:
+                if before:
+                    yield before
+                before, batch = batch, []
+        if documents and batch and len(batch) < size / 2:
+            batch, before = before + batch, []
+            batch += known[: max(0, size - len(batch))]
+        yield from filter(None, (before, batch))
+
     def request(self, prompt: Prompt) -> Request:
         """What is sampled for an image."""
         seed = request_seed(self.seed, _BEFORE, prompt.prompt_id)
         return Request(slot=0, prompt=prompt, size=self.size, seed=seed)
 
     def add(self, results: Sequence[ScoredGroup | Dropped]) -> None:
-        """Remember rewards, or why there are none."""
+        """Remember rewards, or why there are none; those that are there stay."""
         for result in results:
             if isinstance(result, Dropped):
                 self._dropped[result.prompt_id] = result.reason
             else:
-                self._rewards[result.group.prompt.prompt_id] = result.rewards
+                self._rewards.setdefault(result.group.prompt.prompt_id, result.rewards)
 
     def joined(self, results: Results) -> Results:
         """A step's groups with the rewards of their images; dropped where there are none."""

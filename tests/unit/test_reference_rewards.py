@@ -13,6 +13,7 @@ from rayrl.objectives import preset
 from rayrl.outline import Here
 from rayrl.planning import Request
 from rayrl.reference_rewards import ReferenceRewards, scored_needs
+from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.score import Dropped
 
 CONFIG = Config.model_validate({"train": {"images_per_step": 3}, "seed": 7})
@@ -64,9 +65,9 @@ def stage1(monkeypatch, tmp_path):
     return tmp_path / "stage1"
 
 
-def sample(subject, fleet, prompts, stage1):
+def sample(subject, fleet, prompts, stage1, config=CONFIG):
     said = []
-    subject.sample(fleet, iter(prompts), stage1, CONFIG, said.append)
+    subject.sample(fleet, iter(prompts), stage1, config, said.append)
     return said
 
 
@@ -129,6 +130,40 @@ def test_a_resumed_run_samples_only_what_is_missing(stage1):
         np.testing.assert_array_equal(
             one.fields["reference_rewards"], other.fields["reference_rewards"]
         )
+
+
+DOCUMENTS = CONFIG.model_copy(
+    update={
+        "reward": RewardConfig(df="batch"),
+        "train": CONFIG.train.model_copy(update={"images_per_step": 4}),
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("images", "sizes"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (5, [5]), (3, [3])]
+)
+def test_no_batch_is_too_small_for_its_document_frequencies(stage1, images, sizes):
+    subject, fleet = ReferenceRewards(size=4, seed=7), Fleet()
+    sample(subject, fleet, map(prompt_at, range(images)), stage1, DOCUMENTS)
+    assert [len(batch) for batch in fleet.asked] == sizes
+    asked = [r.prompt.prompt_id for batch in fleet.asked for r in batch]
+    assert asked == [f"p{i}" for i in range(images)]
+
+
+def test_a_single_image_that_is_missing_takes_others_along_and_changes_none(stage1):
+    first = ReferenceRewards(size=4, seed=7)
+    sample(first, Fleet(dropped=["p1"]), map(prompt_at, range(9)), stage1, DOCUMENTS)
+    kept = first.arrays()["reference_rewards/rewards"].copy()
+    fleet = Fleet()
+    sample(first, fleet, map(prompt_at, range(9)), stage1, DOCUMENTS)
+    assert [[r.prompt.prompt_id for r in batch] for batch in fleet.asked] == [
+        ["p1", "p0", "p2", "p3"]
+    ]
+    first.add([scored(fleet.asked[0][1], [9.0] * 4)])
+    assert first.arrays()["reference_rewards/rewards"][:-1].tolist() == kept.tolist()
+    idle = Fleet()
+    assert sample(first, idle, map(prompt_at, range(9)), stage1, DOCUMENTS) == []
 
 
 def test_another_number_of_captions_is_refused(stage1):
