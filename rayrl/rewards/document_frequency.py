@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import warnings
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +31,20 @@ from rayrl.rewards.ngrams import (
 
 EOS = "<eos>"
 _FORMAT = 1
+# Of zip and zlib, of numpy's headers, of what is no npz at all or has other entries.
+_DAMAGE = (
+    BadZipFile,
+    zlib.error,
+    struct.error,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,21 +234,23 @@ class DocumentFrequency:
             with np.load(path, allow_pickle=False) as file:
                 header: Mapping[str, object] = json.loads(file["header"].tobytes())
                 arrays = {name: file[name] for name in ("vocabulary", "keys", "counts")}
-        except (BadZipFile, KeyError, ValueError, EOFError) as error:
+            loaded = cls(
+                **arrays,
+                num_documents=int(str(header["num_documents"])),
+                eos=bool(header["eos"]),
+                source=str(header["source"]),
+            )
+            said = header["content_hash"]
+        except _DAMAGE as error:
+            reason = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{path}: not document frequencies as DocumentFrequency.save writes them "
-                f"({error}); for a pickle use rayrl.rewards.pickles.read_pickle"
+                f"({reason}); for a pickle use rayrl.rewards.pickles.read_pickle"
             ) from error
-        loaded = cls(
-            **arrays,
-            num_documents=int(str(header["num_documents"])),
-            eos=bool(header["eos"]),
-            source=str(header["source"]),
-        )
-        if loaded.content_hash != header["content_hash"]:
+        if loaded.content_hash != said:
             raise ValueError(
-                f"{path}: content hash {loaded.content_hash}, its header says "
-                f"{header['content_hash']}; the file is damaged, build it again"
+                f"{path}: content hash {loaded.content_hash}, its header says {said}; "
+                "the file is damaged, build it again"
             )
         return loaded
 

@@ -11,6 +11,7 @@ import io
 import pickle
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,13 @@ def _from_table(
     path: str, table: object, vocabulary: Mapping[str, str] | None
 ) -> DocumentFrequency:
     if not isinstance(table, dict) or not {"document_frequency", "ref_len"} <= set(table):
-        found = sorted(map(str, table)) if isinstance(table, dict) else type(table).__name__
-        raise ValueError(f"{path}: holds {found}, want 'document_frequency' and 'ref_len'")
+        found = type(table).__name__
+        if isinstance(table, dict):
+            found = f"{len(table)} entries, such as {', '.join(map(repr, islice(table, 3)))}"
+        raise ValueError(
+            f"{path}: holds {found:.200}, want 'document_frequency' and 'ref_len', the number of "
+            "images, without which counts say nothing"
+        )
     counts, num_documents = table["document_frequency"], table["ref_len"]
     if not isinstance(counts, dict) or not isinstance(num_documents, int | float):
         raise ValueError(

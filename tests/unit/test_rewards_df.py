@@ -93,6 +93,36 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         DocumentFrequency.load(tmp_path / "gone.npz")
 
 
+def test_damage_anywhere_in_a_file_is_a_value_error(tmp_path: Path) -> None:
+    df = DocumentFrequency.from_references(REFERENCES)
+    df.save(tmp_path / "df.npz")
+    whole = (tmp_path / "df.npz").read_bytes()
+    kinds = set()
+    for i in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[i] ^= 0x55
+        (tmp_path / "bad.npz").write_bytes(damaged)
+        try:
+            # What the archive says of dates, say, is not read.
+            assert DocumentFrequency.load(tmp_path / "bad.npz").content_hash == df.content_hash
+        except ValueError as error:
+            kinds.add(type(error.__cause__).__name__)
+    assert {"NotImplementedError", "BadZipFile"} <= kinds
+
+
+def test_what_is_no_archive_or_has_another_header_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, np.arange(3))
+    df = DocumentFrequency.from_references(REFERENCES)
+    header = np.frombuffer(b'{"format": 1}', np.uint8)
+    arrays = {"vocabulary": df.vocabulary, "keys": df.keys, "counts": df.counts}
+    np.savez(tmp_path / "header.npz", header=header, **arrays)
+    np.savez(tmp_path / "list.npz", header=np.frombuffer(b"[]", np.uint8), **arrays)
+    for name in ("array.npz", "header.npz", "list.npz"):
+        with pytest.raises(ValueError, match=f"{name}: not document frequencies as"):
+            DocumentFrequency.load(tmp_path / name)
+
+
 def test_one_image_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match=r"over 1 image.*every score"):
         DocumentFrequency.from_references([["a dog", "a cat"]])
@@ -214,7 +244,12 @@ def test_an_object_hidden_in_a_table_is_refused(tmp_path: Path) -> None:
     ("table", "message"),
     [
         ([1, 2], r"holds list, want 'document_frequency' and 'ref_len'"),
-        ({"idf": {}}, r"holds \['idf'\], want 'document_frequency'"),
+        ({"idf": {}}, r"holds 1 entries, such as 'idf', want 'document_frequency'"),
+        (
+            {(f"w{i}", "b"): 1.0 for i in range(1000)},
+            r"x.p: holds 1000 entries, such as \('w0', 'b'\), \('w1', 'b'\), \('w2', 'b'\), want "
+            "'document_frequency' and 'ref_len', the number of images",
+        ),
         ({"document_frequency": [], "ref_len": 3}, "document_frequency is list"),
         ({"document_frequency": {"a": 1.0}, "ref_len": 3}, "n-gram 'a', want a tuple"),
         ({"document_frequency": {("a",): 9.0}, "ref_len": 3}, "occurs in 9 documents of 3"),
