@@ -28,9 +28,9 @@ from rayrl.jsonl import write_atomically
 from rayrl.prompt_length import check_first_prompt
 from rayrl.rewards.bootstrap import compare, comparison_table
 from rayrl.rewards.bootstrap import scaled as scaled_comparison
-from rayrl.rewards.java import MetricUnavailable, find_java
+from rayrl.rewards.java import MetricUnavailable
 from rayrl.rewards.results import ImageId, match, read_results, write_results
-from rayrl.rewards.selftest import selftest
+from rayrl.rewards.selftest import meteor_checks, selftest
 from rayrl.rewards.signature import cider_signature
 from rayrl.rewards.suite import (
     CaptionSet,
@@ -149,12 +149,11 @@ def compare_results(files: Sequence[Path], options: Options, config: Config) -> 
 
 def self_test() -> bool:
     """Print the golden values and what this installation gives for them; whether all agree."""
+    checks, left_out = selftest(), ""
     try:
-        find_java()
-        left_out = ""
-    except MetricUnavailable as reason:
+        checks = [*checks, *meteor_checks()]
+    except (MetricUnavailable, OSError) as reason:
         left_out = f"meteor: left out, {reason}"
-    checks = selftest(java=not left_out)
     width = max(len(check.name) for check in checks)
     print(f"{'':<{width}}  {'expected':>14}  {'got':>14}")
     for check in checks:

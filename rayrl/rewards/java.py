@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -18,11 +19,28 @@ class MetricUnavailable(RuntimeError):
 
 
 def find_java() -> str:
-    """The ``java`` program; MetricUnavailable where there is none."""
+    """The ``java`` program; MetricUnavailable where there is none that runs."""
     java = shutil.which("java")
     if java is None:
         raise MetricUnavailable("no java on the PATH; install a Java runtime, 8 to 17")
+    java_version(java)
     return java
+
+
+def java_version(java: str) -> int:
+    """8, 11, 17, ... from what ``java -version`` says ("1.8.0_392", "17.0.15"); MetricUnavailable
+    where it does not run, like the one that macOS has where no Java is installed."""
+    try:
+        run = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MetricUnavailable(f"{java} does not run: {error}") from error
+    if run.returncode:
+        said = " ".join((run.stderr + run.stdout).split())
+        raise MetricUnavailable(f"{java} does not run, status {run.returncode}: {said:.300}")
+    numbers = re.search(r'"(?:1\.)?(\d+)', run.stderr)
+    if numbers is None:
+        raise MetricUnavailable(f"cannot read the version of Java from {run.stderr!r:.300}")
+    return int(numbers[1])
 
 
 def find_pycocoevalcap(*parts: str) -> Path:

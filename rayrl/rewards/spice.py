@@ -9,7 +9,6 @@ keeps beside its code breaks on network file systems and when two processes run 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +17,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from rayrl.rewards.java import MetricUnavailable, find_java, find_pycocoevalcap
+from rayrl.rewards.java import (
+    MetricUnavailable,
+    find_java,
+    find_pycocoevalcap,
+    java_version,
+)
 from rayrl.rewards.ngrams import Caption, split
 
 _MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
@@ -39,7 +43,7 @@ class Spice:
                 "python -m pycocoevalcap.spice.get_stanford_models fetches them"
             )
         opened = [f"--add-opens=java.base/{name}=ALL-UNNAMED" for name in _OPENED]
-        self._command = [java, f"-Xmx{heap}", *(opened if _java_version(java) > 8 else [])]
+        self._command = [java, f"-Xmx{heap}", *(opened if java_version(java) > 8 else [])]
         self._command += ["-jar", str(jar)]
         self._timeout_s = timeout_s
 
@@ -75,12 +79,3 @@ class Spice:
         scores = {item["image_id"]: item["scores"]["All"]["f"] for item in results}
         each = np.array([scores[i] for i in range(len(items))], dtype=np.float64)
         return float(each.mean()), each
-
-
-def _java_version(java: str) -> int:
-    """8, 11, 17, ... from what ``java -version`` says ("1.8.0_392", "17.0.15")."""
-    said = subprocess.run([java, "-version"], capture_output=True, text=True, check=True).stderr
-    numbers = re.search(r'"(?:1\.)?(\d+)', said)
-    if numbers is None:
-        raise MetricUnavailable(f"cannot read the version of Java from {said!r}")
-    return int(numbers[1])

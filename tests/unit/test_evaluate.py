@@ -381,12 +381,24 @@ def test_the_self_test_fails_with_one_wrong_value(capsys, monkeypatch):
     from rayrl.rewards.selftest import Check
 
     checks = [Check("one", 0.25, 0.25), Check("other", 0.25, 0.2500001)]
-    monkeypatch.setattr(evaluate, "selftest", lambda java: checks)
+    monkeypatch.setattr(evaluate, "selftest", lambda: checks)
+    monkeypatch.setenv("PATH", "")
     assert run("--self-test") == 1
     out = capsys.readouterr().out.splitlines()
     assert out[1].split() == ["one", "0.2500000000", "0.2500000000", "ok"]
     assert out[2].split() == ["other", "0.2500000000", "0.2500001000", "WRONG"]
     assert out[-1] == "1 of 2 values agree"
+
+
+def test_a_java_that_fails_leaves_the_self_test_the_other_values(capsys, monkeypatch):
+    def dies():
+        raise ChildProcessError("Java ended with status 137")
+
+    monkeypatch.setattr(evaluate, "meteor_checks", dies)
+    assert run("--self-test") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-2] == "meteor: left out, Java ended with status 137"
+    assert out[-1].endswith("values agree") and len(out) > 5
 
 
 def test_references_come_from_coco_karpathy_or_plain_files(folder):

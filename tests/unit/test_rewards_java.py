@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from rayrl.rewards import java, meteor, spice
 from rayrl.rewards.java import JavaProcess, MetricUnavailable
 from rayrl.rewards.meteor import Meteor
 from rayrl.rewards.spice import Spice
+from rayrl.rewards.suite import CaptionSet, evaluate
 
 
 def program(folder: Path, body: str) -> Path:
@@ -92,6 +94,20 @@ def test_without_java_or_jars_one_line_says_so(
     monkeypatch.undo()
     with pytest.raises(MetricUnavailable, match=r"has no meteor/meteor-9\.jar"):
         java.find_pycocoevalcap("meteor", "meteor-9.jar")
+
+
+def test_a_java_that_does_not_run_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has one that says where to get one."""
+    stub = program(tmp_path, "sys.exit('Unable to locate a Java Runtime.')")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    reason = f"{stub} does not run, status 1: Unable to locate a Java Runtime."
+    for unavailable in (Meteor, Spice):
+        with pytest.raises(MetricUnavailable, match=re.escape(reason)):
+            unavailable()
+    data = CaptionSet(["a dog", "a cat"], [["a dog"], ["the cat"]])
+    evaluation = evaluate(data, ("meteor", "spice", "bleu"))
+    assert evaluation.left_out == {"meteor": reason, "spice": reason}
+    assert "bleu_4" in evaluation.scores
 
 
 METEOR = """
