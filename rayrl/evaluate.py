@@ -213,7 +213,8 @@ def _matched(file: Path, data: Dataset) -> list[str]:
     try:
         return match(captions, references)[0]
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        left_out = f"; left out of the data: {_left_out(data)}" if data.rejected else ""
+        raise ValueError(f"{file}: {error}{left_out}") from None
 
 
 def _training(options: Options, config: Config) -> tuple[list[str], dict[str, str]]:
@@ -290,6 +291,16 @@ def _say_data(options: Options, config: Config, data: Dataset) -> None:
     data_path = "" if options.references else config.data.path_of(options.split)
     where = str(options.references or f"{config.data.source} {data_path}".rstrip())
     print(f"data: {where}, split {options.split}, {len(data)} images", flush=True)
+    if data.rejected:
+        print(f"left out: {_left_out(data)}", flush=True)
+
+
+def _left_out(data: Dataset) -> str:
+    """What the source of the data holds and is not scored, by reason."""
+    return ", ".join(
+        f"{count} {reason} ({', '.join(data.rejected_names.get(reason, ()))})"
+        for reason, count in data.rejected.items()
+    )
 
 
 def _at_least_two(data: Dataset) -> Dataset:

@@ -28,11 +28,12 @@ from rayrl.data.shards import Shards
 
 def load_references(path: Path, split: Split) -> Dataset:
     """The references of a COCO captions or TextCaps file, of one split of a Karpathy file, or of an
-    object of image to captions.  Reading an image of this data set raises ValueError.
+    object of image to captions; empty ones count, as in pycocoevalcap.  Reading an image of this
+    data set raises ValueError.
 
     Raises FileNotFoundError or ValueError, naming the place, for anything else.
     """
-    rejections = Rejections()
+    rejections = Rejections(keep_empty_captions=True)
     content = _read(path)
     if "annotations" in content or holds_textcaps(content):
         records = parse_coco(content, path, rejections, with_files=False)
@@ -53,6 +54,7 @@ def load_references(path: Path, split: Split) -> Dataset:
         read_image=no_image,
         image_digest="",
         rejected=rejections.counts(),
+        rejected_names=rejections.names(),
     )
 
 

@@ -30,9 +30,11 @@ class BadImage(ValueError):
 
 
 class Rejections:
-    """The rejections of one split, in the order in which they were found."""
+    """The rejections of one split, in the order in which they were found.  Empty captions are
+    rejected, unless they are kept as other programs keep them that count references."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_empty_captions: bool = False) -> None:
+        self.keep_empty_captions = keep_empty_captions
         self._found: list[Rejection] = []
 
     def __iter__(self) -> Iterator[Rejection]:
@@ -69,9 +71,10 @@ class Rejections:
 
 
 def clean_captions(item: str, captions: list[str], rejections: Rejections) -> tuple[str, ...]:
-    """Captions on one line each; empty ones are rejected, and an image that has none left too."""
+    """Captions on one line each; empty ones are rejected unless ``rejections`` keeps them, and an
+    image that has none left too."""
     cleaned = tuple(" ".join(whole_characters(caption).split()) for caption in captions)
-    kept = tuple(caption for caption in cleaned if caption)
+    kept = tuple(caption for caption in cleaned if caption or rejections.keep_empty_captions)
     for _ in range(len(cleaned) - len(kept)):
         rejections.add(item, "empty caption")
     if not kept:

@@ -464,6 +464,55 @@ def test_references_are_parsed_once(folder, monkeypatch):
     assert len(parsed) == 1
 
 
+def test_empty_references_count_as_in_pycocoevalcap(folder, capsys):
+    from pycocoevalcap.cider.cider import Cider
+
+    plain = {"1": ["a man rides", ""], "2": ["   ", "x y"], "3": ["two dogs"], "4": [""]}
+    captions = {"1": "a man", "2": "y", "3": "two dogs", "4": "a man"}
+    coco = {
+        "images": [{"id": int(i)} for i in plain] + [{"id": 5}],
+        "annotations": [
+            {"id": 0, "image_id": int(i), "caption": text} for i in plain for text in plain[i]
+        ],
+    }
+    sentences = [[{"raw": text} for text in plain[i]] for i in plain]
+    karpathy = {
+        "images": [
+            {"filename": f"{i}.jpg", "cocoid": int(i), "split": "val", "sentences": some}
+            for i, some in zip(plain, sentences, strict=True)
+        ]
+    }
+    want, _ = Cider().compute_score(
+        {i: [text.strip() for text in plain[i]] for i in plain}, {i: [captions[i]] for i in plain}
+    )
+    write("captions.json", captions)
+    for name, content in (("plain", plain), ("coco", coco), ("karpathy", karpathy)):
+        write(f"{name}.json", content)
+        flags = ("--results", "captions.json", "--references", f"{name}.json")
+        assert run(*flags, "--metrics", "cider_d", "bleu", "rouge_l", "--output", name) == 0
+        scores = json.loads(Path(name, "metrics.json").read_text())["scores"]
+        assert scores["cider_d"] == pytest.approx(100 * want, abs=1e-9)
+        left_out = "left out: 1 image without captions (5)\n" in capsys.readouterr().out
+        assert left_out == (name == "coco")
+
+
+def test_what_is_left_out_is_said_of_a_file_that_does_not_match(folder, capsys):
+    content = json.loads(Path("references.json").read_text())
+    content["annotations"][0]["caption"] = " "
+    write("references.json", content)
+    flags = ("--data.source", "coco", "--data.path", "references.json", "--data.images", ".")
+    from PIL import Image
+
+    for image in REFERENCES:
+        Image.new("RGB", (8, 8)).save(f"{image}.jpg")
+    assert run("--results", "results.json", *flags) == 2
+    said = capsys.readouterr()
+    left_out = "1 empty caption (7), 1 image without captions (7)"
+    assert f"left out: {left_out}\n" in said.out
+    assert "1 captions are of images without references, such as ['7']" in said.err
+    assert said.err.endswith(f"; left out of the data: {left_out}\n")
+
+
 def test_captions_of_an_annotated_folder_are_read_without_its_images(folder):
     from rayrl.data.config import DataConfig
 
