@@ -20,10 +20,10 @@ class Outline:
     """P groups of N captions in all, in order, and the groups that were ``dropped`` beside them.
 
     By caption [N]: ``rewards``, ``terms`` by name (with NaN where one that is only logged has no
-    score), ``lengths`` in tokens, of which ``forced`` were
-    given, ``truncated`` at the length limit, ``weight_versions``.  By group [P]: ``sizes``, mean,
-    spread and best of the rewards, the share of ``unique`` captions.  By those groups that have
-    them: ``greedy_rewards``, and ``self_cider``, the diversity of a group's captions.
+    score), ``lengths`` in tokens, of which ``forced`` were given, ``truncated`` at the length
+    limit, ``weight_versions``.  By group [P]: ``sizes``, mean, spread and best of the rewards, the
+    share of ``unique`` captions.  By those groups that have them: ``greedy_rewards``, and
+    ``self_cider``, the diversity of a group's captions.
     """
 
     sizes: IntArray

@@ -33,10 +33,11 @@ _SAID = re.compile(
 )
 """A number, and of how many it is where that is said: 7, 7/10, **7** out of 10."""
 
+_N = r"\d+(?:\.\d+)?"
 _SCALE = re.compile(
-    r"""\bscale\s+(?:of|from)\s+(?:\d+\s*(?:to|-|–)\s*)?(\d+)
-    | \b(?:from|between)\s+\d+\s*(?:to|and|-|–)\s*(\d+)
-    | \b\d+\s*(?:to|-|–)\s*(\d+)\s+scale\b""",
+    rf"""\bscale\s+(?:of|from)\s+(?:{_N}\s*(?:to|-|–)\s*)?({_N})
+    | \b(?:from|between)\s+{_N}\s*(?:to|and|-|–)\s*({_N})
+    | \b{_N}\s*(?:to|-|–)\s*({_N})\s+scale\b""",
     flags=re.IGNORECASE | re.VERBOSE,
 )
 """Words that name a scale, and its end: on a scale of 0 to 10, from 0 to 10, on a 0-10 scale."""

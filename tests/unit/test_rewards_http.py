@@ -345,6 +345,7 @@ def test_a_judge_who_will_not_say_drops_the_image(server: Server) -> None:
         ("I would rate it 7 on a scale of 0 to 10", 7),
         ("7, on a scale from 1-10", 7),
         ("From 0 to 10: 6", 6),
+        ("a 3.5, on a scale of 1.0 to 10.0.", 3.5),
         ("A 4 on the 0-10 scale", 4),
         ("It is a 5 on a scale of 10.", 5),
         ("A 4 on a scale of 1 to 5", "'scale of 1 to 5', want a number from 0 to 10"),
