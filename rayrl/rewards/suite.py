@@ -176,14 +176,22 @@ def metric(name: str) -> Metric:
 
 
 def _own(path: str, function: Metric, data: CaptionSet) -> dict[str, Result]:
-    """What one's own function gives, with the shapes that a metric has."""
+    """What one's own function gives, with the shapes that a metric has; MetricUnavailable where it
+    cannot score, which costs no other metric its scores."""
+    try:
+        return _results(path, function(data), len(data.captions))
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        raise MetricUnavailable(f"{path} failed: {type(error).__name__}: {error}") from error
+
+
+def _results(path: str, given: Mapping[str, Result], num_captions: int) -> dict[str, Result]:
     results: dict[str, Result] = {}
-    for name, (score, each) in function(data).items():
+    for name, (score, each) in given.items():
         array = None if each is None else np.asarray(each, dtype=np.float64)
-        if array is not None and array.shape != (len(data.captions),):
-            raise ValueError(
-                f"metric {path}: {name} of each caption has shape {array.shape}, "
-                f"want ({len(data.captions)},) or None"
+        if array is not None and array.shape != (num_captions,):
+            raise MetricUnavailable(
+                f"{path}: {name} of each caption has shape {array.shape}, want ({num_captions},) "
+                "or None"
             )
         results[name] = (float(score), array)
     return results
@@ -192,8 +200,7 @@ def _own(path: str, function: Metric, data: CaptionSet) -> dict[str, Result]:
 def evaluate(data: CaptionSet, metrics: Collection[str] = tuple(METRICS)) -> Evaluation:
     """The scores of one caption an image; ``metrics`` are names for :func:`metric`.
 
-    ValueError for an unknown metric, two scores of one name, fewer than two images, or an image
-    without references.
+    ValueError for an unknown metric, fewer than two images, or an image without references.
     """
     functions = {name: metric(name) for name in metrics}
     results: dict[str, Result] = {}
@@ -206,7 +213,8 @@ def evaluate(data: CaptionSet, metrics: Collection[str] = tuple(METRICS)) -> Eva
             left_out[name] = " ".join(str(reason).split())
             continue
         if twice := sorted(found.keys() & results.keys()):
-            raise ValueError(f"metric {name} gives {twice[0]}, which another one gave")
+            left_out[name] = f"it gives {twice[0]}, which another metric gave"
+            continue
         results |= found
     return Evaluation(
         scores={name: corpus for name, (corpus, _) in results.items()},

@@ -175,14 +175,21 @@ def rouge_again(data: CaptionSet) -> dict:
     return {"rouge_l": (0.5, None)}
 
 
-def test_a_metric_of_ones_own_gives_a_score_a_caption_under_a_name_of_its_own() -> None:
+def failing(data: CaptionSet) -> dict:
+    return {"length": (data.captions[0] / 2, None)}
+
+
+def test_a_metric_of_ones_own_that_fails_costs_no_other_its_scores() -> None:
+    """Each caption has its score, and a name of its own."""
     data = CaptionSet(["a", "b", "c"], [["a"]] * 3)
-    message = r"of_two: mine of each caption has shape \(2,\), want \(3,\) or None"
-    with pytest.raises(ValueError, match=message):
-        evaluate(data, (f"{__name__}:of_two",))
-    assert evaluate(data, (f"{__name__}:rouge_again",)).scores == {"rouge_l": 0.5}
-    with pytest.raises(ValueError, match="rouge_again gives rouge_l, which another one gave"):
-        evaluate(data, ("rouge_l", f"{__name__}:rouge_again"))
+    own = [f"{__name__}:{name}" for name in ("of_two", "rouge_again", "failing")]
+    evaluation = evaluate(data, ("rouge_l", *own))
+    assert evaluation.scores == {"rouge_l": pytest.approx(1 / 3)}
+    said = [evaluation.left_out[name] for name in own]
+    assert "of_two: mine of each caption has shape (2,), want (3,) or None" in said[0]
+    assert said[1] == "it gives rouge_l, which another metric gave"
+    assert "failing failed: TypeError: unsupported operand" in said[2]
+    assert evaluate(data, (own[1],)).scores == {"rouge_l": 0.5}
     with pytest.raises(ValueError, match="has no function 'no_such'"):
         evaluate(data, (f"{__name__}:no_such",))
 
