@@ -33,6 +33,7 @@ from rayrl.interrupt import StopRequest
 from rayrl.learner.provided import check_objective
 from rayrl.metrics import Phases, RunLog, write_summary
 from rayrl.objectives import build
+from rayrl.only_logged import only_logged
 from rayrl.outline import Results
 from rayrl.reference_rewards import ReferenceRewards
 from rayrl.remote import RemoteCopies
@@ -240,7 +241,7 @@ def run_job(config: Config, *, resume: bool, trace: bool = False) -> bool:
     gpus = gpus_of(config, stage1=not (folder / "stage1" / "final").is_dir())
     local = connect(cpus_of(config), gpus, spare_cpus=SPARE_CPUS)
     try:
-        check_terms(config, statistics, train_data)
+        check_terms(config, statistics, train_data, only_logged(config))
         snapshots = run_stage1(config, folder, train_data, resume=resume)
         stage1 = snapshots[-1]
         run = _start(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rayrl.config import Config
+from rayrl.objectives import build
 from rayrl.objectives.config import plan_with
 from rayrl.objectives.plan import Part, Phases
 from rayrl.rewards.config import FunctionConfig, HttpConfig
@@ -13,15 +14,16 @@ from rayrl.rewards.config import FunctionConfig, HttpConfig
 _OF_JUDGES = frozenset({"reward_versions", "token_credit"})
 
 
-def only_logged(config: Config, needs: Collection[str]) -> tuple[str, ...]:
+def only_logged(config: Config) -> tuple[str, ...]:
     """The terms of weight 0 that no constraint names and no parameter of the objective, and from
-    which it ``needs`` nothing else that a judge says.  None where a part of the objective is the
+    which it needs nothing else that a judge says.  None where a part of the objective is the
     user's own function, which may read any."""
     plan = plan_with(config.objective.preset, config.objective.set)
     plans = plan.plans if isinstance(plan, Phases) else (plan,)
     parts = [part for one in plans for _, part in one.parts()]
     if any(_is_own(part) for part in parts):
         return ()
+    needs = build(config.objective, max_tokens=config.sampling.max_tokens).needs
     named = {text for part in parts for text in _texts(part.params)}
     return tuple(
         name
@@ -29,7 +31,7 @@ def only_logged(config: Config, needs: Collection[str]) -> tuple[str, ...]:
         if term.weight == 0
         and name not in named
         and name not in config.reward.constraints
-        and not (_OF_JUDGES & set(needs) and isinstance(term, FunctionConfig | HttpConfig))
+        and not (_OF_JUDGES & needs and isinstance(term, FunctionConfig | HttpConfig))
     )
 
 

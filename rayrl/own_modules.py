@@ -30,11 +30,10 @@ def load(path: str, wanted: str) -> Any:
     try:
         found = getattr(importlib.import_module(module), name, _NOTHING)
     except ModuleNotFoundError as error:
-        raise NotFoundError(
-            f"{wanted}: cannot import {path!r}: no module {error.name!r}; {WHERE}"
-        ) from None
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{wanted}: cannot import {path!r}: {error}") from None
+        raise NotFoundError(f"{wanted}: no module {error.name!r}; {WHERE}") from None
+    # TypeError: a path that begins with a dot.
+    except (ImportError, TypeError, ValueError) as error:
+        raise ValueError(f"{wanted}: cannot import {module!r}: {error}") from None
     if found is _NOTHING:
         raise ValueError(f"{wanted}: module {module!r} has no {name!r}")
     return found
@@ -49,17 +48,12 @@ def find_here() -> None:
 
 
 def imported(path: str) -> Callable[..., Any]:
-    """The function at ``package.module:function``; ValueError says which part is wrong."""
-    module_name, colon, name = path.partition(":")
-    if not (module_name and colon and name):
+    """The function at `package.module:function`; ValueError says which part is wrong."""
+    if not all(path.partition(":")):
         raise ValueError(f"function {path!r}, want package.module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"function {path!r}: no module {error.name!r}; {WHERE}") from error
-    function = getattr(module, name, None)
+    function = load(path, f"function {path!r}")
     if not callable(function):
-        raise ValueError(f"function {path!r}: {module_name} has no function {name!r}")
+        raise ValueError(f"function {path!r}: it is a {type(function).__name__}, want a function")
     return function  # type: ignore[no-any-return]
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from rayrl.config import Config
 from rayrl.joins import replaced
+from rayrl.objectives.inject import TROUBLE
 from rayrl.outline import Here
 from rayrl.planning import Drawn, Planner, Request, plan
 from rayrl.rounds import counted, joined
@@ -28,8 +29,8 @@ def joins_captions(planner: Planner, config: Config) -> bool:
     all, in a step of the run's size: half of its groups have failed, the rewards of the others
     spread.
 
-    Raises ValueError, naming the planner, where what it asks for makes no sense, and what it raises
-    itself where its parameters do not fit the group's size.  A LookupError says nothing: it may
+    Raises ValueError, naming the planner, where it fails or what it asks for makes no sense, as
+    where its parameters do not fit the group's size.  A LookupError or OSError says nothing: it may
     know the run's images by their names, or read what these groups have not.
     """
     prompts = map(_prompt, itertools.count())
@@ -48,8 +49,13 @@ def joins_captions(planner: Planner, config: Config) -> bool:
     for _ in range(_ROUNDS):
         try:
             requests = plan(drawn, [planner], supplies)
-        except LookupError:
+        except (LookupError, OSError):
             return False
+        except TROUBLE as error:
+            raise ValueError(
+                f"rollout {planner.name}, tried on a made-up step of {images} images: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if any(request.join is not replaced for request in requests):
             return True
         if not requests:
@@ -63,7 +69,8 @@ def _prompt(number: int) -> Prompt:
     out = io.BytesIO()
     Image.new("RGB", (32, 32)).save(out, "PNG")
     return Prompt(
-        prompt_id=f"made-up/{number}",
+        # As most sets of images have them: a planner may look at it.
+        prompt_id=str(number),
         image=out.getvalue(),
         text="Describe the image.",
         references=("a made-up picture of nothing at all", "nothing is in this made-up picture"),

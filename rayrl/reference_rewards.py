@@ -107,7 +107,7 @@ class ReferenceRewards:
                 if before:
                     yield before
                 before, batch = batch, []
-        if documents and batch and len(batch) < size / 2:
+        if documents and batch and len(batch) < max(2, size / 2):
             batch, before = before + batch, []
             batch += known[: max(0, size - len(batch))]
         yield from filter(None, (before, batch))

@@ -49,12 +49,18 @@ def placements(config: RewardConfig) -> dict[str, dict[str, float]]:
     }
 
 
-def check_terms(config: Config, statistics: Statistics, prompts: Sequence[Prompt]) -> None:
+def check_terms(
+    config: Config,
+    statistics: Statistics,
+    prompts: Sequence[Prompt],
+    only_logged: Collection[str] = (),
+) -> None:
     """Start every term once where it will run, have them score captions of an image, and end them
     again: before hours of training, not after.  The default terms need nothing and are not started.
 
     A term may have its reasons to give an image none, so of the training ``prompts`` the first ones
-    are tried, one after the other, until there is a reward.
+    are tried, one after the other, until there is a reward.  The terms ``only_logged`` need give
+    none.
 
     Says every 30 s what is missing; RuntimeError for a term that does not start, or not within
     ``rollout.start_timeout_s``, and where the first images all are left without a reward.
@@ -65,7 +71,12 @@ def check_terms(config: Config, statistics: Statistics, prompts: Sequence[Prompt
     deadline = time.monotonic() + config.rollout.start_timeout_s
     actor = RewardActor.options(  # type: ignore[attr-defined]
         num_cpus=cpus
-    ).remote(reward, (ray.put(statistics),), config.train.reward_timeout_s)
+    ).remote(
+        reward,
+        (ray.put(statistics),),
+        config.train.reward_timeout_s,
+        only_logged=tuple(only_logged),
+    )
     try:
         _wait_for("room for a reward worker", actor.started.remote(), deadline, {"CPU": cpus})
         if apart := placements(reward):

@@ -63,7 +63,7 @@ def reward_pool(
     train = config.train
     needs = build(config.objective, max_tokens=config.sampling.max_tokens).needs
     scored = scored_needs(needs, config.objective.sources)
-    logged = only_logged(config, needs)
+    logged = only_logged(config)
 
     def start() -> Any:
         return RewardActor.options(  # type: ignore[attr-defined]

@@ -40,9 +40,9 @@ class EarlierCaptions:
         """The batch with room for G + 1 captions a group: after its own, the one that was
         remembered, which ``earlier`` [P,G+1] marks, or none yet."""
         found = [self._captions.get(name) for name in batch.prompt_ids]
-        # Of a run that was resumed with other terms: its reward is another one.
-        same = batch.terms.keys()
-        found = [old if old is not None and old.terms.keys() == same else None for old in found]
+        # Of a run that was resumed with a term more: its reward is another one.
+        now = batch.terms.keys()
+        found = [old if old is not None and now <= old.terms.keys() else None for old in found]
         for i, name in enumerate(batch.prompt_ids):
             self._captions[name] = _caption(batch, i, 0)
         p, g, t = batch.shape

@@ -66,13 +66,14 @@ def preset(name: str, **overrides: Any) -> Objective:
 
 def build(config: ObjectiveConfig, *, max_tokens: int) -> Objective:
     """The objective that a configuration describes, for captions of at most ``max_tokens`` tokens:
-    a parameter ``max_tokens`` is that number where the configuration sets none."""
+    a parameter ``max_tokens`` is that number where the configuration sets none, and neither a plan
+    nor a function of the user's own."""
     from rayrl.objectives.config import plan_with
-    from rayrl.objectives.override import parameters_of
+    from rayrl.objectives.override import takes_from_run
 
     plan = plan_with(config.preset, config.set)
     plans = plan.plans if isinstance(plan, Phases) else (plan,)
     overrides = dict(config.set)
-    if any("max_tokens" in parameters_of(one) for one in plans):
+    if any(takes_from_run(one, "max_tokens") for one in plans):
         overrides.setdefault("max_tokens", max_tokens)
     return preset(config.preset, **overrides)

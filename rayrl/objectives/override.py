@@ -9,7 +9,7 @@ from typing import Any
 
 from rayrl.objectives.plan import DEFAULT_REDUCER, MANY, SLOTS, Part, Phases, Plan, near
 from rayrl.objectives.presets import named_parameters, named_parts
-from rayrl.objectives.signature import examples, own_function
+from rayrl.objectives.signature import REQUIRED, defaults, examples, own_function
 
 SEPARATOR = "+"
 """Between the items of a list on the command line, where a comma ends a `key=value`."""
@@ -64,6 +64,19 @@ def _concerns(plan: Plan, key: str) -> bool:
 def parameters_of(plan: Plan) -> frozenset[str]:
     """The names of all parameters that may be set: the keyword-only ones of its parts."""
     return frozenset(name for slot, item in plan.parts() for name in _settable(slot, item))
+
+
+def takes_from_run(plan: Plan, name: str) -> bool:
+    """Whether a parameter is the run's to say: that of a part of this package, or of the user's own
+    without a value."""
+    for slot, item in plan.parts():
+        function = own_function(slot, item)
+        if function is None:
+            if name in _settable(slot, item):
+                return True
+        elif name not in item.params and defaults(function).get(name) is REQUIRED:
+            return True
+    return False
 
 
 def _settable(slot: str, item: Part) -> dict[str, Any]:
@@ -148,14 +161,14 @@ def _typed(name: str, given: Any, example: Any) -> Any:
     """``given`` as the type of ``example``; the command line brings text.  Without an example, text
     that is a number, or true or false, is read as that."""
     if example is None:
-        return _read(given) if isinstance(given, str) else given
+        return _read(given)
     kind = type(example)
     try:
         if kind is bool:
             return given if isinstance(given, bool) else _BOOLS[str(given).lower()]
         if kind in (tuple, list):
             items = given.split(SEPARATOR) if isinstance(given, str) else list(given)
-            each = type(example[0]) if example else str
+            each = type(example[0]) if example else _read
             return kind(each(item) for item in items if item != "")
         if kind is dict:
             if isinstance(given, str):
@@ -166,11 +179,15 @@ def _typed(name: str, given: Any, example: Any) -> Any:
         if kind is int and float(given) != int(float(given)):
             raise ValueError
         return int(float(given)) if kind is int else kind(given)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise ValueError(f"{name}: got {given!r}, want {kind.__name__}") from None
 
 
-def _read(text: str) -> Any:
+def _read(given: Any) -> Any:
+    """Text that is a number, or true or false, as that; the rest as it is."""
+    if not isinstance(given, str):
+        return given
+    text = given
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):

@@ -214,7 +214,6 @@ REWARD: Mapping[str, Preset] = {
         plan=replace(CLIPPED, aggregate=(part("only_term", main_term="word_accuracy"),)),
         limit="GRPO on another reward",
         basis="abstract",
-        note="the term may call rayrl.objectives.terms.word_accuracy",
     ),
     "otc_brevity": Preset(
         title="OTC-PO with tokens in place of tool calls",

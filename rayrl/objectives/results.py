@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from rayrl.objectives.inject import BoundPart
 from rayrl.objectives.plan import near
 
 _TOKENS = ("[P,G,T]", "[P,G,1]")
+_FACTORS = (*_TOKENS, "[P,1,1]")
 _PAIRS = ("[P,G,G]",)
 _LOSSES = ("[P,G,T]", "[P,G]", "[P]", "[]")
 
@@ -21,11 +23,11 @@ RESULTS: Mapping[str, tuple[str, ...]] = {
     "segments": ("[P,G,T]",),
     "aggregate": ("[P,G]", "[P,G,K]", "[P,G,T]"),
     "advantage": ("[P,G]", *_TOKENS, "[N,P,G,T]", "[N,P,G,1]"),
-    "mask": _TOKENS,
+    "mask": _FACTORS,
     "pairs": _PAIRS,
     "ratio": _TOKENS,
-    "weights": _TOKENS,
-    "mismatch": _TOKENS,
+    "weights": _FACTORS,
+    "mismatch": _FACTORS,
     "score": ("[P,G]",),
     "margin": _PAIRS,
     "link": _PAIRS,
@@ -85,7 +87,7 @@ def decisions_of(part: BoundPart, decided: Any, coefficients: Collection[str]) -
             raise ValueError(
                 f"control {part.name} sets {name!r}, which no part of the loss has{known}"
             )
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError(f"control {part.name} sets {name} to {value!r}, want a number")
     if "extrapolate" in decided and "extrapolate" not in part.inputs:
         raise ValueError(

@@ -91,10 +91,9 @@ def _slots(plan: Plan) -> str:
 def _status(one: Preset, needs: frozenset[str]) -> str:
     state = "ready, whole" if "whole_minibatch" in needs else "ready"
     wants = sorted({CONFIGURED[need] for need in needs if need in CONFIGURED})
-    terms = {item.params.get("main_term") for plan in plans_of(one) for _, item in plan.parts()}
-    wants += [
-        f"a reward term {name} of kind function, http or chat" for name in terms - {None, *KINDS}
-    ]
+    named = [item.params.get("main_term") for plan in plans_of(one) for _, item in plan.parts()]
+    terms = {str(name) for name in named if name is not None and name not in KINDS}
+    wants += [f"a reward term {name} of kind function, http or chat" for name in sorted(terms)]
     state += f" with {'; '.join(wants)}" if wants else ""
     return state + _BASES.get(one.basis, "")
 
@@ -156,14 +155,14 @@ def _results() -> Iterator[str]:
 
 
 _OTHERS = {
-    "rollout": "a list of `rayrl.rounds.Request`",
+    "rollout": "a list of `rayrl.planning.Request`",
     "advantage": "[P,G] or [P,G,T]; [N,P,G,T] for N losses that are summed; T may be 1",
     "aggregate": "[P,G], [P,G,K] for K terms, or [P,G,T]; each part maps the rewards so far",
-    "mask": "[P,G,T]; T may be 1",
+    "mask": "[P,G,T]; G and T may be 1",
     "ratio": "[P,G,T], the log-ratio; T may be 1",
     "bounds": "two, the low and the high bound: numbers, or broadcast to [P,G,T]",
-    "weights": "[P,G,T]; T may be 1",
-    "mismatch": "[P,G,T]; T may be 1",
+    "weights": "[P,G,T]; G and T may be 1",
+    "mismatch": "[P,G,T]; G and T may be 1",
     "surrogate": "[P,G,T] of tokens, [P,G] of captions, [P] of groups, or a scalar",
     "regularizers": "the same",
     "reducer": "a scalar",

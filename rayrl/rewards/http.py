@@ -28,7 +28,8 @@ from rayrl.rewards.term import Failure, Item, Judged, Scores
 T = TypeVar("T")
 _RETRIED_STATUS = frozenset({408, 425, 429})
 _SAID = re.compile(
-    r"(-?\d+(?:\.\d+)?)(?:[*_`\s]*(?:/|(?:out\s+)?of\b)[*_`\s]*(\d+(?:\.\d+)?))?",
+    r"(-?\d+(?:\.\d+)?)"
+    r"(?:[*_`\s(]*(?:/|(?:out\s+)?of\b)(?:\s+a\s+(?:possible|total\s+of)\b)?[*_`\s]*(\d+(?:\.\d+)?))?",
     flags=re.IGNORECASE,
 )
 """A number, and of how many it is where that is said: 7, 7/10, **7** out of 10."""
@@ -37,10 +38,11 @@ _N = r"\d+(?:\.\d+)?"
 _SCALE = re.compile(
     rf"""\bscale\s+(?:of|from)\s+(?:{_N}\s*(?:to|-|–)\s*)?({_N})
     | \b(?:from|between)\s+{_N}\s*(?:to|and|-|–)\s*({_N})
-    | \b{_N}\s*(?:to|-|–)\s*({_N})\s+scale\b""",
+    | \b(?:{_N}\s*(?:to|-|–)\s*)?({_N})(?:[\s-]points?)?\s+scale\b""",
     flags=re.IGNORECASE | re.VERBOSE,
 )
-"""Words that name a scale, and its end: on a scale of 0 to 10, from 0 to 10, on a 0-10 scale."""
+"""Words that name a scale, and its end: on a scale of 0 to 10, from 0 to 10, on a 0-10 scale, on a
+10-point scale."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -230,12 +232,11 @@ def rating(text: str, scale: float) -> float:
     ``scale`` ("8/10", "7 out of 10"), else the last number that does not just name the scale ("7 on
     a scale of 0 to 10").  ValueError where there is none, or it is on another scale: a clipped
     guess would be learned from like an answer."""
-    said = _SAID.findall(_SCALE.sub(lambda named: _without_scale(named, scale), text))
+    out_of = [pair for pair in _SAID.findall(text) if pair[1] and float(pair[1]) == scale]
+    said = out_of or _SAID.findall(_SCALE.sub(lambda named: _without_scale(named, scale), text))
     if not said:
         raise ValueError(f"no number in {text[:100]!r}")
-    number, of = next(
-        (pair for pair in reversed(said) if pair[1] and float(pair[1]) == scale), said[-1]
-    )
+    number, of = said[-1]
     if (of and float(of) != scale) or not 0 <= float(number) <= scale:
         shown = f"{number}/{of}" if of else number
         raise ValueError(f"{shown} in {text[:100]!r}, want a number from 0 to {scale:g} (scale)")

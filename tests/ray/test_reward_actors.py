@@ -15,6 +15,7 @@ import pytest
 import ray
 
 from rayrl.config import Config
+from rayrl.only_logged import only_logged
 from rayrl.rewards.config import RewardConfig
 from rayrl.rewards.score import Dropped, Scorer
 from rayrl.rewards.statistics import Statistics, reward_statistics, step_document_frequency
@@ -343,11 +344,16 @@ def test_terms_that_cannot_start_or_score_are_found_before_the_training(terms, m
 
 
 def test_terms_that_can_start_pass_the_check_and_leave_nothing_running():
+    """Also beside one that nothing but the log reads, and that cannot score."""
     from rayrl.actors.reward import check_terms
 
     before = ray.available_resources()["GPU"]
-    terms = {"rouge_l": 1.0, "words": apart("words")}
-    check_terms(Config(reward=RewardConfig(terms=terms)), Statistics(), prompts())
+    dead = {"kind": "function", "path": f"{__name__}:one_number", "weight": 0}
+    terms = {"rouge_l": 1.0, "words": apart("words"), "dead": dead}
+    config = Config(reward=RewardConfig(terms=terms))
+    with pytest.raises(RuntimeError, match=r"dead: .*one_number gave scores of shape"):
+        check_terms(config, Statistics(), prompts())
+    check_terms(config, Statistics(), prompts(), only_logged(config))
     deadline = time.monotonic() + 60
     while ray.available_resources()["GPU"] < before:
         assert time.monotonic() < deadline, ray.available_resources()
@@ -392,5 +398,5 @@ def test_a_term_that_cannot_start_ends_the_run_with_its_reason():
     config = RewardConfig(terms=terms)
     statistics = reward_statistics([["a cat"], ["a dog"]], config)
     actor = RewardActor.remote(config, (ray.put(statistics),))
-    with pytest.raises(RuntimeError, match=r"words does not start.*has no function 'no_such_f"):
+    with pytest.raises(RuntimeError, match=r"words does not start.*has no 'no_such_f"):
         ray.get(actor.score.remote(groups()), timeout=120)

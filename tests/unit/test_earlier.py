@@ -75,8 +75,9 @@ def test_a_caption_of_other_reward_terms_is_forgotten():
     joined = store.joined(more)
     assert joined.terms.keys() == {"cider_d", "length"}
     assert not joined.fields["earlier"].any() and not joined.valid[:, 2].any()
-    # What is there now has both.
+    # What is there now has both, of which a run may need one alone.
     assert store.joined(more).fields["earlier"].any()
+    assert store.joined(SECOND).fields["earlier"].any()
 
 
 def test_what_is_remembered_is_restored():

@@ -165,6 +165,26 @@ def test_the_longest_caption_of_the_run_is_that_of_ones_own_part_too() -> None:
     assert build(config, max_tokens=60).plan.parameters()["max_tokens"] == 60
 
 
+def test_a_length_that_ones_own_part_says_itself_stays() -> None:
+    def short(rewards: torch.Tensor, *, max_tokens: int = 50) -> torch.Tensor:
+        return rewards / max_tokens
+
+    for own in (short, part(longest, max_tokens=40)):
+        said = build(ObjectiveConfig(set={"advantage": own}), max_tokens=16).plan.parameters()
+        assert said.get("max_tokens") in (None, 40)
+
+
+def test_items_of_a_list_for_ones_own_part_keep_their_type() -> None:
+    def several(rewards: torch.Tensor, *, sizes: tuple[int, ...] = ()) -> torch.Tensor:
+        return rewards
+
+    for given in ([1, 2], (1, 2), "1+2"):
+        assert preset("nsc", advantage=several, sizes=given).plan.parameters()["sizes"] == (1, 2)
+    assert preset("nsc", advantage=several, sizes="a+0.5").plan.parameters()["sizes"] == ("a", 0.5)
+    with pytest.raises(ValueError, match="ddof: got 'inf', want int"):
+        preset("grpo", ddof="inf")
+
+
 def test_every_parameter_of_a_named_part_may_be_set() -> None:
     """Also where the preset leaves it at its default; and it cannot be meant for another part."""
     for slot in SLOTS:
@@ -179,7 +199,7 @@ def test_every_parameter_of_a_named_part_may_be_set() -> None:
 
 def test_a_run_whose_functions_are_not_here_can_be_looked_at() -> None:
     config = ObjectiveConfig(set={"advantage": "no_such:thing", "q": 0.5})
-    with pytest.raises(NotFoundError, match="cannot import 'no_such:thing': no module 'no_such'"):
+    with pytest.raises(NotFoundError, match="slot advantage: no module 'no_such'; want it"):
         build(config, max_tokens=24)
 
 
@@ -200,7 +220,7 @@ def test_a_plan_of_ones_own_is_named_as_a_preset_is() -> None:
         preset("math:plan")
     # As with its functions: said where the objective is built.
     elsewhere = ObjectiveConfig(preset="no_such:plan")
-    with pytest.raises(NotFoundError, match="preset: cannot import 'no_such:plan': no module"):
+    with pytest.raises(NotFoundError, match="preset: no module 'no_such'"):
         build(elsewhere, max_tokens=24)
 
 

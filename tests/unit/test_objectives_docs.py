@@ -114,9 +114,7 @@ def test_the_example_of_ones_own_objective_trains(
 
 
 def test_a_function_that_cannot_be_imported_is_refused() -> None:
-    message = (
-        "slot advantage: cannot import 'no_such:thing': no module 'no_such'; want it in the folder"
-    )
+    message = "slot advantage: no module 'no_such'; want it in the folder"
     with pytest.raises(ValueError, match=message):
         preset("grpo", advantage="no_such:thing")
     with pytest.raises(ValueError, match="slot advantage: module 'math' has no 'thing'"):

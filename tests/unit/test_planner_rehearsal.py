@@ -82,6 +82,27 @@ def test_a_planner_that_knows_the_images_by_name_is_not_refused():
     assert not rehearsed(known)
 
 
+def test_a_planner_that_looks_at_names_or_files_of_images_is_not_refused():
+    def even(drawn):
+        return [prompt for prompt in drawn.prompts if int(prompt.prompt_id) < 0]
+
+    def of_files(drawn):
+        return [open(f"/no/hints/{prompt.prompt_id}") for prompt in drawn.prompts]
+
+    assert not rehearsed(even) and not rehearsed(of_files)
+
+
+def test_a_planner_that_fails_is_named_with_what_it_raised():
+    def halves(drawn, *, parts: int = 0):
+        return drawn.prompts[: len(drawn.prompts) // parts]
+
+    message = r"^rollout halves, tried on a made-up step of \d+ images: ZeroDivisionError: integer"
+    with pytest.raises(ValueError, match=message):
+        rehearsed(halves)
+    with pytest.raises(ValueError, match=r"rollout \w+, tried .*prompt \d+: 0 captions, want at"):
+        check_objective(config("guide_grpo", guided=0))
+
+
 def test_a_planner_of_ones_own_that_joins_captions_is_refused_where_pairs_are_compared():
     objective = preset("self_cider_diversity")
     assert "similarity" in objective.needs

@@ -141,11 +141,22 @@ DOCUMENTS = CONFIG.model_copy(
 
 
 @pytest.mark.parametrize(
-    ("images", "sizes"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (5, [5]), (3, [3])]
+    ("images", "a_step", "sizes"),
+    [
+        (8, 4, [4, 4]),
+        (9, 4, [4, 5]),
+        (10, 4, [4, 4, 2]),
+        (5, 4, [5]),
+        (3, 4, [3]),
+        (5, 2, [2, 3]),
+        (3, 2, [3]),
+    ],
 )
-def test_no_batch_is_too_small_for_its_document_frequencies(stage1, images, sizes):
+def test_no_batch_is_too_small_for_its_document_frequencies(stage1, images, a_step, sizes):
     subject, fleet = ReferenceRewards(size=4, seed=7), Fleet()
-    sample(subject, fleet, map(prompt_at, range(images)), stage1, DOCUMENTS)
+    train = DOCUMENTS.train.model_copy(update={"images_per_step": a_step})
+    config = DOCUMENTS.model_copy(update={"train": train})
+    sample(subject, fleet, map(prompt_at, range(images)), stage1, config)
     assert [len(batch) for batch in fleet.asked] == sizes
     asked = [r.prompt.prompt_id for batch in fleet.asked for r in batch]
     assert asked == [f"p{i}" for i in range(images)]

@@ -58,7 +58,9 @@ def function(name: str) -> dict:
     ("path", "message"),
     [
         ("no_such:f", "reward term mine: function 'no_such:f': no module 'no_such'; want it in"),
-        (f"{__name__}:no_such", "reward term mine: .* has no function 'no_such'"),
+        (f"{__name__}:no_such", "reward term mine: .* has no 'no_such'"),
+        (f"{__name__}:PROMPTS", "it is a list, want a function"),
+        (".x:f", "function '.x:f': cannot import '.x': the 'package' argument is required"),
         (f"{__name__}:one", r":one', called with \(captions, prompt\): too many positional"),
     ],
 )

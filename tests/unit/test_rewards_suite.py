@@ -190,7 +190,7 @@ def test_a_metric_of_ones_own_that_fails_costs_no_other_its_scores() -> None:
     assert said[1] == "it gives rouge_l, which another metric gave"
     assert "failing failed: TypeError: unsupported operand" in said[2]
     assert evaluate(data, (own[1],)).scores == {"rouge_l": 0.5}
-    with pytest.raises(ValueError, match="has no function 'no_such'"):
+    with pytest.raises(ValueError, match="has no 'no_such'"):
         evaluate(data, (f"{__name__}:no_such",))
 
 
