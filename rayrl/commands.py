@@ -13,11 +13,11 @@ from math import ceil
 
 from rayrl import cli
 from rayrl.config import Config
-from rayrl.data.config import DataConfig, Split
+from rayrl.data.config import DataConfig
 from rayrl.given import check_given
 from rayrl.objectives.config import plan_with
 from rayrl.objectives.plan import Phases
-from rayrl.own_modules import NotFoundError, find_here
+from rayrl.own_modules import NotHereError, find_here
 from rayrl.rewards.deadline import call_limit_s
 
 
@@ -36,6 +36,7 @@ def grpo(argv: Sequence[str] | None = None) -> None:
     if invocation.dry_run:
         from rayrl.actors.cluster import failing_in_one_line
         from rayrl.learner.provided import check_objective
+        from rayrl.resume import goes_on
         from rayrl.rewards.function import check_functions
 
         with failing_in_one_line("grpo_coco.py"):
@@ -43,8 +44,9 @@ def grpo(argv: Sequence[str] | None = None) -> None:
             check_functions(invocation.config.reward.terms)
             invocation.config.data.check_validation_apart()
         print(cli.describe(invocation.config))
-        begins = invocation.resume == "never"
-        _check_given("grpo_coco.py", invocation.config, "train", "val", model=begins)
+        with failing_in_one_line("grpo_coco.py"):
+            begins = not goes_on(invocation.config, invocation.resume)
+            check_given(invocation.config, "train", "val", model=begins)
         return
     from rayrl.grpo import main
 
@@ -62,7 +64,10 @@ def xe(argv: Sequence[str] | None = None) -> None:
     _speak_of_defaults(invocation.config)
     if invocation.dry_run:
         print(cli.describe_stage1(invocation.config))
-        _check_given("xe_coco.py", invocation.config, "train")
+        try:
+            check_given(invocation.config, "train")
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"xe_coco.py: failed: {error}") from None
         return
     from rayrl.xe import main
 
@@ -81,14 +86,6 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     from rayrl.evaluate import main
 
     main(options, config)
-
-
-def _check_given(program: str, config: Config, *splits: Split, model: bool = True) -> None:
-    """Exit with 1 and a line where something that the configuration names is not here."""
-    try:
-        check_given(config, *splits, model=model)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{program}: failed: {error}") from None
 
 
 def _speak_of_defaults(config: Config) -> None:
@@ -135,7 +132,7 @@ def _speak_of_phases(config: Config) -> None:
     preset, steps = config.objective.preset, config.train.steps
     try:
         plan = plan_with(preset, config.objective.set)
-    except NotFoundError:
+    except NotHereError:
         return  # which is said later
     if isinstance(plan, Phases) and steps <= (begins := sum(plan.steps[:-1])):
         lengths = "+".join(str(length) for length in plan.steps)

@@ -168,7 +168,7 @@ _ELSEWHERE = {
     f"{_ACTOR}.ppo_micro_batch_size_per_gpu": _ACCUMULATED,
     "algorithm.adv_estimator": "objective.preset",
     "data.train_files": "data.path, with {split} in it for train and val",
-    "data.val_files": "data.path, with {split} in it for train and val",
+    "data.val_files": "data.val_path",
     "data.train_batch_size": "train.images_per_step",
     "data.max_response_length": "sampling.max_tokens",
     "trainer.total_epochs": _STEPS,

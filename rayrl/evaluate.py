@@ -222,7 +222,8 @@ def _training(options: Options, config: Config) -> tuple[list[str], dict[str, st
     if options.references or not (options.samples or "health" in options.metrics):
         return [], {}
     if config.data.same_for("train", options.split):
-        reason = f"data.path {config.data.path} is the same for train and {options.split}"
+        named = config.data.named(options.split)
+        reason = f"{named} is the same for train and {options.split}"
         return [], {"novel": f"no training captions ({reason})"}
     try:
         return load_captions(config.data, "train"), {}

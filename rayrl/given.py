@@ -41,8 +41,7 @@ def check_model_folder(folder: Path, given: str) -> None:
 
 def _missing_data(data: DataConfig, split: Split) -> Iterator[str]:
     path, images = data.path_of(split), data.images_of(split)
-    held_out = split != "train" and data.val_path
-    named = f"data.val_path {data.val_path}" if held_out else f"data.path {data.path}"
+    named = data.named(split)
     if data.source == "parquet" and "://" not in path:
         try:
             find_shards(path)

@@ -19,23 +19,24 @@ WHERE = (
 _NOTHING = object()
 
 
-class NotFoundError(ValueError):
-    """There is no such module here: on another machine, or in another folder, there may be."""
+class NotHereError(ValueError):
+    """What is named as `module:name` is not to be had here, where the module is missing, broken or
+    another one: on another machine, or in another folder, it may be."""
 
 
 def load(path: str, wanted: str) -> Any:
-    """What lies at `module:name`.  NotFoundError where there is no such module, ValueError where it
-    has nothing of the name; both begin with what it is ``wanted`` for."""
+    """What lies at `module:name`.  NotHereError, which begins with what it is ``wanted`` for, where
+    there is no such module or it has nothing of the name."""
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name, _NOTHING)
     except ModuleNotFoundError as error:
-        raise NotFoundError(f"{wanted}: no module {error.name!r}; {WHERE}") from None
+        raise NotHereError(f"{wanted}: no module {error.name!r}; {WHERE}") from None
     # TypeError: a path that begins with a dot.
-    except (ImportError, TypeError, ValueError) as error:
-        raise ValueError(f"{wanted}: cannot import {module!r}: {error}") from None
+    except (ImportError, SyntaxError, TypeError, ValueError) as error:
+        raise NotHereError(f"{wanted}: cannot import {module!r}: {error}") from None
     if found is _NOTHING:
-        raise ValueError(f"{wanted}: module {module!r} has no {name!r}")
+        raise NotHereError(f"{wanted}: module {module!r} has no {name!r}")
     return found
 
 

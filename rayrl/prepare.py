@@ -32,6 +32,7 @@ from rayrl.data.images import Bounds, read_file, square_jpeg
 from rayrl.data.manifest import NAME, Manifest
 from rayrl.data.rejections import BadImage, Rejections
 from rayrl.data.shards import PREPARED, SCHEMA
+from rayrl.section import local_path
 
 READERS: Mapping[str, Callable[[DataConfig, Split], tuple[list[Record], Rejections]]] = {
     "coco": coco_records,
@@ -275,7 +276,12 @@ def _parser() -> argparse.ArgumentParser:
         "annotations/captions_{split}2014.json",
     )
     add("--images", required=True, help="the image folder; {split} may be in it too")
-    add("--output", type=Path, required=True, help="folder to write; one folder a split is made")
+    add(
+        "--output",
+        type=local_path,
+        required=True,
+        help="folder to write; one folder a split is made",
+    )
     add(
         "--image-size",
         type=int,

@@ -120,7 +120,7 @@ def _refuse_another_run(folder: Path, own_id: str, uri: str, found: str) -> None
 def _configuration(folder: Path) -> Mapping[str, Any]:
     """The configuration that the run in ``folder`` had, if it says so."""
     file = folder / cli.RUN_CONFIG
-    found: Mapping[str, Any] = read_yaml(file) if file.is_file() else {}
+    found: Mapping[str, Any] = (file.is_file() and read_yaml(file)) or {}
     return found
 
 

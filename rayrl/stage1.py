@@ -11,7 +11,7 @@ from typing import Any
 from rayrl.checkpoint import forget_trainer, list_checkpoints, load_checkpoint, newest_checkpoint
 from rayrl.config import Config, ModelConfig
 from rayrl.data import Dataset, load_split
-from rayrl.given import check_given, check_model_folder
+from rayrl.given import check_model_folder
 from rayrl.prompt_length import check_first_prompt
 from rayrl.receipt import NAME, made_of, other_settings, read_receipt, write_receipt
 from rayrl.vlm import build_tiny_captioner, load_processor
@@ -106,7 +106,6 @@ def run_stage1(
             return _snapshots(found, folder) or [Snapshot(steps=0, seconds=0.0, folder=final)]
         if not go_on:
             print(f"stage 1 is done again: another {', '.join(reasons)}", flush=True)
-    check_given(config)
     data = load_split(config.data, "train") if data is None else data
     captions = [text for texts in data.references() for text in texts]
     start = start_folder(config, folder / "start", captions)

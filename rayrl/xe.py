@@ -51,6 +51,7 @@ from rayrl.checkpoint import (
 from rayrl.config import Config
 from rayrl.data import Dataset
 from rayrl.data.order import item_at
+from rayrl.given import check_given
 from rayrl.interrupt import own_handler
 from rayrl.jsonl import write_atomically
 from rayrl.resume import refuse_begun
@@ -316,6 +317,8 @@ def main(config: Config) -> None:
     folder = Path(config.run_folder)
     with failing_in_one_line("xe_coco.py"), sole_driver(folder, print):
         refuse_begun(folder)
+        begins = not (folder / "stage1" / "final").is_dir()
+        check_given(config, "train", model=begins)
         gpus = worker_resources(config)["GPU"] * config.xe.num_workers
         connect(xe_cpus(config), gpus, spare_cpus=SPARE_CPUS)
         final = run_stage1(config, folder, sampled=False)[-1]

@@ -38,15 +38,17 @@ def _check_once(node: yaml.Node | None, name: str, prefix: str, seen: set[int]) 
         for item in node.value:
             _check_once(item, name, prefix, seen)
         return
-    lines: dict[str, int] = {}
+    lines: dict[tuple[str, str], int] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
             continue  # which nothing here takes as a key
         dotted, line = f"{prefix}{key.value}", key.start_mark.line + 1
-        if key.value in lines:
+        # A text and a number are two keys, and what is merged counts however often.
+        same = (key.tag, key.value)
+        if same in lines and not key.tag.endswith(":merge"):
             raise ValueError(
-                f"{name}: {dotted} is there twice, in lines {lines[key.value]} and {line}, and "
-                "only one of them would count: want one"
+                f"{name}: {dotted} is there twice, in lines {lines[same]} and {line}, and only one "
+                "of them would count: want one"
             )
-        lines[key.value] = line
+        lines[same] = line
         _check_once(value, name, f"{dotted}.", seen)

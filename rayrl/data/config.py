@@ -118,6 +118,11 @@ class DataConfig(Section):
             )
         return self.val_path.replace("{split}", split)
 
+    def named(self, split: Split) -> str:
+        """The key that says where a split is, with its value, for messages."""
+        held_out = split != "train" and self.val_path
+        return f"data.val_path {self.val_path}" if held_out else f"data.path {self.path}"
+
     def same_for(self, *splits: Split) -> bool:
         """Whether different splits would be read from one file that does not tell them apart."""
         paths = {self.path_of(split) for split in splits}
@@ -127,11 +132,11 @@ class DataConfig(Section):
         """ValueError where training and validation would be the same images."""
         if self.same_for("train", "val"):
             raise ValueError(
-                f"data.path {self.path}: training and validation would be the same images; want "
+                f"{self.named('val')}: training and validation would be the same images; want "
                 "{split} in it, which stands for train or val, as in "
                 f"{'coco/{split}.parquet' if self.source == 'parquet' else 'captions_{split}.json'}"
-                ", or data.val_path, or data.source karpathy, whose one file says which image is "
-                "in which split"
+                ", or another data.val_path, or data.source karpathy, whose one file says which "
+                "image is in which split"
             )
 
     def images_of(self, split: Split) -> str:

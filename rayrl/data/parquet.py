@@ -8,8 +8,10 @@ missing or cut-off shard is noticed; images of other shards are decoded once at 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 import pyarrow.fs as pafs
 
@@ -26,15 +28,9 @@ def load_parquet(config: DataConfig, split: Split) -> Dataset:
     """The rows of a Parquet file, of a folder of shards, or of the files whose names have ``*`` for
     what differs; in the order of the names."""
     location, limit = config.path_of(split), config.limit(split)
-    try:
-        names, manifest = find_shards(location)
-    except hub_errors() as error:
-        raise ValueError(f"{location}: {line(error)}") from None
-    bounds = Bounds(config.max_image_bytes, config.max_image_pixels)
-    shards = Shards(location, names, bounds, config.columns)
+    shards, names, manifest = _open(config, location)
     rejections = Rejections()
     if manifest:
-        manifest.check(location, shards.num_rows)
         rows, digest = list(shards.rows(rejections, images=False)), manifest.image_digest
         rows = rows[: limit or len(rows)]
     elif shards.prepared and "*" in location:
@@ -61,12 +57,36 @@ def load_parquet(config: DataConfig, split: Split) -> Dataset:
     )
 
 
+def load_shard_captions(config: DataConfig, split: Split) -> list[tuple[str, ...]]:
+    """The captions of every row of :func:`load_parquet`, also of images that cannot be used: none
+    is looked at."""
+    shards, _, _ = _open(config, config.path_of(split))
+    rows = shards.rows(Rejections(), images=False)
+    return [row.captions for row in itertools.islice(rows, config.limit(split) or None)]
+
+
+def _open(config: DataConfig, location: str) -> tuple[Shards, list[str], Manifest | None]:
+    """The shards of a location, their names, and their manifest, by which they are checked."""
+    try:
+        names, manifest = find_shards(location)
+    except hub_errors() as error:
+        raise ValueError(f"{location}: {line(error)}") from None
+    bounds = Bounds(config.max_image_bytes, config.max_image_pixels)
+    shards = Shards(location, names, bounds, config.columns)
+    if manifest:
+        manifest.check(location, shards.num_rows)
+    return shards, names, manifest
+
+
 def find_shards(location: str) -> tuple[list[str], Manifest | None]:
     """The shards of a location, sorted by name, and the manifest if it is a folder with one."""
     files, path = filesystem(location)
-    if "*" in path:
-        return _matching(files, path, location), None
     kind = files.get_file_info(path).type
+    if kind == pafs.FileType.NotFound and "*" in path:
+        shards = sorted(_matching(files, path, pafs.FileType.File))
+        if not shards:
+            raise FileNotFoundError(f"{location}: no such Parquet file")
+        return shards, None
     if kind == pafs.FileType.File:
         return [path], None
     if kind != pafs.FileType.Directory:
@@ -82,25 +102,28 @@ def find_shards(location: str) -> tuple[list[str], Manifest | None]:
     return [infos[name] for name in shards], manifest
 
 
-def _matching(files: pafs.FileSystem, path: str, location: str) -> list[str]:
-    """The files that ``path`` is of, where ``*`` stands for anything within a name; sorted.  As to
-    a shell, hidden files are none of them."""
-    base, _, _ = path[: path.index("*")].rpartition("/")
-    pattern = re.compile("[^/]*".join(map(re.escape, path.split("*"))))
-    selector = pafs.FileSelector(
-        base or ("/" if path.startswith("/") else "."),
-        allow_not_found=True,
-        recursive="/" in path[len(base) + 1 :],
-    )
-    found = sorted(
-        info.path
-        for info in files.get_file_info(selector)
-        if info.type == pafs.FileType.File
-        and not info.base_name.startswith(".")
-        and pattern.fullmatch(info.path.removeprefix("./"))
-    )
-    if not found:
-        raise FileNotFoundError(f"{location}: no such Parquet file")
+def _matching(files: pafs.FileSystem, path: str, kind: pafs.FileType) -> list[str]:
+    """What there is of a kind for a path in which ``*`` stands for anything within a name; as to a
+    shell, but for hidden names and for folders that cannot be read."""
+    folder, _, name = path.rpartition("/")
+    folders = _matching(files, folder, pafs.FileType.Directory) if "*" in folder else [folder]
+    pattern = re.compile("[^/]*".join(map(re.escape, name.split("*"))))
+    found = []
+    for one in folders:
+        begin = path[: len(path) - len(name)] if one == folder else f"{one}/"
+        with suppress(PermissionError):
+            if "*" not in name:
+                there = files.get_file_info(f"{begin}{name}")
+                found += [f"{begin}{name}"] if there.type == kind else []
+                continue
+            listed = pafs.FileSelector(begin or ".", allow_not_found=True)
+            found += [
+                f"{begin}{info.base_name}"
+                for info in files.get_file_info(listed)
+                if info.type == kind
+                and pattern.fullmatch(info.base_name)
+                and not info.base_name.startswith(".")
+            ]
     return found
 
 

@@ -18,12 +18,10 @@ from rayrl.data.annotations import (
 from rayrl.data.config import DataConfig, Split
 from rayrl.data.dataset import Dataset
 from rayrl.data.folder import coco_records, karpathy_records
-from rayrl.data.images import Bounds
 from rayrl.data.json_file import NamesTwice, read_json
 from rayrl.data.load import load_split
-from rayrl.data.parquet import find_shards
+from rayrl.data.parquet import load_shard_captions
 from rayrl.data.rejections import Rejections, clean_captions
-from rayrl.data.shards import Shards
 
 
 def load_references(path: Path, split: Split) -> Dataset:
@@ -73,18 +71,17 @@ def only(data: Dataset, images: Collection[object]) -> Dataset:
 
 
 def load_captions(config: DataConfig, split: Split) -> list[str]:
-    """All captions of a split, of images that cannot be used too: none is looked at."""
+    """The captions of the images that a split has, or of the first ones where it is limited; of
+    those that cannot be used too, for none is looked at."""
     readers = {"coco": coco_records, "karpathy": karpathy_records}
     if config.source in readers:
         records, _ = readers[config.source](config, split)
-        return [caption for record in records for caption in record.captions]
-    if config.source == "parquet":
-        location = config.path_of(split)
-        bounds = Bounds(config.max_image_bytes, config.max_image_pixels)
-        shards = Shards(location, find_shards(location)[0], bounds, config.columns)
-        rows = shards.rows(Rejections(), images=False)
-        return [caption for row in rows for caption in row.captions]
-    return [caption for captions in load_split(config, split).captions for caption in captions]
+        captions = [record.captions for record in records[: config.limit(split) or None]]
+    elif config.source == "parquet":
+        captions = load_shard_captions(config, split)
+    else:
+        captions = list(load_split(config, split).captions)
+    return [caption for some in captions for caption in some]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 from rayrl.objectives.override import override, override_phases
 from rayrl.objectives.plan import Phases, Plan
 from rayrl.objectives.presets import plan_of
-from rayrl.own_modules import NotFoundError
+from rayrl.own_modules import NotHereError
 from rayrl.section import LocalPath, Section
 
 
@@ -53,7 +53,7 @@ class ObjectiveConfig(Section):
     def _exists(self) -> ObjectiveConfig:
         # Who evaluates a run or looks at its folder needs none of its functions: that there is no
         # such module is said where the objective is built.
-        with suppress(NotFoundError):
+        with suppress(NotHereError):
             plan_with(self.preset, self.set)
         return self
 
@@ -68,7 +68,7 @@ def plan_with(preset: str, overrides: Mapping[str, Any]) -> Plan | Phases:
         if isinstance(plan, Phases):
             return override_phases(plan, overrides)
         return override(plan, overrides)
-    except NotFoundError as error:
-        raise NotFoundError(f"preset {preset}: {error}") from None
+    except NotHereError as error:
+        raise NotHereError(f"preset {preset}: {error}") from None
     except ValueError as error:
         raise ValueError(f"preset {preset}: {error}") from None

@@ -58,7 +58,7 @@ def plan_of(name: str) -> Plan | Phases:
     """The plan of the preset of this name, or the user's own, named as `module:name`, be it a plan
     or something that has one: a :class:`Preset`, an objective.
 
-    Raises ValueError, with near matches, where there is none; NotFoundError where there is no such
+    Raises ValueError, with near matches, where there is none; NotHereError where there is no such
     module."""
     if ":" in name:
         found = own_modules.load(name, "preset")

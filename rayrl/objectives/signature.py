@@ -23,7 +23,7 @@ def own_function(slot: str, item: Part) -> Callable[..., Any] | None:
     """The function of a part that is the user's own, given itself or as `module:function`; None for
     a part of this package.
 
-    Raises NotFoundError, ValueError, naming the slot, where there is no such module or function."""
+    Raises NotHereError, ValueError, naming the slot, where there is no such module or function."""
     if not isinstance(item.function, str):
         return item.function
     if ":" not in item.function:

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from rayrl import cli, commands, config_keys, eval_cli, grpo
+from rayrl import cli, commands, config_keys, eval_cli, grpo, prepare
 from rayrl.config import Config
+from rayrl.yaml_file import parse_yaml
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 
@@ -227,6 +228,8 @@ def test_so_it_is_in_options_of_commands(tmp_path, monkeypatch):
         f"{tmp_path}/r",
     ]
     assert str(eval_cli.parse(["--results=~/r"])[0].results) == f"{tmp_path}/r"
+    needed = ["--source", "coco", "--path", "a.json", "--images", "im", "--image-size", "8"]
+    assert str(prepare._parser().parse_args([*needed, "--output=~/d"]).output) == f"{tmp_path}/d"
 
 
 @pytest.mark.parametrize("word", ["banana", "ddp_timeout", "report_to", "trainer.logger"])
@@ -263,6 +266,9 @@ def test_a_key_that_overrides_a_merged_one_is_there_once(tmp_path):
     text = "xe: &sizes {images_per_step: 8}\ntrain: {<<: *sizes, images_per_step: 4}\n"
     config = cli.load(write(tmp_path, text))
     assert (config.xe.images_per_step, config.train.images_per_step) == (8, 4)
+    # Two that are merged, and keys of two types.
+    text = "a: &a {x: 1}\nb: &b {y: 2}\nc: {<<: *a, <<: *b, 1: p, '1': q}\n"
+    assert parse_yaml(text, "f")["c"] == {"x": 1, "y": 2, 1: "p", "1": "q"}
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -360,6 +366,12 @@ MISSING = [
     ),
     (["--model.path", "no_model", "--xe.steps", "0"], "model.path no_model: no config.json or"),
 ]
+
+
+def test_a_dry_run_of_a_run_that_may_go_on_looks_at_the_model_where_it_begins(place):
+    flags = ["--model.path", "./mistyped", "--xe.steps", "0", "--resume=auto", "--dry-run"]
+    with pytest.raises(SystemExit, match=r"failed: model\.path \./mistyped: no such folder here"):
+        commands.grpo([*flags, "--run_folder", "new"])
 
 
 def test_held_out_shards_that_are_not_here_are_named_by_their_own_key(tmp_path, monkeypatch):

@@ -5,15 +5,18 @@ import pickle
 import sys
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow.fs import FileSelector, FileType, LocalFileSystem
 
-from rayrl.data import DataConfig, load_split, load_train_and_val
+from rayrl.data import DataConfig, load_split, load_train_and_val, parquet
 from rayrl.data.manifest import Manifest
+from rayrl.data.references import load_captions
 from rayrl.data.shards import PREPARED, SCHEMA
 
 FLICKR8K = Path(__file__).resolve().parents[3] / "shared/flickr8k"
@@ -251,10 +254,37 @@ def test_a_star_is_any_part_of_a_name(folder, tmp_path, monkeypatch):
         uri = f"file://{path}"
         assert list(load_split(config(path).model_copy(update={"path": uri}), "val").ids) == ids
     monkeypatch.chdir(tmp_path)
-    assert list(load_split(config(Path("*-1.parquet")), "train").ids) == first[10:]
+    for path in ("*-1.parquet", "./*-1.parquet", "d*/../*-1.parquet"):
+        at = config(Path("x")).model_copy(update={"path": path})
+        assert list(load_split(at, "train").ids) == first[10:]
+    (tmp_path / "as*it").mkdir()
+    write(tmp_path / "as*it/one.parquet", rows(40, 42))
+    assert list(load_split(config(tmp_path / "as*it"), "train").ids) == ["i40", "i41"]
     for nothing in ("no-*.parquet", "none/*.parquet", "[s]hard-*.parquet"):
         with pytest.raises(FileNotFoundError, match=r"\*\.parquet: no such Parquet file"):
             load_split(config(tmp_path / nothing), "train")
+
+
+def test_a_star_goes_by_hidden_folders_and_those_that_cannot_be_read(tmp_path):
+    for name in ("one", ".hidden", "lost+found"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.parquet", rows(0, 2))
+
+    class Files(LocalFileSystem):
+        """One of a user who is not root."""
+
+        listed: ClassVar[list[str]] = []
+
+        def get_file_info(self, asked):
+            if isinstance(asked, FileSelector):
+                self.listed.append(Path(asked.base_dir).name)
+                if "lost+found" in asked.base_dir:
+                    raise PermissionError(13, "Permission denied")
+            return super().get_file_info(asked)
+
+    found = parquet._matching(Files(), f"{tmp_path}/*/t*.parquet", FileType.File)
+    assert found == [f"{tmp_path}/one/train.parquet"]
+    assert sorted(Files.listed) == ["lost+found", "one", tmp_path.name]
 
 
 def test_prepared_shards_are_named_by_their_folder(folder):
@@ -277,7 +307,9 @@ def test_validation_may_lie_elsewhere(tmp_path):
     assert list(load_split(each, "val").ids) == ["i6", "i7", "i8"]
     assert each.path_of("test").endswith("/test.parquet")
     same = one.model_copy(update={"val_path": one.path})
-    with pytest.raises(ValueError, match=r"the same images; .*, or data\.val_path"):
+    with pytest.raises(
+        ValueError, match=r"val_path .*train.parquet: .* the same images; .*, or another"
+    ):
         load_train_and_val(same)
     with pytest.raises(ValueError, match=r"val_path val\.parquet with source scenes"):
         DataConfig(val_path="val.parquet")
@@ -312,10 +344,16 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
     client = types.SimpleNamespace(HTTPError=HTTPError)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", client)
     monkeypatch.setattr("rayrl.data.parquet.filesystem", lambda location: (Hub(), location))
-    with pytest.raises(ValueError, match=r"^hf://datasets/a/b\.parquet: \[Errno -2\] Name or"):
-        load_split(
-            config(Path("x")).model_copy(update={"path": "hf://datasets/a/b.parquet"}), "val"
-        )
+    there = config(Path("x")).model_copy(update={"path": "hf://datasets/a/b.parquet"})
+    for read in (load_split, load_captions):
+        with pytest.raises(ValueError, match=r"^hf://datasets/a/b\.parquet: \[Errno -2\] Name or"):
+            read(there, "val")
+
+
+def test_captions_alone_are_those_of_as_many_images_and_of_whole_folders(folder):
+    two = config(folder, max_train=2)
+    assert len(load_captions(two, "train")) == sum(map(len, load_split(two, "train").captions))
+    assert len(load_captions(two, "train")) < len(load_captions(config(folder), "train"))
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
@@ -378,8 +416,9 @@ def test_bounds_hold_for_prepared_shards_too(folder):
 )
 def test_shards_that_differ_from_their_manifest_are_refused(folder, content, message):
     (folder / "dataset.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        load_split(config(folder), "train")
+    for read in (load_split, load_captions):
+        with pytest.raises(ValueError, match=message):
+            read(config(folder), "train")
 
 
 def test_prepared_shards_without_their_manifest_are_a_partial_copy(tmp_path):

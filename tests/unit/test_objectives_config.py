@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ from rayrl.objectives.presets import (
     plans_of,
 )
 from rayrl.objectives.signature import defaults
-from rayrl.own_modules import NotFoundError
+from rayrl.own_modules import NotHereError
 
 
 def test_importing_and_configuring_needs_no_torch() -> None:
@@ -197,9 +198,21 @@ def test_every_parameter_of_a_named_part_may_be_set() -> None:
     assert loss_of("grpo", policy=far, overrides={"dual_clip": 3.0}) < loss_of("grpo", policy=far)
 
 
-def test_a_run_whose_functions_are_not_here_can_be_looked_at() -> None:
+def test_a_run_whose_functions_are_not_here_can_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = ObjectiveConfig(set={"advantage": "no_such:thing", "q": 0.5})
-    with pytest.raises(NotFoundError, match="slot advantage: no module 'no_such'; want it"):
+    with pytest.raises(NotHereError, match="slot advantage: no module 'no_such'; want it"):
+        build(config, max_tokens=24)
+    # Nor where they were changed since, or broken.
+    (tmp_path / "my_broken.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("my_broken:f", "math:no_such"):
+        with pytest.raises(
+            NotHereError, match=r"cannot import 'my_broken'.*line 1|has no 'no_such'"
+        ):
+            build(ObjectiveConfig(set={"advantage": name}), max_tokens=24)
+    with pytest.raises(NotHereError, match="no module"):
         build(config, max_tokens=24)
 
 
@@ -220,7 +233,7 @@ def test_a_plan_of_ones_own_is_named_as_a_preset_is() -> None:
         preset("math:plan")
     # As with its functions: said where the objective is built.
     elsewhere = ObjectiveConfig(preset="no_such:plan")
-    with pytest.raises(NotFoundError, match="preset: no module 'no_such'"):
+    with pytest.raises(NotHereError, match="preset: no module 'no_such'"):
         build(elsewhere, max_tokens=24)
 
 

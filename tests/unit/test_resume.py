@@ -110,6 +110,15 @@ def test_other_training_data_are_refused_before_anything_is_written(run):
     assert content(run) == before
 
 
+def test_a_run_whose_configuration_is_empty_is_held_to_its_receipt(run):
+    (run / cli.RUN_CONFIG).write_text("")
+    file = run.parent / "job.yaml"
+    file.write_text(cli.dump(parsed(*flags_of(run, run.parent / "model")).config))
+    config = parsed("--config", str(file), "--resume").config
+    open_run_folder(run, config, DATA, resume=True, say=print)
+    assert yaml.safe_load((run / cli.RUN_CONFIG).read_text())["run_folder"] == str(run)
+
+
 def test_without_its_receipt_a_run_is_held_to_its_configuration(run):
     (run / "stage1/stage1.json").unlink()
     config = parsed("--run_folder", str(run), "--resume", "--seed", "4").config

@@ -143,7 +143,7 @@ def test_a_name_that_is_no_folder_is_named_with_its_key(tmp_path, monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("check your\ninternet connection")
 
     path = tmp_path / "mistyped"
-    with pytest.raises(ValueError, match=rf"^model\.path {path}: no such folder here, and not a"):
+    with pytest.raises(ValueError, match=rf"^model\.path {path}: no such folder here, and not to"):
         run_stage1(without_training(path), tmp_path / "run")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(ValueError, match=r"^model\.path who/what: .* check your internet"):
