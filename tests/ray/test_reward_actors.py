@@ -348,7 +348,7 @@ def test_terms_that_can_start_pass_the_check_and_leave_nothing_running():
     from rayrl.actors.reward import check_terms
 
     before = ray.available_resources()["GPU"]
-    dead = {"kind": "function", "path": f"{__name__}:one_number", "weight": 0}
+    dead = {**apart("one_number"), "weight": 0}
     terms = {"rouge_l": 1.0, "words": apart("words"), "dead": dead}
     config = Config(reward=RewardConfig(terms=terms))
     with pytest.raises(RuntimeError, match=r"dead: .*one_number gave scores of shape"):
