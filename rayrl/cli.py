@@ -224,14 +224,26 @@ def _overrides(flags: Sequence[str], program: str, description: str) -> dict[str
         source = CliSettingsSource[Any](
             Flags, cli_parse_args=list(flags), cli_hide_none_type=True, cli_avoid_json=True
         )
+        return dict(source())
     except SettingsError as error:
-        key = re.search(r" for ([\w.]+):", str(error))
-        if not key:
-            raise UsageError(str(error).removeprefix("error parsing CLI: ")) from None
-        raise UsageError(
-            f"--{key[1]}: cannot be read; a mapping wants name=value, or '{{\"name\": value}}'"
-        ) from None
-    return dict(source())
+        raise UsageError(_unread(str(error), flags)) from None
+
+
+def _unread(error: str, flags: Sequence[str]) -> str:
+    """What pydantic-settings says of flags, in words."""
+    if key := re.search(r" for ([\w.]+):", error):
+        return f"--{key[1]}: cannot be read; a mapping wants name=value, or '{{\"name\": value}}'"
+    if error.startswith("error parsing value"):
+        given = next((flag for flag in flags if flag.startswith("{")), "a value")
+        return (
+            f"{given} cannot be read; a section wants a flag for each key, as in --data.image_size "
+            "64, or JSON"
+        )
+    said = error.removeprefix("error parsing CLI: ")
+    words = said.removeprefix("unrecognized arguments: ").split()
+    if any(Path(word).exists() for word in words):
+        said += "; quote a path with * in it, or the shell puts the files in its place"
+    return said
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

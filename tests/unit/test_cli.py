@@ -132,6 +132,8 @@ def test_the_resolved_file_reads_back_as_the_same_configuration(tmp_path):
         (["--train.steps.more", "1"], "unknown option --train.steps.more; did you mean"),
         (["--train.steps"], "argument --train.steps: expected one argument"),
         (["--train.steps", "5", "more"], "unrecognized arguments: more"),
+        (["--data.path", "a", __file__], "test_cli.py; quote a path with * in it, or the shell"),
+        (["--data.columns", "{image_id: a}"], "{image_id: a} cannot be read; a section wants"),
         (
             ["--sampling.top_k", "10"],
             "unknown option --sampling.top_k: captions are drawn from the",
