@@ -414,6 +414,8 @@ def test_what_may_lie_elsewhere_is_left_to_who_reads_it(place, capsys):
     commands.grpo([*flags, "--model.path", "who/what", "--xe.steps", "0"])
     # A run that goes on has its model.
     commands.grpo([*flags, "--model.path", "/gone", "--xe.steps", "0", "--resume"])
+    said = capsys.readouterr().out
+    assert "model: who/what" in said and "model: /gone" in said
 
 
 WAITING = {

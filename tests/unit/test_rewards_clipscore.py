@@ -187,6 +187,16 @@ def test_a_model_that_is_no_clip_is_refused(folder: Path, tmp_path: Path, kind: 
         check_clip_folder(other)
 
 
+def two_with(clip: Path) -> CaptionSet:
+    """Two captions, to be scored with the CLIP model of a folder."""
+    return CaptionSet(
+        ["a dog", "a cat"],
+        [["a dog"], ["cat"]],
+        images=[picture(0), picture(1)],
+        clip_folder=str(clip),
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -204,13 +214,7 @@ def test_weights_that_are_not_all_of_a_clip_are_left_out_and_other_metrics_kept(
     ClipScore(other)  # what older versions wrote
     change(weights)
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    data = CaptionSet(
-        ["a dog", "a cat"],
-        [["a dog"], ["cat"]],
-        images=[picture(0), picture(1)],
-        clip_folder=str(other),
-    )
-    evaluation = evaluate(data, ("clip_score", "bleu"))
+    evaluation = evaluate(two_with(other), ("clip_score", "bleu"))
     assert set(evaluation.scores) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4"}
     reason = evaluation.left_out["clip_score"]
     assert reason.startswith(f"the CLIP model at {other} cannot be read: ") and message in reason
@@ -223,13 +227,7 @@ def test_a_gpu_without_room_loses_no_other_metric(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(ClipScore, "both", full)
-    data = CaptionSet(
-        ["a dog", "a cat"],
-        [["a dog"], ["cat"]],
-        images=[picture(0), picture(1)],
-        clip_folder=str(folder),
-    )
-    evaluation = evaluate(data, ("clip_score", "bleu"))
+    evaluation = evaluate(two_with(folder), ("clip_score", "bleu"))
     assert evaluation.left_out == {"clip_score": "CUDA out of memory"}
     assert "bleu_4" in evaluation.scores
 

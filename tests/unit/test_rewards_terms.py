@@ -35,7 +35,7 @@ from rayrl.rewards.statistics import (
     reward_statistics,
     step_document_frequency,
 )
-from rayrl.rewards.term import Failure, Item, Scores
+from rayrl.rewards.term import Failure, Item, Judged, Scores
 from rayrl.rollout_metrics import group_metrics, sample_records
 from rayrl.types import Completion, Prompt, RolloutGroup, ScoredGroup
 
@@ -333,19 +333,32 @@ def test_a_users_function_scores_or_drops_a_group() -> None:
     )
 
 
-def test_a_users_function_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+class ServiceError(Exception):
+    """As those of openai and httpx: derived from Exception itself."""
 
-    def flaky(captions: list[str], prompt: Prompt) -> list[float]:
-        calls.append(prompt.prompt_id)
-        if len(calls) < 3:
-            raise OSError("not yet")
-        return [1.0 for _ in captions]
 
-    monkeypatch.setattr(sys.modules[__name__], "broken", flaky)
-    (scores,) = FunctionTerm(f"{__name__}:broken", retries=2).score([item("x")])
-    assert isinstance(scores, np.ndarray) and scores.tolist() == [1.0]
-    assert len(calls) == 3
+@pytest.mark.parametrize("error", [OSError, ServiceError])
+def test_a_users_function_is_tried_again_and_then_drops_the_group(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def score(retries: int, *items: Item) -> list[Scores | Judged | Failure]:
+        calls = []
+
+        def flaky(captions: list[str], prompt: Prompt) -> list[float]:
+            calls.append(prompt.prompt_id)
+            if len(calls) < 3:
+                raise error("not yet")
+            return [1.0 for _ in captions]
+
+        monkeypatch.setattr(sys.modules[__name__], "broken", flaky)
+        scores = FunctionTerm(BROKEN, retries).score(items)
+        assert len(calls) == 3
+        assert isinstance(scores[-1], np.ndarray) and scores[-1].tolist() == [1.0]
+        return scores
+
+    score(2, item("x"))
+    first, _ = score(1, item("x"), item("y", i=1))
+    assert first == Failure(f"{BROKEN} raised {error.__name__}: not yet")
 
 
 def test_what_a_function_has_no_time_for_is_dropped_and_the_rest_is_kept(
@@ -367,27 +380,6 @@ def test_what_a_function_has_no_time_for_is_dropped_and_the_rest_is_kept(
         assert isinstance(first, ScoredGroup) and isinstance(second, ScoredGroup)
         assert third == Dropped("p2", f"mine: {BROKEN} had no time left of 200 s for the batch")
         now[0] += 1000
-
-
-class ServiceError(Exception):
-    """As those of openai and httpx: derived from Exception itself."""
-
-
-def test_errors_of_a_service_are_tried_again_and_then_drop_the_group(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls = []
-
-    def busy(captions: list[str], prompt: Prompt) -> list[float]:
-        calls.append(prompt.prompt_id)
-        if len(calls) < 3:
-            raise ServiceError("rate limit")
-        return [1.0 for _ in captions]
-
-    monkeypatch.setattr(sys.modules[__name__], "broken", busy)
-    first, second = FunctionTerm(BROKEN, retries=1).score([item("x"), item("y", i=1)])
-    assert first == Failure(f"{BROKEN} raised ServiceError: rate limit")
-    assert isinstance(second, np.ndarray) and second.tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
