@@ -50,7 +50,7 @@ def test_a_second_driver_is_refused_and_the_first_one_named(
     said: list[str] = []
     with (
         pytest.raises(OSError, match=rf"{tmp_path}: process {other.pid} on .* still training"),
-        sole_driver(tmp_path, said.append, wait_s=1.0),
+        sole_driver(tmp_path, said.append, wait_s=2.0),
     ):
         pytest.fail("two drivers in one folder")
     assert len(said) == 1 and f"process {other.pid} on" in said[0]
