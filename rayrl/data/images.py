@@ -18,8 +18,14 @@ from rayrl.data.rejections import BadImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 """What is decoded.  Not every format of Pillow: some run other programs or embed others."""
-_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8")
-"""Of files in these formats."""
+_BEGINNINGS = {
+    b"\xff\xd8\xff": "image/jpeg",
+    b"\x89PNG": "image/png",
+    b"RIFF": "image/webp",
+    b"BM": "image/bmp",
+    b"GIF8": "image/gif",
+}
+"""How files in these formats begin, and their media types."""
 JPEG_QUALITY = 92
 _DECODE_ERRORS = (
     ArithmeticError,
@@ -71,6 +77,11 @@ def check_bounds(data: bytes, bounds: Bounds) -> None:
     """Raise BadImage if the image is too large in bytes or, by its header, in pixels."""
     with _opened(data, bounds):
         pass
+
+
+def media_type(data: bytes) -> str:
+    """That of an encoded image, by how it begins; "" for another format."""
+    return next((kind for start, kind in _BEGINNINGS.items() if data.startswith(start)), "")
 
 
 def check_decodes(data: bytes, bounds: Bounds) -> None:
@@ -147,7 +158,7 @@ def _opened(data: bytes, bounds: Bounds) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise BadImage("image of too many pixels", str(error)) from None
     except UnidentifiedImageError:
-        if data.startswith(_BEGINNINGS):
+        if media_type(data):
             raise BadImage("corrupt image", "no header that can be read") from None
         raise BadImage("image of another format", "want JPEG, PNG, WebP, BMP or GIF") from None
     except _DECODE_ERRORS as error:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rayrl.credentials import redacted
+from rayrl.data.images import media_type
 from rayrl.rewards.deadline import FIRST_PAUSE_S, UNLIMITED, Deadline
 from rayrl.rewards.term import Failure, Item, Judged, Scores
 
@@ -252,13 +253,8 @@ def _without_scale(named: re.Match[str], scale: float) -> str:
     return named[0]
 
 
-_KINDS = {b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
-"""How the files of pictures that are read (``rayrl.data.images.FORMATS``) begin, JPEG apart."""
-
-
 def _data_url(image: bytes) -> str:
-    kind = next((kind for start, kind in _KINDS.items() if image.startswith(start)), "jpeg")
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+    return f"data:{media_type(image) or 'image/jpeg'};base64,{base64.b64encode(image).decode()}"
 
 
 def _as_json(item: Item) -> dict[str, object]:
