@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import select
@@ -27,6 +28,7 @@ def find_java() -> str:
     return java
 
 
+@functools.cache
 def java_version(java: str) -> int:
     """8, 11, 17, ... from what ``java -version`` says ("1.8.0_392", "17.0.15"); MetricUnavailable
     where it does not run, like the one that macOS has where no Java is installed."""
